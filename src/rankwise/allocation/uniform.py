@@ -1,0 +1,26 @@
+"""The same kept fraction at every site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from rankwise.allocation.base import Allocation
+from rankwise.budget import Budget, Rank
+from rankwise.errors import RecipeError
+from rankwise.sites import Site
+
+
+class Uniform(Allocation):
+    """Every site gets rank keep * m n / (m + n), rounded so that the whole fills the budget."""
+
+    name: Literal["uniform"] = "uniform"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        if text:
+            raise RecipeError("uniform takes no settings.", where=f"uniform:{text}", remedy="write uniform")
+        return cls()
+
+    def ranks(self, sites: Sequence[Site], budget: Budget) -> dict[str, Rank]:
+        return budget.fill(sites, {site.name: 1.0 for site in sites})

@@ -1,0 +1,210 @@
+"""`Budget` and `RankPlan`: the only place where a kept fraction becomes a rank, or back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rankwise.errors import BudgetError
+from rankwise.sites import Site
+
+Rank = int | None
+"""A rank, or None for a site that stays dense."""
+
+
+def cost(site: Site, rank: Rank) -> int:
+    """Parameters of a site at a rank: r (m + n), or m n when dense."""
+    return site.parameters if rank is None else rank * (site.m + site.n)
+
+
+def break_even(site: Site) -> float:
+    """The rank at which two factors cost as much as the matrix: m n / (m + n)."""
+    return site.parameters / (site.m + site.n)
+
+
+class Budget(BaseModel):
+    """How much of the decoder's linear weights may be kept.
+
+    Counted are the parameters of the sites' weights. Embeddings, head, norms and biases are not; the report gives
+    true totals.
+
+    Attributes:
+        keep: fraction kept, in (0, 1]. None leaves the size to a manual allocation.
+        rank_multiple: ranks are multiples of this. 8 suits the tensor cores of GPUs; 1 fills the budget closest.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keep: Annotated[float, Field(gt=0, le=1)] | None = 0.8
+    rank_multiple: Annotated[int, Field(ge=1)] = 8
+
+    def next_rank(self, site: Site, rank: Rank) -> Rank:
+        """The rank one step up; None (dense) when that step would cost as much as the matrix itself.
+
+        Raises:
+            ValueError: when the site is dense already.
+        """
+        if rank is None:
+            raise ValueError(f"{site.name} is dense already")
+        above = rank + self.rank_multiple
+        return None if cost(site, above) >= site.parameters or above > min(site.m, site.n) else above
+
+    def round_rank(self, site: Site, rank: float) -> Rank:
+        """The multiple nearest to a real rank, at least one step; dense when it saves nothing."""
+        rounded = max(1, math.floor(rank / self.rank_multiple + 0.5)) * self.rank_multiple
+        return self.next_rank(site, rounded - self.rank_multiple)
+
+    def _floor_rank(self, site: Site, rank: float) -> Rank:
+        # The small excess keeps a fraction such as 0.7 * 10 / 7 from landing one step low.
+        floored = max(1, math.floor(rank / self.rank_multiple + 1e-9)) * self.rank_multiple
+        return self.next_rank(site, floored - self.rank_multiple)
+
+    def fill(self, sites: Sequence[Site], fractions: Mapping[str, float | None]) -> dict[str, Rank]:
+        """Ranks in the proportions asked for that spend the budget as exactly as the multiple allows.
+
+        All fractions are scaled by one number to the largest whose rounded-down ranks fit; what is left goes step by
+        step to the sites that rounding cut most. The total is never above `keep`, and what stays unspent is less
+        than the cheapest step that is left.
+
+        Args:
+            sites: all sites the budget counts.
+            fractions: by site name, the kept fraction relative to the others; None for dense.
+
+        Returns:
+            Site name -> rank, None for dense.
+
+        Raises:
+            BudgetError: when even the smallest ranks do not fit.
+        """
+        if self.keep is None:
+            raise BudgetError("No kept fraction is set.", where="budget.keep", remedy="give --keep")
+        total = sum(site.parameters for site in sites)
+        allowed = math.floor(self.keep * total + 1e-6)
+        if self.keep == 1:
+            return {site.name: None for site in sites}
+        wanted = {s.name: f * break_even(s) for s in sites if (f := fractions[s.name]) is not None}
+
+        def ranks_at(scale: float) -> dict[str, Rank]:
+            return {s.name: self._floor_rank(s, scale * wanted[s.name]) if s.name in wanted else None for s in sites}
+
+        def spent(ranks: Mapping[str, Rank]) -> int:
+            return sum(cost(site, ranks[site.name]) for site in sites)
+
+        smallest = ranks_at(0.0)
+        if spent(smallest) > allowed:
+            raise BudgetError(
+                f"Nothing fits a kept fraction of {self.keep:g}: the smallest ranks (one step of "
+                f"{self.rank_multiple}, and what has to stay dense) keep {spent(smallest) / total:.4f}.",
+                where="budget",
+                remedy="raise --keep, lower budget.rank_multiple, or let more sites be compressed",
+            )
+        low, high = 0.0, 1.0
+        while spent(ranks_at(high)) <= allowed and high < 2**20:
+            low, high = high, 2 * high
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if spent(ranks_at(middle)) <= allowed else (low, middle)
+        ranks = ranks_at(low)
+        left = allowed - spent(ranks)
+        by_name = {site.name: site for site in sites}
+
+        def shortfall(name: str) -> float:
+            rank = ranks[name]
+            return -1.0 if rank is None else (high * wanted[name] - rank) / wanted[name]
+
+        while True:
+            steps = [
+                (shortfall(name), name, step)
+                for name in wanted
+                if ranks[name] is not None
+                and (step := cost(s := by_name[name], self.next_rank(s, ranks[name])) - cost(s, ranks[name])) <= left
+            ]
+            if not steps:
+                return ranks
+            # max() keeps the first of equals: ties go to the earlier site, so plans are reproducible.
+            _, name, step = max(steps, key=lambda item: item[0])
+            ranks[name] = self.next_rank(by_name[name], ranks[name])
+            left -= step
+
+
+class RankPlan(BaseModel):
+    """Site -> rank or dense, with what it was made for. A JSON file that can be published and reused.
+
+    Attributes:
+        format: version of this file's form.
+        architecture: class name of the model it was made for.
+        method: name of the method whose bases it slices.
+        allocation: how the ranks were chosen.
+        keep: fraction asked for; None when the ranks were given.
+        rank_multiple: what ranks are multiples of.
+        shapes: by site name, `[m, n]`.
+        ranks: by site name, the rank; null for dense.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["rankwise-plan/1"] = "rankwise-plan/1"
+    architecture: str
+    method: str
+    allocation: str
+    keep: float | None
+    rank_multiple: int
+    shapes: dict[str, tuple[int, int]]
+    ranks: dict[str, int | None]
+
+    @property
+    def dense_parameters(self) -> int:
+        return sum(m * n for m, n in self.shapes.values())
+
+    @property
+    def kept_parameters(self) -> int:
+        return sum(
+            m * n if self.ranks[name] is None else (self.ranks[name] or 0) * (m + n)
+            for name, (m, n) in self.shapes.items()
+        )
+
+    @property
+    def kept(self) -> float:
+        """Fraction of the sites' parameters kept."""
+        return self.kept_parameters / self.dense_parameters
+
+    @classmethod
+    def make(
+        cls, sites: Sequence[Site], ranks: Mapping[str, Rank], budget: Budget, *, architecture: str, method: str, allocation: str
+    ) -> RankPlan:
+        """A plan that is checked against its budget.
+
+        Raises:
+            BudgetError: when the ranks keep more than the budget allows, or a site has no rank.
+        """
+        missing = [site.name for site in sites if site.name not in ranks]
+        if missing:
+            raise BudgetError("The plan has no rank for a site.", where=missing[0])
+        plan = cls(
+            architecture=architecture,
+            method=method,
+            allocation=allocation,
+            keep=budget.keep,
+            rank_multiple=budget.rank_multiple,
+            shapes={site.name: (site.m, site.n) for site in sites},
+            ranks={site.name: ranks[site.name] for site in sites},
+        )
+        if budget.keep is not None and plan.kept > budget.keep + 1e-9:
+            raise BudgetError(f"The plan keeps {plan.kept:.4f}, more than the {budget.keep:g} allowed.", where="budget.keep")
+        return plan
+
+    @classmethod
+    def load(cls, path: Path) -> RankPlan:
+        """Read a plan file.
+
+        Raises:
+            BudgetError: when the file is missing or not a plan.
+        """
+        try:
+            return cls.model_validate_json(path.read_text())
+        except (OSError, ValidationError, ValueError) as problem:
+            raise BudgetError("The plan cannot be read.", where=str(path), remedy=str(problem).splitlines()[0]) from None

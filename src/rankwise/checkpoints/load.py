@@ -1,0 +1,202 @@
+"""Load a causal language model and its tokenizer, with errors that say what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from rankwise.checkpoints.modeling_file import compressed_class
+from rankwise.checkpoints.verify import read_json, verify_checkpoint
+from rankwise.errors import ModelError, NotFiniteError
+
+CHECKPOINT_KEY = "rankwise"
+"""The key in a config under which a compressed checkpoint describes its layers."""
+
+
+@dataclass
+class LoadedModel:
+    """A model in memory, in the precision it computes in.
+
+    Attributes:
+        model: the causal language model, in evaluation mode.
+        tokenizer: its tokenizer, or None when the directory has none.
+        source: directory or hub name it came from.
+        precision: `auto`, `stored` or `float32`, see `load_model`.
+        stored_dtypes: by parameter name, the dtype of the checkpoint, to which weights go back when saved.
+    """
+
+    model: Any
+    tokenizer: Any
+    source: str
+    precision: str
+    stored_dtypes: dict[str, torch.dtype]
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence in tokens that the config states, or None."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def to_stored_dtypes(self) -> None:
+        """Cast parameters back to the checkpoint's dtypes. Buffers (rotary frequencies) keep theirs."""
+        for name, parameter in self.model.named_parameters():
+            if name in self.stored_dtypes:
+                parameter.data = parameter.data.to(self.stored_dtypes[name])
+
+    def to_compute_dtypes(self) -> None:
+        """Cast parameters to the precision they compute in, remembering what they are stored in."""
+        self.stored_dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
+        on_cpu = self.model.device.type == "cpu"
+        if self.precision == "float32" or (self.precision == "auto" and on_cpu):
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.float()
+
+
+def is_compressed(source: str) -> bool:
+    """Whether a local directory holds a checkpoint with low-rank layers that rankwise wrote."""
+    config = Path(source) / "config.json"
+    return config.is_file() and isinstance(read_json(config).get(CHECKPOINT_KEY), dict)
+
+
+def _read_config(source: str, trust_remote_code: bool) -> Any:
+    folder = Path(source)
+    if folder.is_dir():
+        raw = read_json(folder / "config.json")
+        if "model_type" not in raw:
+            raise ModelError("The config names no model_type.", where=str(folder / "config.json"), remedy="use a Hugging Face checkpoint")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as problem:
+        first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        if folder.is_dir():
+            raise ModelError(
+                f"The config is of no architecture that transformers knows ({first[:200]}).",
+                where=str(folder / "config.json"),
+                remedy="a newer transformers may know it; if the model ships code, add --trust-remote-code",
+            ) from None
+        raise ModelError(
+            f"The model cannot be read from the hub ({first[:200]}).",
+            where=source,
+            remedy="check the name; without a network give a local directory",
+        ) from None
+    return config
+
+
+def _require_causal(config: Any, source: str) -> None:
+    """Raise unless the config is of a decoder that predicts the next token."""
+    if getattr(config, "auto_map", None):
+        return
+    architectures = getattr(config, "architectures", None) or []
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
+        reason = f"{config.model_type} models predict no next token"
+    elif architectures and not causal.intersection(architectures):
+        reason = f"its architecture is {architectures[0]}"
+    else:
+        return
+    raise ModelError(
+        f"This is not a causal language model: {reason}.",
+        where=source,
+        remedy="encoders and encoder-decoders cannot be compressed; give a decoder such as Llama, Qwen or GPT-2",
+    )
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer, or None when the directory has none.
+
+    Raises:
+        ModelError: when its files are there and cannot be read.
+    """
+    folder = Path(source)
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if folder.is_dir() and not any((folder / name).exists() for name in files):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as problem:
+        raise ModelError(
+            f"The tokenizer cannot be read ({type(problem).__name__}: {str(problem).splitlines()[0][:200]}).",
+            where=source,
+            remedy="fetch the tokenizer files again",
+        ) from None
+
+
+def load_model(
+    source: str, *, precision: str = "auto", device: torch.device | None = None, trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load a checkpoint: dense or compressed, from a directory or the hub.
+
+    Args:
+        source: directory or hub name.
+        precision: `stored` computes in the checkpoint's dtype, `float32` casts up, `auto` casts up on a CPU only.
+        device: where to put the model; the CPU by default.
+        trust_remote_code: run code that the checkpoint ships. Checkpoints of rankwise need no such leave.
+
+    Raises:
+        ModelError: when the directory is incomplete or damaged, or no causal language model.
+        NotFiniteError: naming a parameter that holds NaN or an infinity.
+    """
+    device = device or torch.device("cpu")
+    if Path(source).is_dir():
+        verify_checkpoint(Path(source))
+    elif "/" in source and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ModelError("There is no such model directory.", where=source, remedy="check the path")
+    transformers_logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
+    if is_compressed(source):
+        loader = compressed_class(read_json(Path(source) / "config.json"), source)
+    else:
+        loader = AutoModelForCausalLM
+        options["config"] = _read_config(source, trust_remote_code)
+        options["trust_remote_code"] = trust_remote_code
+        _require_causal(options["config"], source)
+    try:
+        model, found = loader.from_pretrained(source, **options)
+    except Exception as problem:
+        raise ModelError(
+            f"The model cannot be loaded ({type(problem).__name__}: {str(problem).splitlines()[0][:300]}).",
+            where=source,
+            remedy="config.json and the weights do not fit together; fetch the model again",
+        ) from problem
+    if found["missing_keys"]:
+        raise ModelError(
+            f"The weights lack {len(found['missing_keys'])} tensors of the model, {min(found['missing_keys'])!r} first.",
+            where=source,
+            remedy="fetch the model again; missing tensors would be random",
+        )
+    model = model.to(device).eval()
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise NotFiniteError(
+                "A weight holds NaN or an infinity.",
+                where=name,
+                remedy="the checkpoint is damaged or was trained to divergence; fetch or train it again",
+            )
+        parameter.requires_grad_(False)
+    loaded = LoadedModel(model, load_tokenizer(source, trust_remote_code), source, precision, {})
+    loaded.to_compute_dtypes()
+    return loaded
+
+
+def fingerprint(model: nn.Module, stored_dtypes: dict[str, torch.dtype]) -> str:
+    """Hash of names, shapes, stored dtypes and values of all parameters: the same weights give the same hash."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(json.dumps([name, list(parameter.shape), str(stored_dtypes.get(name))]).encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+

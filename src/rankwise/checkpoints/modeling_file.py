@@ -1,0 +1,137 @@
+"""The self-contained modelling file of a compressed checkpoint, and the class it defines.
+
+The file holds the source of `layers/low_rank.py` and three small subclasses of the base architecture. Loading with
+`trust_remote_code=True` runs it where rankwise is not installed; rankwise itself builds the same text afresh and never
+runs the file it finds in a directory.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from types import ModuleType
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from rankwise.errors import ModelError
+from rankwise.layers import low_rank
+
+MODULE_NAME = "modeling_rankwise"
+
+_TEMPLATE = '''"""{base} with low-rank linear layers.
+
+Written by rankwise; needs torch and transformers only. The config's `rankwise` entry says which layers are factored.
+"""
+
+{layer_source}
+
+from {config_module} import {config}
+from {model_module} import {causal}, {base}
+
+
+class Rankwise{config}({config}):
+    model_type = "{model_type}"
+
+
+class Rankwise{base}({base}):
+    config_class = Rankwise{config}
+
+    def __init__(self, config):
+        super().__init__(config)
+        replace_linears(self, config.rankwise["layers"])
+        self.post_init()
+
+
+class Rankwise{causal}({causal}):
+    config_class = Rankwise{config}
+
+    def __init__(self, config):
+        super().__init__(config)
+        setattr(self, self.base_model_prefix, Rankwise{base}(config))
+        self.post_init()
+'''
+
+
+def model_type_for(base_model_type: str) -> str:
+    """The model type of a compressed checkpoint, one that transformers does not know by itself."""
+    return f"rankwise_{base_model_type}"
+
+
+def _layer_source() -> str:
+    """Source of the layer file without its module docstring."""
+    source = inspect.getsource(low_rank)
+    docstring = ast.parse(source).body[0]
+    return "\n".join(source.splitlines()[docstring.end_lineno :]).strip()
+
+
+def modeling_source(config_class: type, base_class: type, causal_class: type) -> str:
+    """Text of the modelling file.
+
+    Args:
+        config_class: the base architecture's config class.
+        base_class: the class of the decoder without head.
+        causal_class: the causal language model's class.
+
+    Raises:
+        ModelError: when the architecture is not one that ships with transformers.
+    """
+    for each in (config_class, base_class, causal_class):
+        if not each.__module__.startswith("transformers.models."):
+            raise ModelError(
+                f"{each.__name__} does not ship with transformers, so a checkpoint of it cannot stand alone.",
+                where=each.__module__,
+                remedy="use --format dense",
+            )
+    return _TEMPLATE.format(
+        layer_source=_layer_source(),
+        config_module=config_class.__module__,
+        model_module=causal_class.__module__,
+        config=config_class.__name__,
+        base=base_class.__name__,
+        causal=causal_class.__name__,
+        model_type=model_type_for(config_class.model_type),  # type: ignore[attr-defined]
+    )
+
+
+def auto_map(config_class: type, base_class: type, causal_class: type) -> dict[str, str]:
+    """The config's `auto_map` entry."""
+    return {
+        "AutoConfig": f"{MODULE_NAME}.Rankwise{config_class.__name__}",
+        "AutoModel": f"{MODULE_NAME}.Rankwise{base_class.__name__}",
+        "AutoModelForCausalLM": f"{MODULE_NAME}.Rankwise{causal_class.__name__}",
+    }
+
+
+def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
+    """The causal language model class for a compressed checkpoint's config, built from rankwise's own text.
+
+    Args:
+        raw_config: contents of config.json.
+        where: directory, for errors.
+
+    Raises:
+        ModelError: when the config names classes that this version cannot build.
+    """
+    try:
+        base_type = raw_config["rankwise"]["base_model_type"]
+        names = raw_config["auto_map"]
+        from transformers import CONFIG_MAPPING
+
+        config_class = CONFIG_MAPPING[base_type]
+        causal_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+        base_name = names["AutoModel"].rpartition(".Rankwise")[2]
+        base_class = getattr(sys.modules[causal_class.__module__], base_name)
+    except (KeyError, AttributeError, TypeError) as problem:
+        raise ModelError(
+            f"The config's rankwise entry does not fit this version ({problem}).",
+            where=where,
+            remedy="a newer transformers or rankwise may know this architecture",
+        ) from None
+    source = modeling_source(config_class, base_class, causal_class)
+    # Under one name in sys.modules, so that pickling and inspection of the classes work.
+    module = ModuleType(f"rankwise_generated_{base_type}")
+    sys.modules[module.__name__] = module
+    exec(compile(source, module.__name__, "exec"), module.__dict__)
+    return getattr(module, f"Rankwise{causal_class.__name__}")

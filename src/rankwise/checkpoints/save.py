@@ -1,0 +1,214 @@
+"""Write a compressed checkpoint, or multiply the factors back into a plain one. Directories appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from rankwise.checkpoints.load import CHECKPOINT_KEY, LoadedModel
+from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, model_type_for, modeling_source
+from rankwise.errors import ModelError, OutputError
+from rankwise.layers import LowRankLinear
+from rankwise.sites import Site
+
+REPORT_FILE = "rankwise_report.json"
+"""Every directory that rankwise writes holds this file; only such directories are ever replaced."""
+
+FORMAT_VERSION = 1
+
+
+def check_output(output: Path) -> None:
+    """Raise when `output` exists and was not written by rankwise.
+
+    Raises:
+        OutputError: saying what is there.
+    """
+    if output.is_file():
+        raise OutputError("The output path is a file.", where=str(output), remedy="give a directory")
+    if output.is_dir() and any(output.iterdir()) and not (output / REPORT_FILE).exists():
+        raise OutputError(
+            "The output directory exists and was not written by rankwise; it is left alone.",
+            where=str(output),
+            remedy="give another --output, or empty it yourself",
+        )
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[Path]:
+    """A temporary directory beside `output` that takes its place when the block ends well.
+
+    Raises:
+        OutputError: when the disk is full or not writable; `output` is then as it was.
+    """
+    check_output(output)
+    output = output.absolute()
+    fresh = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        yield fresh
+        # Survive a power cut too: the contents reach the disk before the name does.
+        os.sync()
+        if output.exists():
+            old = output.with_name(f".{output.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(output, old)
+            os.rename(fresh, output)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(fresh, output)
+    except Exception as problem:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if isinstance(problem, OSError) or "os error" in str(problem).lower():
+            full = getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem)
+            raise OutputError(
+                "The disk is full." if full else f"The checkpoint cannot be written ({problem}).",
+                where=str(output),
+                remedy="make room and run the same command again; finished stages are kept" if full else "check the path and its permissions",
+            ) from problem
+        raise
+
+
+def low_rank_layers(model: nn.Module, sites: Sequence[Site]) -> dict[str, dict[str, Any]]:
+    """Forms of the low-rank layers by path inside the base model: `{"shape": [m, n], "rank": r, "bias": bool}`."""
+    prefix = model.base_model_prefix + "."
+    layers = {}
+    for site in sites:
+        module = site.module(model)
+        if isinstance(module, LowRankLinear):
+            form = {"shape": [site.m, site.n], "rank": module.right.out_features, "bias": module.left.bias is not None}
+            layers[site.name.removeprefix(prefix)] = form
+    return layers
+
+
+def _write_weights(model: Any, folder: Path, max_shard_size: str) -> None:
+    tied = getattr(model, "all_tied_weights_keys", {})
+    save_torch_state_dict(
+        model.state_dict(),
+        folder,
+        max_shard_size=max_shard_size,
+        metadata={"format": "pt"},
+        shared_tensors_to_discard=list(tied),
+    )
+
+
+def _write_companions(loaded: LoadedModel, folder: Path) -> None:
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(folder)
+    generation = getattr(loaded.model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+
+
+def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_shard_size: str = "5GB") -> None:
+    """Write a checkpoint whose low-rank layers any transformers can load with `trust_remote_code=True`.
+
+    Args:
+        folder: an empty directory.
+        loaded: the model, its low-rank layers in place, parameters in their stored dtypes.
+        sites: all sites, dense or not.
+        max_shard_size: size at which weights are split over files.
+
+    Raises:
+        ModelError: when the architecture does not ship with transformers.
+    """
+    model = loaded.model
+    classes = (type(model.config), type(model.base_model), type(model))
+    source = modeling_source(*classes)
+    config = model.config.to_dict()
+    base_type = config["model_type"]
+    config.update(
+        model_type=model_type_for(base_type),
+        architectures=[f"Rankwise{classes[2].__name__}"],
+        auto_map=auto_map(*classes),
+        **{
+            CHECKPOINT_KEY: {
+                "format": FORMAT_VERSION,
+                "base_model_type": base_type,
+                "base_architecture": classes[2].__name__,
+                "layers": low_rank_layers(model, sites),
+            }
+        },
+    )
+    _write_weights(model, folder, max_shard_size)
+    type(model.config)(**config).to_json_file(folder / "config.json", use_diff=False)
+    _fix_model_type(folder / "config.json", config)
+    (folder / f"{MODULE_NAME}.py").write_text(source)
+    _write_companions(loaded, folder)
+
+
+def _fix_model_type(path: Path, config: dict[str, Any]) -> None:
+    """Config classes write their own model type; put ours in the file."""
+    import json
+
+    written = json.loads(path.read_text())
+    written.update({key: config[key] for key in ("model_type", "architectures", "auto_map", CHECKPOINT_KEY)})
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+
+
+def _dense_module(site: Site, old: LowRankLinear) -> nn.Module:
+    weight = (old.left.weight.double() @ old.right.weight.double()).to(old.left.weight.dtype)
+    with torch.device("meta"):
+        dense = Conv1D(site.m, site.n) if site.transposed else nn.Linear(site.n, site.m, bias=old.left.bias is not None)
+    dense.weight = nn.Parameter((weight.T if site.transposed else weight).contiguous(), requires_grad=False)
+    if old.left.bias is not None:
+        dense.bias = old.left.bias
+    elif site.transposed:
+        dense.bias = nn.Parameter(weight.new_zeros(site.m), requires_grad=False)
+    return dense
+
+
+def _parameter_names(config: Any) -> set[str]:
+    with torch.device("meta"):
+        return {name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()}
+
+
+def densify(loaded: LoadedModel, sites: Sequence[Site]) -> None:
+    """Multiply the factors back, in place, and let the config admit the biases that compression added.
+
+    Raises:
+        ModelError: when the original architecture has no place for an added bias.
+    """
+    model = loaded.model
+    for site in sites:
+        module = site.module(model)
+        if isinstance(module, LowRankLinear):
+            model.set_submodule(site.name, _dense_module(site, module))
+    have = {name for name, _ in model.named_parameters()}
+    if not have <= _parameter_names(model.config):
+        for flag in ("attention_bias", "mlp_bias", "use_bias", "bias"):
+            if getattr(model.config, flag, None) is False:
+                setattr(model.config, flag, True)
+    wanted = _parameter_names(model.config)
+    if have - wanted:
+        raise ModelError(
+            f"{type(model).__name__} has no place for the bias that compression added.",
+            where=min(have - wanted),
+            remedy="compress with --set method.bias=false, or without --format dense",
+        )
+    for name in sorted(wanted - have):
+        path, _, kind = name.rpartition(".")
+        module = model.get_submodule(path)
+        module.register_parameter(kind, nn.Parameter(module.weight.new_zeros(module.weight.shape[0]), requires_grad=False))
+
+
+def save_dense(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_shard_size: str = "5GB") -> None:
+    """Write a plain checkpoint of the original type. It is as large as the original.
+
+    Args and errors as for `save_low_rank` and `densify`; the model in memory becomes dense.
+    """
+    densify(loaded, sites)
+    loaded.model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(folder)

@@ -1,0 +1,7 @@
+"""What was lost and what was saved: perplexity, parameters, bytes, generated text."""
+
+from rankwise.evaluation.cost import Cost, measure_cost
+from rankwise.evaluation.generate import generate
+from rankwise.evaluation.perplexity import Perplexity, perplexity, scored_windows
+
+__all__ = ["Cost", "Perplexity", "generate", "measure_cost", "perplexity", "scored_windows"]

@@ -1,0 +1,54 @@
+"""Size: parameters and bytes of the whole model and of the decoder's linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rankwise.sites import Site
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Sizes of a model in the dtypes it is stored in; tied tensors count once.
+
+    Attributes:
+        parameters: all parameters.
+        bytes: their bytes.
+        linear_parameters: weights (or factors) of the decoder's linear layers, biases not counted.
+        linear_bytes: their bytes.
+        linear_biases: biases of those layers.
+    """
+
+    parameters: int
+    bytes: int
+    linear_parameters: int
+    linear_bytes: int
+    linear_biases: int
+
+
+def measure_cost(model: Any, sites: Sequence[Site], stored_dtypes: Mapping[str, torch.dtype]) -> Cost:
+    """Count a model as its checkpoint stores it.
+
+    Args:
+        model: dense or compressed, on any device (also `meta`).
+        sites: the sites of the dense model.
+        stored_dtypes: by parameter name; a parameter that is not named counts in the dtype it has.
+    """
+    prefixes = tuple(site.name + "." for site in sites)
+    parameters = size = linear = linear_bytes = biases = 0
+    for name, parameter in model.named_parameters():
+        count = parameter.numel()
+        width = stored_dtypes.get(name, parameter.dtype).itemsize
+        parameters += count
+        size += count * width
+        if name.startswith(prefixes):
+            if name.endswith(".bias"):
+                biases += count
+            else:
+                linear += count
+                linear_bytes += count * width
+    return Cost(parameters, size, linear, linear_bytes, biases)

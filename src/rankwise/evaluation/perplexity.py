@@ -1,0 +1,108 @@
+"""Perplexity: exp of the mean negative log-likelihood over every scored token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.errors import DataError, NotFiniteError
+from rankwise.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and what it was measured on.
+
+    Attributes:
+        perplexity: exp(mean NLL), natural logarithm.
+        tokens: scored tokens.
+        windows: sequences the model saw.
+        length: tokens a window.
+        stride: tokens from one window's start to the next; the length when windows do not overlap.
+    """
+
+    perplexity: float
+    tokens: int
+    windows: int
+    length: int
+    stride: int
+
+
+def scored_windows(ids: Tensor, stride: int | None) -> tuple[Tensor, int]:
+    """Overlapping windows over packed sequences.
+
+    Args:
+        ids: shape `[sequences, length]`, contiguous text when `stride` is smaller than the length.
+        stride: None or the length for windows without overlap.
+
+    Returns:
+        Windows `[windows, length]`, and the stride.
+
+    Raises:
+        DataError: when the stride is not in 1..length.
+    """
+    length = ids.shape[1]
+    stride = stride or length
+    if not 1 <= stride <= length:
+        raise DataError(f"A stride of {stride} does not fit windows of {length}.", where="stride", remedy="use 1..length")
+    if stride == length:
+        return ids, stride
+    return ids.flatten().unfold(0, length, stride), stride
+
+
+@torch.no_grad()
+def perplexity(
+    model: Any,
+    ids: Tensor,
+    *,
+    stride: int | None = None,
+    batch_size: int = 8,
+    reporter: Reporter | None = None,
+    description: str = "perplexity",
+) -> Perplexity:
+    """Score every token that has a predecessor in its window, once.
+
+    With a stride below the length the first window scores all but its first token, each later one its last `stride`.
+
+    Args:
+        model: causal language model in evaluation mode.
+        ids: shape `[sequences, length]`.
+        stride: see `scored_windows`.
+        batch_size: windows per batch.
+        reporter: shows progress.
+        description: what the progress bar says.
+
+    Raises:
+        NotFiniteError: when the loss of a window is not finite, naming the window.
+        DataError: when windows are shorter than two tokens.
+    """
+    reporter = reporter or Reporter(show=False)
+    windows, stride = scored_windows(ids, stride)
+    length = windows.shape[1]
+    if length < 2:
+        raise DataError("A window of one token has nothing to score.", where="length", remedy="use a length of 2 or more")
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    starts = range(0, len(windows), batch_size)
+    for start in reporter.track(starts, description, total=len(starts)):
+        batch = windows[start : start + batch_size].to(device)
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
+        if stride < length:
+            fresh = torch.ones_like(losses, dtype=torch.bool)
+            fresh[(1 if start == 0 else 0) :, : length - 1 - stride] = False
+            losses = losses[fresh]
+        batch_total = float(losses.double().sum())
+        if not math.isfinite(batch_total):
+            raise NotFiniteError(
+                "The model's loss is NaN or infinite.",
+                where=f"windows {start} to {start + len(batch) - 1}",
+                remedy="load it with --precision float32; if that fails too the model is damaged",
+            )
+        total += batch_total
+        tokens += losses.numel()
+    return Perplexity(math.exp(total / tokens), tokens, len(windows), length, stride)

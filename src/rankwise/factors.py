@@ -1,0 +1,97 @@
+"""`Basis` (full-rank factors in order of importance) and `Factors` (what is left of a weight at one rank)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankwise.errors import NotFiniteError
+
+
+@dataclass(frozen=True)
+class Factors:
+    """W ~ L R, with the bias of the layer.
+
+    Attributes:
+        left: L, shape `[m, r]`.
+        right: R, shape `[r, n]`.
+        bias: shape `[m]`, or None.
+    """
+
+    left: Tensor
+    right: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in L and R: r (m + n). The bias is not counted."""
+        return self.left.numel() + self.right.numel()
+
+    def reconstruct(self) -> Tensor:
+        """L R, shape `[m, n]`."""
+        return self.left @ self.right
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Full-rank factors of one site, most important component first. Truncating is slicing.
+
+    Attributes:
+        left: shape `[m, k]` with k = min(m, n).
+        right: shape `[k, n]`; `left @ right` is W.
+        energy: shape `[k]`, what dropping each component costs in the method's own metric.
+        mean_output: E[W x], shape `[m]`; None when the method leaves the mean alone.
+        mean_code: E[R x], shape `[k]`; None together with `mean_output`.
+        damping: relative damping that the decomposition needed; 0 when none.
+    """
+
+    left: Tensor
+    right: Tensor
+    energy: Tensor
+    mean_output: Tensor | None = None
+    mean_code: Tensor | None = None
+    damping: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[1]
+
+    def truncate(self, rank: int, bias: Tensor | None = None) -> Factors:
+        """The first `rank` components, with the bias that makes up for the mean of what was dropped.
+
+        The bias is b + (W - L R) E[x] (Bolaco, section 3.1), which needs only E[W x] and E[R x].
+
+        Args:
+            rank: components kept, 1 to k.
+            bias: the layer's own bias, shape `[m]`, or None.
+
+        Raises:
+            ValueError: when `rank` is out of range.
+        """
+        if not 1 <= rank <= self.rank:
+            raise ValueError(f"rank must lie in 1..{self.rank}, not {rank}")
+        left, right = self.left[:, :rank], self.right[:rank]
+        if self.mean_output is not None and self.mean_code is not None:
+            compensation = self.mean_output - left @ self.mean_code[:rank]
+            bias = compensation if bias is None else bias.to(compensation) + compensation
+        return Factors(left, right, bias)
+
+    def check_finite(self, name: str) -> None:
+        """Raise when a factor is not finite.
+
+        Raises:
+            NotFiniteError: naming the site.
+        """
+        parts = (self.left, self.right, self.energy, self.mean_output, self.mean_code)
+        if not all(torch.isfinite(part).all() for part in parts if part is not None):
+            raise NotFiniteError(
+                "The decomposition gave NaN or an infinity.",
+                where=name,
+                remedy="look at this layer's activations; a float32 run (--set precision=float32) may help",
+            )

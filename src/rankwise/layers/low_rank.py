@@ -1,0 +1,42 @@
+"""The low-rank linear layer, and the function that puts it where a dense one stood.
+
+This file imports torch alone: its source is also written, word for word, into the modelling file of every checkpoint,
+so that a checkpoint loads where rankwise is not installed.
+"""
+
+from torch import Tensor, nn
+
+
+class LowRankLinear(nn.Module):
+    """y = L (R x) + b, two plain linear layers one after the other.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        rank: r.
+        bias: whether the layer adds a bias of shape `[m]`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.right = nn.Linear(in_features, rank, bias=False)
+        self.left = nn.Linear(rank, out_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., n]` to `[..., m]`."""
+        return self.left(self.right(x))
+
+
+def replace_linears(model: nn.Module, layers: dict) -> None:
+    """Put an empty low-rank layer at every path named.
+
+    Args:
+        model: changed in place.
+        layers: path -> `{"shape": [m, n], "rank": r, "bias": bool}`.
+    """
+    for path, form in layers.items():
+        parent, _, name = path.rpartition(".")
+        m, n = form["shape"]
+        setattr(model.get_submodule(parent), name, LowRankLinear(n, m, form["rank"], form["bias"]))

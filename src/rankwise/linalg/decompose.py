@@ -1,0 +1,96 @@
+"""The one decomposition behind every method: principal outputs of a weight under two metrics.
+
+With P P^T a metric on outputs and M one on inputs, the minimiser of tr(P^T (W - L R) M (W - L R)^T P) over rank r is
+L = P^{-T} U_r, R = U_r^T P^T W, with U the eigenvectors of P^T W M W^T P. A method is a choice of M and P.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankwise.linalg.metrics import InputMetric, OutputMetric
+
+_NEGLIGIBLE = 1e-12
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Factors of full rank k = min(m, n).
+
+    Attributes:
+        left: L, shape `[m, k]`.
+        right: R, shape `[k, n]`.
+        energy: shape `[k]`, descending.
+        encoder: E with R = E W, shape `[k, m]`.
+    """
+
+    left: Tensor
+    right: Tensor
+    energy: Tensor
+    encoder: Tensor
+
+
+def _descending(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def _tall_directions(weight: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of (W S)(W S)^T for m > n, from the smaller n x n side.
+
+    Directions that M never excites have no image under W S. They are completed from W itself, so that all k columns
+    together still span the range of W and full rank stays exact.
+    """
+    energy, vectors = _descending(root.T @ root)
+    strong = int((energy > _NEGLIGIBLE * energy[0]).sum())
+    columns = (root @ vectors[:, :strong]) / energy[:strong].sqrt()
+    weak = weight.shape[1] - strong
+    if weak:
+        residual = weight - columns @ (columns.T @ weight)
+        residual = residual - columns @ (columns.T @ residual)
+        _, rest = _descending(residual.T @ residual)
+        energy = torch.cat([energy[:strong], torch.zeros_like(energy[strong:])])
+        columns = torch.cat([columns, residual @ rest[:, :weak]], dim=1)
+    orthonormal, triangle = torch.linalg.qr(columns)
+    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(orthonormal)
+    return energy, orthonormal * signs
+
+
+def decompose(
+    weight: Tensor,
+    *,
+    inputs: InputMetric | None = None,
+    outputs: Tensor | None = None,
+    metric: OutputMetric | None = None,
+) -> Decomposition:
+    """Order a weight's output directions by what they carry.
+
+    The eigenproblem is always of the smaller side of W.
+
+    Args:
+        weight: W, shape `[m, n]`, float64.
+        inputs: the metric M on inputs; None for the identity.
+        outputs: W M W^T measured directly, shape `[m, m]`; takes the place of `inputs`.
+        metric: P; None for the identity.
+
+    Returns:
+        Factors whose leading r columns and rows are the best rank-r pair under (M, P). Energies are the eigenvalues.
+    """
+    m, n = weight.shape
+    weighed = weight if metric is None else metric.weigh(weight)
+    if outputs is not None:
+        # P^T C P with C symmetric: weigh the columns, then the rows.
+        moment = outputs if metric is None else metric.weigh(metric.weigh(outputs).T)
+        energy, directions = _descending(moment)
+    elif m <= n:
+        energy, directions = _descending(weighed @ weighed.T if inputs is None else inputs.output_moment(weighed))
+    else:
+        energy, directions = _tall_directions(weighed, weighed if inputs is None else inputs.times_root(weighed))
+    k = min(m, n)
+    energy, directions = energy[:k], directions[:, :k]
+    left = directions if metric is None else metric.undo(directions)
+    encoder = directions.T if metric is None else metric.spread(directions).T
+    return Decomposition(left, directions.T @ weighed, energy, encoder)

@@ -1,0 +1,53 @@
+"""What every factorisation method is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from rankwise.factors import Basis
+from rankwise.linalg import Decomposition
+from rankwise.statistics import Request, SiteStatistics
+
+
+class Method(BaseModel, ABC):
+    """A frozen settings object that is its own node in a recipe.
+
+    Every method has a `name` field with one allowed value, states what it `requests`, and turns a weight and its
+    statistics into a `Basis`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+
+    def requests(self) -> tuple[Request, ...]:
+        """Statistics that have to be collected first."""
+        return ()
+
+    @abstractmethod
+    def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
+        """Factor one weight.
+
+        Args:
+            weight: W, shape `[m, n]`, float64.
+            statistics: what was collected at this site.
+
+        Returns:
+            Factors of full rank, most important component first.
+        """
+
+
+def make_basis(found: Decomposition, mean_output: Tensor | None = None, damping: float = 0.0) -> Basis:
+    """A basis from a decomposition.
+
+    Args:
+        found: the ordered factors.
+        mean_output: E[W x], shape `[m]`, when the bias is to make up for the mean of what is dropped.
+        damping: what the decomposition needed.
+    """
+    if mean_output is None:
+        return Basis(found.left, found.right, found.energy, damping=damping)
+    return Basis(found.left, found.right, found.energy, mean_output, found.encoder @ mean_output, damping)

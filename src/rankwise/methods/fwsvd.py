@@ -1,0 +1,33 @@
+"""Fisher-weighted SVD (Hsu et al., 2022, arXiv 2207.00112): rows weigh as much as the loss feels them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from rankwise.factors import Basis
+from rankwise.linalg import OutputMetric, decompose
+from rankwise.methods.base import Method, make_basis
+from rankwise.statistics import Need, Request, SiteStatistics
+
+
+class FWSVD(Method):
+    """Minimises sum_i f_i ||W_i - (L R)_i||^2 with f_i the squared loss gradient summed over row i.
+
+    Attributes:
+        labels: `text` takes the gradient at the token that follows, `sampled` at one drawn from the model.
+        damping: added to f, relative to its mean, so that a row without gradient can be undone.
+    """
+
+    name: Literal["fwsvd"] = "fwsvd"
+    labels: Literal["text", "sampled"] = "text"
+    damping: Annotated[float, Field(ge=0)] = 1e-6
+
+    def requests(self) -> tuple[Request, ...]:
+        return (Request(Need.ROW_FISHER, labels=self.labels),)
+
+    def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
+        rows = OutputMetric.of(statistics.row_fisher()[:, None, None], self.damping)
+        return make_basis(decompose(weight, metric=rows), damping=rows.damping)

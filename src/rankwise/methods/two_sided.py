@@ -1,0 +1,43 @@
+"""Two-sided factorisation: inputs weigh by their covariance, outputs by the loss's curvature (the geometry of K-FAC)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from rankwise.factors import Basis
+from rankwise.linalg import OutputMetric, decompose
+from rankwise.methods.base import Method, make_basis
+from rankwise.statistics import Need, Request, SiteStatistics
+from rankwise.statistics.needs import DEFAULT_CURVATURE_GB
+
+
+class TwoSided(Method):
+    """Minimises tr(F (W - L R) Sigma (W - L R)^T): F = E[g g^T] at the output, Sigma = Cov(x) at the input.
+
+    Energies estimate twice the loss increase per token of dropping a component, in one unit at every site.
+
+    Attributes:
+        labels: the loss gradient is taken at tokens `sampled` from the model (the Fisher information) or at the `text`.
+        damping: added to F relative to its mean diagonal; raised tenfold until F is positive definite, and reported.
+        curvature_gb: memory for all F together, in 10^9 bytes. Where full matrices do not fit, diagonal blocks are kept.
+        bias: add (W - L R) E[x], so that the mean output stays exact.
+    """
+
+    name: Literal["two_sided"] = "two_sided"
+    labels: Literal["sampled", "text"] = "sampled"
+    damping: Annotated[float, Field(ge=0)] = 1e-6
+    curvature_gb: Annotated[float, Field(gt=0)] = DEFAULT_CURVATURE_GB
+    bias: bool = True
+
+    def requests(self) -> tuple[Request, ...]:
+        curvature = Request(Need.CURVATURE, labels=self.labels, curvature_gb=self.curvature_gb)
+        return (Request(Need.MOMENTS), curvature)
+
+    def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
+        seen = statistics.covariance()
+        metric = OutputMetric.of(statistics.curvature(), self.damping)
+        found = decompose(weight, inputs=seen.inputs, outputs=seen.outputs, metric=metric)
+        return make_basis(found, seen.mean_output if self.bias else None, metric.damping)

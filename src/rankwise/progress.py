@@ -1,0 +1,107 @@
+"""What a run tells its user while it works: stages, progress and notes.
+
+Everything goes to standard error, so that standard output stays free for results.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_SHOW_AFTER_SECONDS = 2.0
+
+
+def _reset_peak_memory() -> bool:
+    """Set this process's peak resident size back to its current size; True when the system allows it (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory in bytes, since the last reset where the system allows one, else since the start."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Reporter:
+    """Collects notes and stage timings, and shows progress on a terminal.
+
+    Args:
+        show: draw progress bars and print notes. None means: only when standard error is a terminal for bars; notes
+            are always printed unless `show` is False.
+    """
+
+    def __init__(self, show: bool | None = None) -> None:
+        self.notes: list[str] = []
+        self.stages: dict[str, dict[str, Any]] = {}
+        self._print_notes = show is not False
+        self._bars = sys.stderr.isatty() if show is None else show
+
+    def note(self, text: str) -> None:
+        """Say something the user should know, once, and keep it for the report."""
+        if text in self.notes:
+            return
+        self.notes.append(text)
+        if self._print_notes:
+            print(f"note: {text}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; records seconds and peak resident memory under `name`."""
+        resets = _reset_peak_memory()
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stages[name] = {
+                "seconds": round(time.monotonic() - started, 2),
+                "peak_memory_bytes": peak_memory_bytes(),
+                "peak_is_of_this_stage": resets,
+            }
+
+    def track(self, items: Sequence[T] | Iterable[T], description: str, total: int, done: int = 0) -> Iterator[T]:
+        """Iterate with a progress bar: what, how far, how long left. Appears only for work longer than two seconds.
+
+        Args:
+            items: what is left to do.
+            description: what is being done.
+            total: number of items in all.
+            done: number of items finished by an earlier, interrupted run.
+        """
+        if not self._bars:
+            yield from items
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        task = bar.add_task(description, total=total, completed=done)
+        started = time.monotonic()
+        shown = False
+        try:
+            for item in items:
+                yield item
+                bar.advance(task)
+                if not shown and time.monotonic() - started > _SHOW_AFTER_SECONDS:
+                    bar.start()
+                    shown = True
+        finally:
+            if shown:
+                bar.stop()

@@ -1,0 +1,227 @@
+"""`Recipe`: a whole run as one validated object, in Python or as YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from rankwise.allocation import ALLOCATIONS, AnyAllocation, Uniform, allocation_from
+from rankwise.budget import Budget
+from rankwise.data import parse_source
+from rankwise.errors import RankwiseError, RecipeError, nearest
+from rankwise.methods import METHODS, AnyMethod, TwoSided, method_named
+
+
+class _Node(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _checked_source(text: str) -> str:
+    try:
+        parse_source(text)
+    except RankwiseError as problem:
+        raise ValueError(f"{problem.problem} {problem.remedy or ''}".strip()) from None
+    return text
+
+
+class Calibration(_Node):
+    """The text whose statistics steer the factorisation.
+
+    Attributes:
+        source: see `rankwise.data.sources` for the grammar.
+        sequences: how many; None for all.
+        length: tokens a sequence; None means the smaller of 512 and the model's context, and for a `tokens:` source of
+            shape `[sequences, tokens]` its own.
+        sample: `random` draws sequences by the recipe's seed, `first` takes them from the start.
+        batch_size: sequences a batch.
+    """
+
+    source: str = "bundled"
+    sequences: Annotated[int, Field(ge=1)] | None = 256
+    length: Annotated[int, Field(ge=2)] | None = None
+    sample: Literal["random", "first"] = "random"
+    batch_size: Annotated[int, Field(ge=1)] = 8
+
+    _source = field_validator("source")(_checked_source)
+
+
+class Evaluation(_Node):
+    """Text on which dense and compressed model are scored after compression.
+
+    Attributes:
+        source: as for calibration.
+        skip: sequences skipped at the start.
+        sequences: how many, from the start; None for all.
+        length: as for calibration.
+        stride: tokens from window to window; None for no overlap.
+        batch_size: windows a batch.
+    """
+
+    source: str
+    skip: Annotated[int, Field(ge=0)] = 0
+    sequences: Annotated[int, Field(ge=1)] | None = None
+    length: Annotated[int, Field(ge=2)] | None = None
+    stride: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 8
+
+    _source = field_validator("source")(_checked_source)
+
+
+class Recipe(_Node):
+    """Everything a compression depends on.
+
+    Attributes:
+        model: directory or hub name of the checkpoint.
+        output: directory to write; None keeps the result in memory only.
+        method: how a weight is factored.
+        allocation: how rank is spread over sites.
+        budget: how much is kept.
+        calibration: text for statistics.
+        evaluation: text to score before and after, or None.
+        format: `low_rank` writes factors; `dense` multiplies them back into a checkpoint of the original type, which
+            saves no space.
+        max_shard_size: size at which weights are split over files.
+        precision: `auto` computes in float32 on a CPU and in the checkpoint's dtype on a GPU; `stored`; `float32`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        seed: for everything drawn.
+        trust_remote_code: run code that the checkpoint ships.
+    """
+
+    model: str
+    output: str | None = None
+    method: AnyMethod = TwoSided()
+    allocation: AnyAllocation = Uniform()
+    budget: Budget = Budget()
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation | None = None
+    format: Literal["low_rank", "dense"] = "low_rank"
+    max_shard_size: str = "5GB"
+    precision: Literal["auto", "stored", "float32"] = "auto"
+    device: str = "auto"
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_by_name(cls, value: Any) -> Any:
+        return method_named(value) if isinstance(value, str) else value
+
+    @field_validator("allocation", mode="before")
+    @classmethod
+    def _allocation_by_name(cls, value: Any) -> Any:
+        return allocation_from(value) if isinstance(value, str) else value
+
+
+_NODES: dict[str, Any] = {"budget": Budget, "calibration": Calibration, "evaluation": Evaluation}
+
+
+def _known_keys(where: tuple[Any, ...]) -> list[str]:
+    """Keys allowed at a place in a recipe."""
+    node: Any = Recipe
+    for part in where:
+        if node is Recipe and part in _NODES:
+            node = _NODES[part]
+        elif part in METHODS:
+            node = METHODS[part]
+        elif part in ALLOCATIONS:
+            node = ALLOCATIONS[part]
+    return [key for key in node.model_fields if key != "name" or node is Recipe]
+
+
+def _explain(problem: ValidationError, origin: str) -> RecipeError:
+    """One error for people from pydantic's list: the first problem, its place, and the nearest known key."""
+    error = problem.errors()[0]
+    place = tuple(part for part in error["loc"] if part not in ("name",))
+    path = ".".join(str(p) for i, p in enumerate(place) if not (i == 1 and p in {**METHODS, **ALLOCATIONS}))
+    where = f"{origin}: {path}" if path else origin
+    if error["type"] == "extra_forbidden":
+        return RecipeError(f"{place[-1]!r} is no key of a recipe.", where=where, remedy=nearest(str(place[-1]), _known_keys(place[:-1])))
+    if error["type"] == "missing":
+        return RecipeError(f"{path!r} is missing.", where=origin, remedy=f"add {path}")
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        known = METHODS if place[0] == "method" else ALLOCATIONS
+        given = error["input"].get("name", "") if isinstance(error["input"], dict) else str(error["input"])
+        return RecipeError(f"There is no {place[0]} {given!r}.", where=where, remedy=nearest(given, known))
+    message = error["msg"].removeprefix("Value error, ")
+    given = f" (given: {error['input']!r})" if not isinstance(error["input"], dict) else ""
+    return RecipeError(f"{path}: {message}{given}.", where=where, remedy="see rankwise recipes show for a valid recipe")
+
+
+def recipe_from(values: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+    """Validate.
+
+    Args:
+        values: nested mapping, as YAML gives it.
+        origin: file name or such, for errors.
+
+    Raises:
+        RecipeError: naming the key, and the nearest known one for a key that is unknown.
+    """
+    try:
+        return Recipe.model_validate(dict(values))
+    except ValidationError as problem:
+        raise _explain(problem, origin) from None
+
+
+def set_value(values: dict[str, Any], assignment: str) -> None:
+    """Apply `budget.rank_multiple=1` to a nested mapping, in place. The value is read as YAML.
+
+    Raises:
+        RecipeError: when it is not of the form key=value.
+    """
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise RecipeError("An override is not of the form key=value.", where=assignment, remedy="write --set budget.keep=0.7")
+    *parents, leaf = path.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if isinstance(child, str) and parent in ("method", "allocation"):
+            child = node[parent] = {"name": child}
+        if not isinstance(child, dict):
+            raise RecipeError(f"{parent!r} holds a value, not keys.", where=assignment, remedy="see rankwise recipes show")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        raise RecipeError("An override's value is not YAML.", where=assignment, remedy=str(problem).splitlines()[0]) from None
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The mapping in a YAML file, or in a ready recipe given by its name.
+
+    Raises:
+        RecipeError: when it cannot be read, naming the nearest ready recipe.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise RecipeError("The recipe cannot be read.", where=name, remedy=str(problem)) from None
+    else:
+        ready = ready_recipes()
+        if name not in ready:
+            raise RecipeError(f"There is no ready recipe {name!r}.", where=name, remedy=nearest(name, ready))
+        text = ready[name]
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        raise RecipeError("The recipe is not YAML.", where=name, remedy=" ".join(str(problem).split())) from None
+    if not isinstance(values, dict):
+        raise RecipeError("The recipe is not a mapping of keys to values.", where=name, remedy="see rankwise recipes show")
+    return values
+
+
+def ready_recipes() -> dict[str, str]:
+    """Ready recipes by name, as YAML text."""
+    folder = resources.files("rankwise") / "recipes"
+    return {f.name.removesuffix(".yaml"): f.read_text() for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith(".yaml")}
+
+
+__all__ = ["Calibration", "Evaluation", "Recipe", "read_recipe", "ready_recipes", "recipe_from", "set_value"]

@@ -1,0 +1,65 @@
+"""The README.md of a compressed checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [rankwise, low-rank]
+---
+
+# {{ name }}, {{ "%.3g" | format(100 * keep.got) }}% of the linear weights kept
+
+Made by rankwise {{ machine.rankwise }} from `{{ source }}` (`{{ architecture }}`).
+
+| | before | after |
+|---|---|---|
+| parameters, whole model | {{ "{:,}".format(before.parameters) }} | {{ "{:,}".format(after.parameters) }} |
+| parameters, decoder linears | {{ "{:,}".format(before.linear_parameters) }} | {{ "{:,}".format(after.linear_parameters) }} |
+| bytes of weights | {{ "{:,}".format(before.bytes) }} | {{ "{:,}".format(after.bytes) }} |
+{%- if evaluation %}
+| perplexity, {{ evaluation.source }} ({{ "{:,}".format(evaluation.dense.tokens) }} tokens, windows of \
+{{ evaluation.dense.length }}) | {{ "%.3f" | format(evaluation.dense.perplexity) }} | \
+{{ "%.3f" | format(evaluation.compressed.perplexity) }} |
+{%- endif %}
+
+- method `{{ recipe.method.name }}`, allocation `{{ recipe.allocation.name }}`, \
+{% if keep.asked is not none %}asked to keep {{ keep.asked }}, {% endif %}kept {{ "%.4f" | format(keep.got) }}
+- calibration: {{ calibration.sequences }} sequences of {{ calibration.length }} tokens from `{{ calibration.source }}`
+- {{ counted }}
+{%- if biases_added %}
+- {{ "{:,}".format(biases_added) }} biases were added to make up for the mean of what was dropped
+{%- endif %}
+{%- for note in notes %}
+- {{ note }}
+{%- endfor %}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("DIR"{% if low_rank %}, trust_remote_code=True{% endif %})
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+```
+{% if low_rank %}
+`trust_remote_code=True` runs `modeling_rankwise.py` from this directory: the low-rank layer and three small subclasses
+of the original classes. Without it loading stops with an error.
+{% else %}
+The factors are multiplied back: this checkpoint loads like the original and is as large as it. No size is saved.
+{% endif %}
+`rankwise_report.json` has every rank, size, time and setting; `plan.json` the ranks alone.
+"""
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """Markdown for a report."""
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    source = report["recipe"]["model"].rstrip("/").rpartition("/")[2]
+    low_rank = report["recipe"]["format"] == "low_rank"
+    return environment.from_string(_CARD).render(**report, name=source, source=source, low_rank=low_rank)

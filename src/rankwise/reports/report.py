@@ -1,0 +1,78 @@
+"""The report: one JSON object with everything that was done and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rankwise.budget import RankPlan
+from rankwise.evaluation import Cost, Perplexity
+
+
+def build_report(
+    *,
+    recipe: Mapping[str, Any],
+    fingerprint: str,
+    plan: RankPlan,
+    roles: Mapping[str, tuple[int, str]],
+    losses: Mapping[str, Mapping[str, float]],
+    costs: tuple[Cost, Cost],
+    scores: tuple[Perplexity | None, Perplexity | None],
+    calibration: Mapping[str, Any],
+    machine: Mapping[str, str],
+    notes: Sequence[str],
+    stages: Mapping[str, Any],
+    run_directory: str,
+) -> dict[str, Any]:
+    """Put a report together.
+
+    Args:
+        recipe: the recipe as plain values.
+        fingerprint: hash of the dense model's weights.
+        plan: rank of every site.
+        roles: site name -> (block, role).
+        losses: site name -> what dropping components cost.
+        costs: sizes before and after.
+        scores: perplexities before and after, or None.
+        calibration: what the statistics were taken on.
+        machine: where the run took place.
+        notes: what the user was told.
+        stages: seconds and peak memory by stage.
+        run_directory: where finished stages are.
+
+    Returns:
+        An object that JSON can hold. Bytes are of parameters in the dtypes stored.
+    """
+    before, after = costs
+    sites = {
+        name: {
+            "block": roles[name][0],
+            "role": roles[name][1],
+            "shape": list(shape),
+            "rank": plan.ranks[name],
+            **losses.get(name, {}),
+        }
+        for name, shape in plan.shapes.items()
+    }
+    evaluation = None
+    if scores[0] is not None and scores[1] is not None:
+        evaluation = {"source": recipe["evaluation"]["source"], "dense": asdict(scores[0]), "compressed": asdict(scores[1])}
+    return {
+        "format": "rankwise-report/1",
+        "recipe": dict(recipe),
+        "model_fingerprint": fingerprint,
+        "architecture": plan.architecture,
+        "keep": {"asked": plan.keep, "got": plan.kept},
+        "counted": "weights of the decoder's linear layers; embeddings, head, norms and biases are not counted",
+        "before": asdict(before),
+        "after": asdict(after),
+        "biases_added": after.linear_biases - before.linear_biases,
+        "evaluation": evaluation,
+        "calibration": dict(calibration),
+        "sites": sites,
+        "stages": dict(stages),
+        "machine": dict(machine),
+        "notes": list(notes),
+        "run_directory": run_directory,
+    }

@@ -1,0 +1,37 @@
+"""The table at the end of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def closing_table(report: dict[str, Any]) -> Table:
+    """Keep asked and got, sizes and perplexity before and after, time and peak memory by stage."""
+    before, after, keep = report["before"], report["after"], report["keep"]
+    table = Table(title="compressed", title_justify="left", show_edge=False, pad_edge=False)
+    for column in ("", "before", "after", "after / before"):
+        table.add_column(column, justify="left" if not column else "right")
+    asked = "-" if keep["asked"] is None else f"asked {keep['asked']:g}"
+    table.add_row("linear weights kept", asked, f"got {keep['got']:.4f}", "")
+    rows = (("parameters", "parameters"), ("linear parameters", "linear_parameters"))
+    for label, key in rows:
+        table.add_row(label, f"{before[key]:,}", f"{after[key]:,}", f"{after[key] / before[key]:.3f}")
+    for label, key in (("bytes", "bytes"), ("linear bytes", "linear_bytes")):
+        table.add_row(label, _bytes(before[key]), _bytes(after[key]), f"{after[key] / before[key]:.3f}")
+    if report["evaluation"]:
+        dense, small = (report["evaluation"][k]["perplexity"] for k in ("dense", "compressed"))
+        table.add_row("perplexity", f"{dense:.3f}", f"{small:.3f}", f"{small / dense:.3f}")
+    table.add_section()
+    for name, stage in report["stages"].items():
+        table.add_row(name, f"{stage['seconds']:.1f} s", f"peak {_bytes(stage['peak_memory_bytes'])}", "")
+    return table

@@ -1,0 +1,56 @@
+"""`Stream`: a place in the model where vectors are watched, and the sites it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rankwise.sites import Site
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The input that some sites share, or the output of one site.
+
+    Attributes:
+        module: path of the module whose input or output is watched.
+        side: which of the two.
+        d: dimension of the vectors.
+        sites: names of the sites it serves.
+    """
+
+    module: str
+    side: Literal["input", "output"]
+    d: int
+    sites: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.module}.{self.side}"
+
+
+def input_streams(sites: Sequence[Site]) -> list[Stream]:
+    """One stream for every distinct input."""
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(site.group, []).append(site)
+    return [Stream(name, "input", members[0].n, tuple(s.name for s in members)) for name, members in groups.items()]
+
+
+def output_streams(sites: Sequence[Site]) -> list[Stream]:
+    """One stream for every site's output."""
+    return [Stream(site.name, "output", site.m, (site.name,)) for site in sites]
+
+
+def moment_streams(sites: Sequence[Site]) -> list[Stream]:
+    """Inputs where one n x n matrix serves, outputs where theirs are smaller together (a down projection)."""
+    by_name = {site.name: site for site in sites}
+    streams: list[Stream] = []
+    for stream in input_streams(sites):
+        members = [by_name[name] for name in stream.sites]
+        if sum(site.m**2 for site in members) < stream.d**2:
+            streams.extend(output_streams(members))
+        else:
+            streams.append(stream)
+    return streams
