@@ -1,6 +1,6 @@
 """Train the model that `make quickstart` compresses: a small Llama and its tokenizer, from text CPython carries.
 
-    python examples/train_quickstart_model.py --output src/rankwise/quickstart/model
+    python examples/train_quickstart_model.py --output src/rankwise/quickstart/pydoc-llama
 
 About 15 minutes on two cores. The same Python, PyTorch and thread count give the same weights.
 """

@@ -81,4 +81,5 @@ def compress(recipe: Recipe, *, run_directory: Path | str | None = None, reporte
             score = stages.score(work, "compressed", plan)
         with reporter.stage("checkpoint"):
             report = stages.write(work, plan, losses, (dense_cost, cost), (dense_score, score))
+    report["stages"] = dict(reporter.stages)
     return Compressed(loaded.model, loaded.tokenizer, plan, report)

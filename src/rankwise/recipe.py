@@ -56,7 +56,9 @@ class Evaluation(_Node):
     Attributes:
         source: as for calibration.
         skip: sequences skipped at the start.
-        sequences: how many, from the start; None for all.
+        sequences: how many; None for all.
+        sample: `first` takes them from the start, `random` draws them by `seed`.
+        seed: for drawing.
         length: as for calibration.
         stride: tokens from window to window; None for no overlap.
         batch_size: windows a batch.
@@ -65,6 +67,8 @@ class Evaluation(_Node):
     source: str
     skip: Annotated[int, Field(ge=0)] = 0
     sequences: Annotated[int, Field(ge=1)] | None = None
+    sample: Literal["random", "first"] = "first"
+    seed: int = 0
     length: Annotated[int, Field(ge=2)] | None = None
     stride: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 8
@@ -168,28 +172,25 @@ def recipe_from(values: Mapping[str, Any], origin: str = "recipe") -> Recipe:
         raise _explain(problem, origin) from None
 
 
-def set_value(values: dict[str, Any], assignment: str) -> None:
-    """Apply `budget.rank_multiple=1` to a nested mapping, in place. The value is read as YAML.
+def set_value(values: dict[str, Any], path: str, value: Any) -> None:
+    """Set the key at a dotted path, such as `budget.rank_multiple`, of a nested mapping, in place.
 
     Raises:
-        RecipeError: when it is not of the form key=value.
+        RecipeError: when the path goes through a plain value.
     """
-    path, equals, text = assignment.partition("=")
-    if not equals or not path:
-        raise RecipeError("An override is not of the form key=value.", where=assignment, remedy="write --set budget.keep=0.7")
     *parents, leaf = path.split(".")
     node = values
     for parent in parents:
         child = node.setdefault(parent, {})
-        if isinstance(child, str) and parent in ("method", "allocation"):
-            child = node[parent] = {"name": child}
+        if parent in ("method", "allocation"):
+            # A method may be given by its name alone, and by none at all when the default is meant.
+            child = {"name": child} if isinstance(child, str) else child
+            child.setdefault("name", Recipe.model_fields[parent].default.name)
+            node[parent] = child
         if not isinstance(child, dict):
-            raise RecipeError(f"{parent!r} holds a value, not keys.", where=assignment, remedy="see rankwise recipes show")
+            raise RecipeError(f"{parent!r} holds a value, not keys.", where=path, remedy="see rankwise recipes show")
         node = child
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as problem:
-        raise RecipeError("An override's value is not YAML.", where=assignment, remedy=str(problem).splitlines()[0]) from None
+    node[leaf] = value
 
 
 def read_recipe(name: str) -> dict[str, Any]:

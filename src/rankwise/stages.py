@@ -100,21 +100,22 @@ def read_texts(recipe: Recipe, loaded: LoadedModel) -> Texts:
     Raises:
         DataError: when a source cannot be read or holds too little.
     """
+    calibration = read_sequences(recipe.calibration, loaded, recipe.seed, skip=0)
+    scored = recipe.evaluation
+    return Texts(calibration, None if scored is None else read_sequences(scored, loaded, scored.seed, scored.skip))
 
-    def read(settings: Calibration | Evaluation, seed: int | None, first: int) -> Sequences:
-        return load_sequences(
-            parse_source(settings.source),
-            loaded.tokenizer,
-            loaded.vocabulary,
-            length=sequence_length(settings, loaded.context),
-            count=settings.sequences,
-            seed=seed,
-            first=first,
-        )
 
-    calibration = read(recipe.calibration, recipe.seed if recipe.calibration.sample == "random" else None, 0)
-    evaluation = None if recipe.evaluation is None else read(recipe.evaluation, None, recipe.evaluation.skip)
-    return Texts(calibration, evaluation)
+def read_sequences(settings: Calibration | Evaluation, loaded: LoadedModel, seed: int, skip: int) -> Sequences:
+    """Tokenize one source as its settings say; errors as for `read_texts`."""
+    return load_sequences(
+        parse_source(settings.source),
+        loaded.tokenizer,
+        loaded.vocabulary,
+        length=sequence_length(settings, loaded.context),
+        count=settings.sequences,
+        seed=seed if settings.sample == "random" else None,
+        first=skip,
+    )
 
 
 def begin(recipe: Recipe, run: Run, loaded: LoadedModel, texts: Texts, reporter: Reporter) -> Work:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,12 @@ REPORT_FILE = "rankwise_report.json"
 """Every directory that rankwise writes holds this file; only such directories are ever replaced."""
 
 FORMAT_VERSION = 1
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def check_output(output: Path) -> None:
@@ -58,6 +65,9 @@ def writing(output: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         yield fresh
+        for file in fresh.iterdir():
+            # Weight files come out private; give them the mode of every other file.
+            file.chmod(0o666 & ~_umask())
         # Survive a power cut too: the contents reach the disk before the name does.
         os.sync()
         if output.exists():
@@ -126,7 +136,7 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
     model = loaded.model
     classes = (type(model.config), type(model.base_model), type(model))
     source = modeling_source(*classes)
-    config = model.config.to_dict()
+    config = json.loads(model.config.to_json_string(use_diff=False))
     base_type = config["model_type"]
     config.update(
         model_type=model_type_for(base_type),
@@ -142,19 +152,9 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
         },
     )
     _write_weights(model, folder, max_shard_size)
-    type(model.config)(**config).to_json_file(folder / "config.json", use_diff=False)
-    _fix_model_type(folder / "config.json", config)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / f"{MODULE_NAME}.py").write_text(source)
     _write_companions(loaded, folder)
-
-
-def _fix_model_type(path: Path, config: dict[str, Any]) -> None:
-    """Config classes write their own model type; put ours in the file."""
-    import json
-
-    written = json.loads(path.read_text())
-    written.update({key: config[key] for key in ("model_type", "architectures", "auto_map", CHECKPOINT_KEY)})
-    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
 def _dense_module(site: Site, old: LowRankLinear) -> nn.Module:

@@ -23,7 +23,9 @@ def substitute(model: nn.Module, site: Site, factors: Factors) -> None:
         layer = LowRankLinear(site.n, site.m, factors.rank, factors.bias is not None)
 
     def parameter(values: torch.Tensor) -> nn.Parameter:
-        return nn.Parameter(values.to(device=old.device, dtype=old.dtype).contiguous(), requires_grad=False)
+        # A copy of its own: a view would keep the whole basis in memory, and in the file.
+        copied = values.to(old.device, old.dtype, copy=True, memory_format=torch.contiguous_format)
+        return nn.Parameter(copied, requires_grad=False)
 
     layer.right.weight = parameter(factors.right)
     layer.left.weight = parameter(factors.left)

@@ -1,0 +1,283 @@
+"""The command line: parses, calls, prints. Results go to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from rankwise import __version__
+from rankwise.errors import RankwiseError, RecipeError
+
+if TYPE_CHECKING:
+    from rankwise.progress import Reporter
+
+app = typer.Typer(
+    help="Make a Hugging Face causal language model smaller, and know what was lost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+recipes_app = typer.Typer(help="Ready recipes: whole runs as YAML.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Precision = Annotated[str, typer.Option(help="auto (float32 on a CPU), stored, or float32.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint ships.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def _reporter(quiet: bool) -> Reporter:
+    from rankwise.progress import Reporter
+
+    return Reporter(show=False if quiet else None)
+
+
+def _print_json(value: Any) -> None:
+    print(json_module.dumps(value, indent=2))
+
+
+@app.command()
+def compress(
+    model: Annotated[str | None, typer.Argument(help="Directory or hub name of the checkpoint.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Directory to write.")] = None,
+    keep: Annotated[float | None, typer.Option(help="Fraction of the decoder's linear weights to keep, in (0, 1].")] = None,
+    method: Annotated[str | None, typer.Option(help="svd, fwsvd, asvd, svd_llm, afm, bolaco or two_sided.")] = None,
+    allocation: Annotated[str | None, typer.Option(help="uniform, or manual:q=0.7,k=0.7,v=dense,...")] = None,
+    calibration: Annotated[str | None, typer.Option(help="Text source, e.g. text:FILE, jsonl:FILE#text, bundled.")] = None,
+    evaluation: Annotated[str | None, typer.Option(help="Text source to score before and after.")] = None,
+    sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a sequence, calibration and evaluation.")] = None,
+    format: Annotated[str | None, typer.Option(help="low_rank, or dense (multiplied back; no size saved).")] = None,
+    recipe: Annotated[str | None, typer.Option(help="YAML file, or the name of a ready recipe; options override it.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override any key: --set budget.rank_multiple=1")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where finished stages are kept and looked for.")] = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress MODEL and write a checkpoint to --output."""
+    from rankwise.recipe import read_recipe, recipe_from, set_value
+
+    values = read_recipe(recipe) if recipe else {}
+    given: dict[str, Any] = {
+        "model": model,
+        "output": output,
+        "budget.keep": keep,
+        "method": method,
+        "allocation": allocation,
+        "calibration.source": calibration,
+        "calibration.sequences": sequences,
+        "calibration.length": length,
+        "evaluation.source": evaluation,
+        "format": format,
+        "device": device,
+        "trust_remote_code": trust_remote_code or None,
+    }
+    if length is not None and (evaluation is not None or "evaluation" in values):
+        given["evaluation.length"] = length
+    for key, value in given.items():
+        if value is not None:
+            set_value(values, key, value)
+    for assignment in set_ or []:
+        set_value(values, *split_assignment(assignment))
+    if "model" not in values:
+        raise RecipeError("No model is given.", where="compress", remedy="rankwise compress MODEL --output DIR")
+    if values.get("output") is None:
+        raise RecipeError("No output is given.", where="compress", remedy="add --output DIR")
+    valid = recipe_from(values, origin=recipe or "command line")
+
+    from rankwise.compress import compress as run
+
+    result = run(valid, run_directory=run_dir, reporter=_reporter(quiet))
+    if json:
+        _print_json(result.report)
+    elif not quiet:
+        from rich.console import Console
+
+        from rankwise.reports import closing_table
+
+        # A file or a pipe has no width: let the table take what it needs.
+        console = Console(width=None if sys.stdout.isatty() else 100)
+        console.print(closing_table(result.report))
+        console.print(f"written to {valid.output}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Directory or hub name, dense or compressed.")],
+    text: Annotated[str, typer.Option(help="Text source, e.g. text:FILE, tokens:FILE, bundled:heldout.")],
+    length: Annotated[int | None, typer.Option(help="Tokens a window; 512 or the context if shorter.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens from window to window; the length by default.")] = None,
+    sequences: Annotated[int | None, typer.Option(help="Sequences to score; all by default.")] = None,
+    skip: Annotated[int, typer.Option(help="Sequences skipped at the start.")] = 0,
+    sample: Annotated[str, typer.Option(help="first, or random (drawn by --seed).")] = "first",
+    seed: Annotated[int, typer.Option(help="For --sample random.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Windows a batch.")] = 8,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity of a model on a text: exp of the mean loss over every scored token."""
+    from dataclasses import asdict
+
+    from rankwise.checkpoints import load_model
+    from rankwise.evaluation import perplexity
+    from rankwise.recipe import recipe_from
+    from rankwise.stages import device_of, read_sequences
+
+    settings = {
+        "source": text, "length": length, "stride": stride, "sequences": sequences, "skip": skip, "sample": sample, "seed": seed, "batch_size": batch_size,
+    }  # fmt: skip
+    recipe = recipe_from(
+        {"model": model, "evaluation": settings, "device": device, "precision": precision}, origin="command line"
+    )
+    assert recipe.evaluation is not None
+    loaded = load_model(model, precision=precision, device=device_of(recipe), trust_remote_code=trust_remote_code)
+    read = read_sequences(recipe.evaluation, loaded, seed, skip)
+    found = perplexity(loaded.model, read.ids, stride=stride, batch_size=batch_size, reporter=_reporter(quiet))
+    if json:
+        _print_json({**asdict(found), "source": text, "model": model, "available_sequences": read.available})
+    else:
+        print(f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens of {text}")
+        print(f"({found.windows:,} windows of {found.length}, stride {found.stride})")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Directory or hub name, dense or compressed.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Continue a prompt."""
+    from rankwise.checkpoints import load_model
+    from rankwise.evaluation import generate as run
+    from rankwise.recipe import recipe_from
+    from rankwise.stages import device_of
+
+    recipe = recipe_from({"model": model, "device": device, "precision": precision}, origin="command line")
+    loaded = load_model(model, precision=precision, device=device_of(recipe), trust_remote_code=trust_remote_code)
+    print(run(loaded.model, loaded.tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed))
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")] = Path("quickstart-output"),
+    keep: Annotated[float, typer.Option(help="Fraction of the decoder's linear weights to keep.")] = 0.8,
+    quiet: Quiet = False,
+) -> None:
+    """Compress the bundled model and show what was saved and lost. Needs no network."""
+    from rankwise.quickstart import run
+
+    run(output, keep, _reporter(quiet))
+
+
+@recipes_app.command("ls")
+def recipes_ls() -> None:
+    """List the ready recipes."""
+    from rankwise.recipe import ready_recipes
+
+    for name, text in ready_recipes().items():
+        first = text.splitlines()[0].removeprefix("#").strip()
+        print(f"{name:<24} {first}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help="A ready recipe, or a YAML file.")]) -> None:
+    """Print a recipe with every default filled in, as YAML."""
+    import yaml
+
+    from rankwise.recipe import read_recipe, recipe_from
+
+    valid = recipe_from({"model": "MODEL", **read_recipe(name)}, origin=name)
+    print(yaml.safe_dump(valid.model_dump(mode="json"), sort_keys=False), end="")
+
+
+@recipes_app.command("validate")
+def recipes_validate(files: Annotated[list[str], typer.Argument(help="YAML files, or names of ready recipes.")]) -> None:
+    """Check recipes; the first problem of each goes to standard error."""
+    from rankwise.recipe import read_recipe, recipe_from
+
+    bad = False
+    for name in files:
+        try:
+            # The model may be left to the command line.
+            recipe_from({"model": "MODEL", **read_recipe(name)}, origin=name)
+            print(f"{name}: valid")
+        except RankwiseError as problem:
+            bad = True
+            print(f"error: {problem}", file=sys.stderr)
+    if bad:
+        raise typer.Exit(2)
+
+
+def split_assignment(assignment: str) -> tuple[str, Any]:
+    """Split `budget.rank_multiple=1`, the value read as YAML.
+
+    Raises:
+        RecipeError: when it is not of that form.
+    """
+    import yaml
+
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise RecipeError(
+            "An override is not of the form key=value.", where=assignment, remedy="write --set budget.keep=0.7"
+        )
+    try:
+        return path, yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        raise RecipeError(
+            "An override's value is not YAML.", where=assignment, remedy=str(problem).splitlines()[0]
+        ) from None
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and advice off the screen."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> NoReturn:
+    """Run the command line; a problem the user can mend ends with its text and exit status 2, never a traceback."""
+    _quiet_libraries()
+    try:
+        app()
+    except RankwiseError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from the stages that are finished", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Compress the bundled model and show the result: sizes, perplexity on held-out text, a sample from each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from rankwise.budget import Budget
+from rankwise.checkpoints import load_model
+from rankwise.compress import compress
+from rankwise.evaluation import generate
+from rankwise.progress import Reporter
+from rankwise.recipe import Calibration, Evaluation, Recipe
+from rankwise.reports import closing_table
+
+MODEL = Path(__file__).parent / "pydoc-llama"
+"""A Llama of 2.4 million parameters, trained by `examples/train_quickstart_model.py`."""
+
+_PROMPT = "Return a list of"
+
+
+def run(output: Path, keep: float, reporter: Reporter) -> None:
+    """Compress, write to `output`, print.
+
+    Args:
+        output: directory to write.
+        keep: fraction of the decoder's linear weights to keep.
+        reporter: told about progress.
+    """
+    recipe = Recipe(
+        model=str(MODEL),
+        output=str(output),
+        budget=Budget(keep=keep),
+        calibration=Calibration(source="bundled:train", sequences=128, length=256),
+        evaluation=Evaluation(source="bundled:heldout", length=256, sequences=96),
+    )
+    compressed = compress(recipe, run_directory=output.with_name(f".{output.name}.run"), reporter=reporter)
+    dense = load_model(str(MODEL))
+    small = load_model(str(output))
+    console = Console(width=100)
+    console.print(closing_table(compressed.report))
+    for label, loaded in (("before", dense), ("after", small)):
+        text = generate(loaded.model, loaded.tokenizer, _PROMPT, new_tokens=40)
+        console.print(f"\n[bold]a sample, {label}:[/bold] ", end="")
+        console.print(" ".join(text.split()), markup=False, highlight=False)
+    console.print(f"\nwritten to {output}; the same for your own model:", highlight=False)
+    console.print(
+        f"  rankwise compress MODEL --output DIR --keep {keep:g} --calibration text:FILE", markup=False, highlight=False
+    )
