@@ -115,7 +115,10 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         if step % 100 == 0 or step + 1 == arguments.steps:
             held = perplexity(model, windows(held_out)[:64])
-            print(f"step {step}: loss {loss.item():.3f}, held-out {held:.1f}, {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"step {step}: loss {loss.item():.3f}, held-out {held:.1f}, {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
 
     model.to(torch.bfloat16).save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)

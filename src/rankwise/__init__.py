@@ -2,26 +2,20 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from rankwise.compress import Compressed, compress
 
 if TYPE_CHECKING:
-    from rankwise.compress import Compressed, compress
     from rankwise.recipe import Recipe
+
+__version__ = "0.1.0"
 
 __all__ = ["Compressed", "Recipe", "__version__", "compress"]
 
 
 def __getattr__(name: str) -> Any:
     # `import rankwise` stays light: PyTorch and transformers load with the first use.
-    if name in ("Compressed", "compress"):
-        from importlib import import_module
-
-        module = import_module("rankwise.compress")
-        globals().update(Compressed=module.Compressed, compress=module.compress)
-    elif name == "Recipe":
+    if name == "Recipe":
         from rankwise.recipe import Recipe
 
-        globals()["Recipe"] = Recipe
-    else:
-        raise AttributeError(f"module 'rankwise' has no attribute {name!r}")
-    return globals()[name]
+        return Recipe
+    raise AttributeError(f"module 'rankwise' has no attribute {name!r}")

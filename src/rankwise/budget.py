@@ -174,7 +174,14 @@ class RankPlan(BaseModel):
 
     @classmethod
     def make(
-        cls, sites: Sequence[Site], ranks: Mapping[str, Rank], budget: Budget, *, architecture: str, method: str, allocation: str
+        cls,
+        sites: Sequence[Site],
+        ranks: Mapping[str, Rank],
+        budget: Budget,
+        *,
+        architecture: str,
+        method: str,
+        allocation: str,
     ) -> RankPlan:
         """A plan that is checked against its budget.
 
@@ -194,7 +201,9 @@ class RankPlan(BaseModel):
             ranks={site.name: ranks[site.name] for site in sites},
         )
         if budget.keep is not None and plan.kept > budget.keep + 1e-9:
-            raise BudgetError(f"The plan keeps {plan.kept:.4f}, more than the {budget.keep:g} allowed.", where="budget.keep")
+            raise BudgetError(
+                f"The plan keeps {plan.kept:.4f}, more than the {budget.keep:g} allowed.", where="budget.keep"
+            )
         return plan
 
     @classmethod
@@ -207,4 +216,6 @@ class RankPlan(BaseModel):
         try:
             return cls.model_validate_json(path.read_text())
         except (OSError, ValidationError, ValueError) as problem:
-            raise BudgetError("The plan cannot be read.", where=str(path), remedy=str(problem).splitlines()[0]) from None
+            raise BudgetError(
+                "The plan cannot be read.", where=str(path), remedy=str(problem).splitlines()[0]
+            ) from None

@@ -40,7 +40,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -59,16 +61,24 @@ def _print_json(value: Any) -> None:
 def compress(
     model: Annotated[str | None, typer.Argument(help="Directory or hub name of the checkpoint.")] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Directory to write.")] = None,
-    keep: Annotated[float | None, typer.Option(help="Fraction of the decoder's linear weights to keep, in (0, 1].")] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Fraction of the decoder's linear weights to keep, in (0, 1].")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="svd, fwsvd, asvd, svd_llm, afm, bolaco or two_sided.")] = None,
     allocation: Annotated[str | None, typer.Option(help="uniform, or manual:q=0.7,k=0.7,v=dense,...")] = None,
-    calibration: Annotated[str | None, typer.Option(help="Text source, e.g. text:FILE, jsonl:FILE#text, bundled.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text source, e.g. text:FILE, jsonl:FILE#text, bundled.")
+    ] = None,
     evaluation: Annotated[str | None, typer.Option(help="Text source to score before and after.")] = None,
     sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a sequence, calibration and evaluation.")] = None,
     format: Annotated[str | None, typer.Option(help="low_rank, or dense (multiplied back; no size saved).")] = None,
-    recipe: Annotated[str | None, typer.Option(help="YAML file, or the name of a ready recipe; options override it.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override any key: --set budget.rank_multiple=1")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="YAML file, or the name of a ready recipe; options override it.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override any key: --set budget.rank_multiple=1")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where finished stages are kept and looked for.")] = None,
     trust_remote_code: Trust = False,
@@ -148,8 +158,15 @@ def evaluate(
     from rankwise.stages import device_of, read_sequences
 
     settings = {
-        "source": text, "length": length, "stride": stride, "sequences": sequences, "skip": skip, "sample": sample, "seed": seed, "batch_size": batch_size,
-    }  # fmt: skip
+        "source": text,
+        "length": length,
+        "stride": stride,
+        "sequences": sequences,
+        "skip": skip,
+        "sample": sample,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
     recipe = recipe_from(
         {"model": model, "evaluation": settings, "device": device, "precision": precision}, origin="command line"
     )
@@ -220,7 +237,9 @@ def recipes_show(name: Annotated[str, typer.Argument(help="A ready recipe, or a 
 
 
 @recipes_app.command("validate")
-def recipes_validate(files: Annotated[list[str], typer.Argument(help="YAML files, or names of ready recipes.")]) -> None:
+def recipes_validate(
+    files: Annotated[list[str], typer.Argument(help="YAML files, or names of ready recipes.")],
+) -> None:
     """Check recipes; the first problem of each goes to standard error."""
     from rankwise.recipe import read_recipe, recipe_from
 

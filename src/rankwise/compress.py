@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rankwise import stages
-from rankwise.budget import RankPlan
-from rankwise.checkpoints import check_output, load_model
-from rankwise.evaluation import measure_cost
-from rankwise.progress import Reporter
-from rankwise.recipe import Recipe
-from rankwise.runs import Run, default_run_directory
+if TYPE_CHECKING:
+    from rankwise.budget import RankPlan
+    from rankwise.progress import Reporter
+    from rankwise.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,9 @@ class Compressed:
     report: dict[str, Any]
 
 
-def compress(recipe: Recipe, *, run_directory: Path | str | None = None, reporter: Reporter | None = None) -> Compressed:
+def compress(
+    recipe: Recipe, *, run_directory: Path | str | None = None, reporter: Reporter | None = None
+) -> Compressed:
     """Compress a causal language model.
 
     Stages that an earlier or a killed run finished are taken from `run_directory`.
@@ -52,6 +51,13 @@ def compress(recipe: Recipe, *, run_directory: Path | str | None = None, reporte
     Raises:
         RankwiseError: for anything the user can mend; nothing finished is lost.
     """
+    # Imported here so that `import rankwise` stays light.
+    from rankwise import stages
+    from rankwise.checkpoints import check_output, load_model
+    from rankwise.evaluation import measure_cost
+    from rankwise.progress import Reporter
+    from rankwise.runs import Run, default_run_directory
+
     reporter = reporter or Reporter(show=False)
     if recipe.output is not None:
         check_output(Path(recipe.output))

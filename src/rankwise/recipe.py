@@ -144,7 +144,11 @@ def _explain(problem: ValidationError, origin: str) -> RecipeError:
     path = ".".join(str(p) for i, p in enumerate(place) if not (i == 1 and p in {**METHODS, **ALLOCATIONS}))
     where = f"{origin}: {path}" if path else origin
     if error["type"] == "extra_forbidden":
-        return RecipeError(f"{place[-1]!r} is no key of a recipe.", where=where, remedy=nearest(str(place[-1]), _known_keys(place[:-1])))
+        return RecipeError(
+            f"{place[-1]!r} is no key of a recipe.",
+            where=where,
+            remedy=nearest(str(place[-1]), _known_keys(place[:-1])),
+        )
     if error["type"] == "missing":
         return RecipeError(f"{path!r} is missing.", where=origin, remedy=f"add {path}")
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
@@ -215,14 +219,20 @@ def read_recipe(name: str) -> dict[str, Any]:
     except yaml.YAMLError as problem:
         raise RecipeError("The recipe is not YAML.", where=name, remedy=" ".join(str(problem).split())) from None
     if not isinstance(values, dict):
-        raise RecipeError("The recipe is not a mapping of keys to values.", where=name, remedy="see rankwise recipes show")
+        raise RecipeError(
+            "The recipe is not a mapping of keys to values.", where=name, remedy="see rankwise recipes show"
+        )
     return values
 
 
 def ready_recipes() -> dict[str, str]:
     """Ready recipes by name, as YAML text."""
     folder = resources.files("rankwise") / "recipes"
-    return {f.name.removesuffix(".yaml"): f.read_text() for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith(".yaml")}
+    return {
+        f.name.removesuffix(".yaml"): f.read_text()
+        for f in sorted(folder.iterdir(), key=lambda f: f.name)
+        if f.name.endswith(".yaml")
+    }
 
 
 __all__ = ["Calibration", "Evaluation", "Recipe", "read_recipe", "ready_recipes", "recipe_from", "set_value"]

@@ -140,7 +140,9 @@ def begin(recipe: Recipe, run: Run, loaded: LoadedModel, texts: Texts, reporter:
     calibration = texts.calibration
     asked = recipe.calibration.sequences
     if asked is not None and len(calibration.ids) < asked:
-        reporter.note(f"the calibration source holds {len(calibration.ids)} sequences, fewer than the {asked} asked for")
+        reporter.note(
+            f"the calibration source holds {len(calibration.ids)} sequences, fewer than the {asked} asked for"
+        )
     if calibration.cut:
         reporter.note("the calibration source is very large; its first 64 million characters were read")
     return Work(recipe, run, loaded, texts, sites, fingerprint(loaded.model, loaded.stored_dtypes), reporter)
@@ -244,7 +246,11 @@ def decompose_sites(work: Work, store: Store) -> Path:
         NotFiniteError: naming the site.
     """
     method = work.recipe.method
-    key = {**_calibration_key(work), "method": method.model_dump()} if method.requests() else {**_model_key(work), "method": method.model_dump()}
+    key = (
+        {**_calibration_key(work), "method": method.model_dump()}
+        if method.requests()
+        else {**_model_key(work), "method": method.model_dump()}
+    )
     stage = work.run.stage(f"bases-{method.name}", key)
     if stage.done:
         return stage.folder
@@ -255,7 +261,9 @@ def decompose_sites(work: Work, store: Store) -> Path:
             weight = site.weight(work.loaded.model).double().cpu()
             bias = site.bias(work.loaded.model)
             try:
-                basis = method.decompose(weight, SiteStatistics(site, weight, None if bias is None else bias.cpu(), store))
+                basis = method.decompose(
+                    weight, SiteStatistics(site, weight, None if bias is None else bias.cpu(), store)
+                )
             except (torch.linalg.LinAlgError, ValueError) as problem:
                 raise NotFiniteError(
                     f"The decomposition failed: {problem}.",
@@ -294,7 +302,12 @@ def score(work: Work, what: str, plan: RankPlan | None = None) -> Perplexity | N
     settings, texts = work.recipe.evaluation, work.texts.evaluation
     if settings is None or texts is None:
         return None
-    key: dict[str, Any] = {**_model_key(work), "ids": texts.fingerprint, "stride": settings.stride, "batch": settings.batch_size}
+    key: dict[str, Any] = {
+        **_model_key(work),
+        "ids": texts.fingerprint,
+        "stride": settings.stride,
+        "batch": settings.batch_size,
+    }
     if plan is not None:
         key |= {"plan": plan.ranks, "method": work.recipe.method.model_dump(), **_calibration_key(work)}
     stage = work.run.stage(f"score-{what}", key)

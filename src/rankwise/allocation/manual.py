@@ -34,21 +34,29 @@ class Manual(Allocation):
         for part in text.split(","):
             role, equals, value = part.partition("=")
             if not equals or not role:
-                raise RecipeError("A role has no fraction.", where=f"manual:{text}", remedy="write manual:q=0.7,v=dense")
+                raise RecipeError(
+                    "A role has no fraction.", where=f"manual:{text}", remedy="write manual:q=0.7,v=dense"
+                )
             try:
                 roles[role.strip()] = "dense" if value.strip() == "dense" else float(value)
             except ValueError:
-                raise RecipeError(f"{value!r} is no fraction.", where=f"manual:{text}", remedy="use a number in (0, 1] or dense") from None
+                raise RecipeError(
+                    f"{value!r} is no fraction.", where=f"manual:{text}", remedy="use a number in (0, 1] or dense"
+                ) from None
         try:
-            return cls(roles=roles)  # type: ignore[arg-type]
+            return cls(roles=roles)
         except ValidationError:
-            raise RecipeError("A fraction is outside (0, 1].", where=f"manual:{text}", remedy="use a number in (0, 1] or dense") from None
+            raise RecipeError(
+                "A fraction is outside (0, 1].", where=f"manual:{text}", remedy="use a number in (0, 1] or dense"
+            ) from None
 
     def ranks(self, sites: Sequence[Site], budget: Budget) -> dict[str, Rank]:
         present = {site.role for site in sites}
         for role in self.roles:
             if role not in present:
-                raise RecipeError(f"The model has no role {role!r}.", where="allocation.roles", remedy=nearest(role, present))
+                raise RecipeError(
+                    f"The model has no role {role!r}.", where="allocation.roles", remedy=nearest(role, present)
+                )
         fractions: dict[str, float | None] = {}
         for site in sites:
             fraction = self.roles.get(site.role, "dense")

@@ -75,7 +75,11 @@ def _read_config(source: str, trust_remote_code: bool) -> Any:
     if folder.is_dir():
         raw = read_json(folder / "config.json")
         if "model_type" not in raw:
-            raise ModelError("The config names no model_type.", where=str(folder / "config.json"), remedy="use a Hugging Face checkpoint")
+            raise ModelError(
+                "The config names no model_type.",
+                where=str(folder / "config.json"),
+                remedy="use a Hugging Face checkpoint",
+            )
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as problem:
@@ -171,8 +175,9 @@ def load_model(
             remedy="config.json and the weights do not fit together; fetch the model again",
         ) from problem
     if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
         raise ModelError(
-            f"The weights lack {len(found['missing_keys'])} tensors of the model, {min(found['missing_keys'])!r} first.",
+            f"The weights lack {len(missing)} tensors of the model, {missing[0]!r} first.",
             where=source,
             remedy="fetch the model again; missing tensors would be random",
         )
@@ -197,6 +202,3 @@ def fingerprint(model: nn.Module, stored_dtypes: dict[str, torch.dtype]) -> str:
         digest.update(json.dumps([name, list(parameter.shape), str(stored_dtypes.get(name))]).encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-

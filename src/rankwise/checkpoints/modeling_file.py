@@ -120,7 +120,7 @@ def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
         from transformers import CONFIG_MAPPING
 
         config_class = CONFIG_MAPPING[base_type]
-        causal_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+        causal_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
         base_name = names["AutoModel"].rpartition(".Rankwise")[2]
         base_class = getattr(sys.modules[causal_class.__module__], base_name)
     except (KeyError, AttributeError, TypeError) as problem:

@@ -1,4 +1,4 @@
-"""Write a compressed checkpoint, or multiply the factors back into a plain one. Directories appear whole or not at all."""
+"""Write a compressed checkpoint, or multiply the factors back into a plain one. Directories appear whole or not."""
 
 from __future__ import annotations
 
@@ -85,12 +85,14 @@ def writing(output: Path) -> Iterator[Path]:
             raise OutputError(
                 "The disk is full." if full else f"The checkpoint cannot be written ({problem}).",
                 where=str(output),
-                remedy="make room and run the same command again; finished stages are kept" if full else "check the path and its permissions",
+                remedy="make room and run the same command again; finished stages are kept"
+                if full
+                else "check the path and its permissions",
             ) from problem
         raise
 
 
-def low_rank_layers(model: nn.Module, sites: Sequence[Site]) -> dict[str, dict[str, Any]]:
+def low_rank_layers(model: Any, sites: Sequence[Site]) -> dict[str, dict[str, Any]]:
     """Forms of the low-rank layers by path inside the base model: `{"shape": [m, n], "rank": r, "bias": bool}`."""
     prefix = model.base_model_prefix + "."
     layers = {}
@@ -200,7 +202,9 @@ def densify(loaded: LoadedModel, sites: Sequence[Site]) -> None:
     for name in sorted(wanted - have):
         path, _, kind = name.rpartition(".")
         module = model.get_submodule(path)
-        module.register_parameter(kind, nn.Parameter(module.weight.new_zeros(module.weight.shape[0]), requires_grad=False))
+        module.register_parameter(
+            kind, nn.Parameter(module.weight.new_zeros(module.weight.shape[0]), requires_grad=False)
+        )
 
 
 def save_dense(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_shard_size: str = "5GB") -> None:

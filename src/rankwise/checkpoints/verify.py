@@ -35,7 +35,9 @@ def tensor_names(path: Path) -> set[str]:
         ModelError: when the file is missing, truncated or not safetensors.
     """
     damaged = ModelError(
-        "A weight file is truncated or damaged.", where=str(path), remedy="fetch this file again; its size does not fit its header"
+        "A weight file is truncated or damaged.",
+        where=str(path),
+        remedy="fetch this file again; its size does not fit its header",
     )
     try:
         size = path.stat().st_size

@@ -119,7 +119,9 @@ def windows(source: Source, tokenizer: Any, vocabulary: int, length: int | None)
         _check_vocabulary(stream, vocabulary, str(source))
         if stream.ndim == 2 and length in (None, stream.shape[1]):
             if not len(stream):
-                raise DataError("The source holds no sequence.", where=str(source), remedy="give a source with tokens in it")
+                raise DataError(
+                    "The source holds no sequence.", where=str(source), remedy="give a source with tokens in it"
+                )
             return stream, cut
         stream = stream.flatten()
     else:

@@ -1,11 +1,11 @@
 """The grammar of text sources, one everywhere.
 
-    text:PATH                              a text file, one document
-    jsonl:PATH#field                       one document a line
-    parquet:PATH#field                     one document a row
-    tokens:PATH.safetensors                token ids, ready made: one tensor [sequences, tokens] or [tokens]
-    hub:NAME[/config][:split]#field        a data set on the Hugging Face hub
-    bundled[:train|:heldout]               text that every CPython carries
+text:PATH                              a text file, one document
+jsonl:PATH#field                       one document a line
+parquet:PATH#field                     one document a row
+tokens:PATH.safetensors                token ids, ready made: one tensor [sequences, tokens] or [tokens]
+hub:NAME[/config][:split]#field        a data set on the Hugging Face hub
+bundled[:train|:heldout]               text that every CPython carries
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Source:
         try:
             tensors = load_file(_existing(self))
         except SafetensorError as problem:
-            raise DataError("The token file is damaged or not safetensors.", where=self.target, remedy=str(problem)) from None
+            raise DataError(
+                "The token file is damaged or not safetensors.", where=self.target, remedy=str(problem)
+            ) from None
         if len(tensors) != 1:
             raise DataError(
                 f"The token file holds {len(tensors)} tensors ({', '.join(sorted(tensors)[:5])}).",
@@ -101,13 +103,17 @@ def parse_source(text: str) -> Source:
     if kind == "bundled":
         split = rest or "train"
         if split not in python_text.SPLITS:
-            raise DataError(f"The bundled text has no split {split!r}.", where=text, remedy=nearest(split, python_text.SPLITS))
+            raise DataError(
+                f"The bundled text has no split {split!r}.", where=text, remedy=nearest(split, python_text.SPLITS)
+            )
         return Source(kind, split)
     target, field = rest, None
     if kind in ("jsonl", "parquet", "hub"):
         target, mark, field = rest.rpartition("#")
         if not mark or not field:
-            raise DataError("The source does not say which field holds the text.", where=text, remedy=f"write {FORMS[kind]}")
+            raise DataError(
+                "The source does not say which field holds the text.", where=text, remedy=f"write {FORMS[kind]}"
+            )
     if not target:
         raise DataError("The source names nothing.", where=text, remedy=f"write {FORMS[kind]}")
     return Source(kind, target, field)
@@ -137,7 +143,9 @@ def _jsonl(source: Source) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except ValueError as problem:
-                raise DataError("A line is not JSON.", where=f"{source.target}, line {number}", remedy=str(problem)) from None
+                raise DataError(
+                    "A line is not JSON.", where=f"{source.target}, line {number}", remedy=str(problem)
+                ) from None
             text = row.get(source.field) if isinstance(row, dict) else None
             if not isinstance(text, str):
                 known = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
@@ -174,7 +182,9 @@ def _hub(source: Source) -> Iterator[str]:
     try:
         import datasets
     except ImportError:
-        raise MissingPackageError("Reading from the hub needs datasets.", remedy="pip install 'rankwise[data]'") from None
+        raise MissingPackageError(
+            "Reading from the hub needs datasets.", remedy="pip install 'rankwise[data]'"
+        ) from None
     name, _, split = source.target.partition(":")
     parts = name.split("/")
     config = parts.pop() if len(parts) == 3 else None
@@ -183,11 +193,14 @@ def _hub(source: Source) -> Iterator[str]:
         for row in rows:
             yield row[source.field]
     except KeyError:
-        raise DataError(f"The data set has no field {source.field!r}.", where=str(source), remedy=f"its fields: {', '.join(row)}") from None
+        raise DataError(
+            f"The data set has no field {source.field!r}.", where=str(source), remedy=f"its fields: {', '.join(row)}"
+        ) from None
     except Exception as problem:
         local = ", ".join(form for kind, form in FORMS.items() if kind != "hub")
+        reason = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200]}"
         raise DataError(
-            f"The data set cannot be read from the hub ({type(problem).__name__}: {str(problem).splitlines()[0][:200]}).",
+            f"The data set cannot be read from the hub ({reason}).",
             where=str(source),
             remedy=f"without a network use a local form: {local}",
         ) from None

@@ -10,7 +10,9 @@ from rankwise.errors import DataError
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompt: str, *, new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
+def generate(
+    model: Any, tokenizer: Any, prompt: str, *, new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+) -> str:
     """Continue a prompt.
 
     Args:

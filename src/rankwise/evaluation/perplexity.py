@@ -48,7 +48,9 @@ def scored_windows(ids: Tensor, stride: int | None) -> tuple[Tensor, int]:
     length = ids.shape[1]
     stride = stride or length
     if not 1 <= stride <= length:
-        raise DataError(f"A stride of {stride} does not fit windows of {length}.", where="stride", remedy="use 1..length")
+        raise DataError(
+            f"A stride of {stride} does not fit windows of {length}.", where="stride", remedy="use 1..length"
+        )
     if stride == length:
         return ids, stride
     return ids.flatten().unfold(0, length, stride), stride
@@ -84,7 +86,9 @@ def perplexity(
     windows, stride = scored_windows(ids, stride)
     length = windows.shape[1]
     if length < 2:
-        raise DataError("A window of one token has nothing to score.", where="length", remedy="use a length of 2 or more")
+        raise DataError(
+            "A window of one token has nothing to score.", where="length", remedy="use a length of 2 or more"
+        )
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     starts = range(0, len(windows), batch_size)

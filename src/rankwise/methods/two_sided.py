@@ -1,4 +1,4 @@
-"""Two-sided factorisation: inputs weigh by their covariance, outputs by the loss's curvature (the geometry of K-FAC)."""
+"""Two-sided factorisation: inputs weigh by covariance, outputs by the loss's curvature (the geometry of K-FAC)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TwoSided(Method):
     Attributes:
         labels: the loss gradient is taken at tokens `sampled` from the model (the Fisher information) or at the `text`.
         damping: added to F relative to its mean diagonal; raised tenfold until F is positive definite, and reported.
-        curvature_gb: memory for all F together, in 10^9 bytes. Where full matrices do not fit, diagonal blocks are kept.
+        curvature_gb: memory for all F together, in 10^9 bytes. What does not fit is cut to diagonal blocks.
         bias: add (W - L R) E[x], so that the mean output stays exact.
     """
 

@@ -20,7 +20,8 @@ Made by rankwise {{ machine.rankwise }} from `{{ source }}` (`{{ architecture }}
 | | before | after |
 |---|---|---|
 | parameters, whole model | {{ "{:,}".format(before.parameters) }} | {{ "{:,}".format(after.parameters) }} |
-| parameters, decoder linears | {{ "{:,}".format(before.linear_parameters) }} | {{ "{:,}".format(after.linear_parameters) }} |
+| parameters, decoder linears | {{ "{:,}".format(before.linear_parameters) }} | \
+{{ "{:,}".format(after.linear_parameters) }} |
 | bytes of weights | {{ "{:,}".format(before.bytes) }} | {{ "{:,}".format(after.bytes) }} |
 {%- if evaluation %}
 | perplexity, {{ evaluation.source }} ({{ "{:,}".format(evaluation.dense.tokens) }} tokens, windows of \

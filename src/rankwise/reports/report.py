@@ -57,7 +57,11 @@ def build_report(
     }
     evaluation = None
     if scores[0] is not None and scores[1] is not None:
-        evaluation = {"source": recipe["evaluation"]["source"], "dense": asdict(scores[0]), "compressed": asdict(scores[1])}
+        evaluation = {
+            "source": recipe["evaluation"]["source"],
+            "dense": asdict(scores[0]),
+            "compressed": asdict(scores[1]),
+        }
     return {
         "format": "rankwise-report/1",
         "recipe": dict(recipe),

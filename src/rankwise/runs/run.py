@@ -26,8 +26,11 @@ def stage_key(depends_on: Mapping[str, Any]) -> str:
 
 
 def default_run_directory(model: str) -> Path:
-    """Where stages are kept unless told otherwise: `RANKWISE_CACHE`, else the user's cache folder; one folder a model."""
-    root = os.environ.get("RANKWISE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankwise"
+    """Where stages are kept by default: `RANKWISE_CACHE`, else the user's cache folder; one folder a model."""
+    root = (
+        os.environ.get("RANKWISE_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankwise"
+    )
     name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
     return Path(root) / name
 
@@ -50,7 +53,7 @@ class Stage:
 
     @contextmanager
     def making(self) -> Iterator[Path]:
-        """The folder to fill. It becomes the finished stage when the block ends well, and stays to be continued if not."""
+        """The folder to fill. It becomes the finished stage when the block ends well; if not, it can be continued."""
         self.partial.mkdir(parents=True, exist_ok=True)
         yield self.partial
         os.rename(self.partial, self.folder)

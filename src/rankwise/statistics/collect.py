@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from rankwise.errors import NotFiniteError
 from rankwise.progress import Reporter
 from rankwise.sites import Site
-from rankwise.statistics.curvature import Curvature, CurvatureSums, RowFisher, block_size, squared_rows
+from rankwise.statistics.curvature import CurvatureSums, RowFisher, block_size, squared_rows
 from rankwise.statistics.moments import AbsoluteMean, MomentSums, PooledMoments
 from rankwise.statistics.needs import Need, Request
 from rankwise.statistics.store import Record, Records, load_records, save_records
@@ -40,9 +41,7 @@ class _Collector:
     def begin(self, start: int, stop: int) -> None:
         """Split the batch of sequences `start..stop` where groups end."""
         cuts = sorted({start, stop, *(end for end in self._ends if start < end < stop)})
-        self._segments = [
-            (a - start, b - start, b in self._ends) for a, b in zip(cuts[:-1], cuts[1:], strict=True)
-        ]
+        self._segments = [(a - start, b - start, b in self._ends) for a, b in pairwise(cuts)]
 
     def segments(self, x: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """Parts of a batch, each within one group, and whether the group ends there.
@@ -55,6 +54,9 @@ class _Collector:
         for start, stop, ends in self._segments:
             yield x[start:stop], ends
 
+    def group_ends_at(self, stop: int) -> bool:
+        return stop in self._ends
+
     def merge(self, need: Need, key: str, record: Record) -> None:
         kept = self.records.setdefault(need, {})
         kept[key] = record if key not in kept else kept[key].merge(record)
@@ -65,7 +67,7 @@ def _require_finite(x: Tensor, name: str, what: str) -> None:
         raise NotFiniteError(
             f"{what} hold NaN or an infinity.",
             where=name,
-            remedy="use --set precision=float32 if the model overflows in half precision; else the checkpoint is damaged",
+            remedy="--set precision=float32 if the model overflows in half precision; else the checkpoint is damaged",
         )
 
 
@@ -73,7 +75,9 @@ def _first(value: Any) -> Tensor:
     return value[0] if isinstance(value, tuple) else value
 
 
-def _watch_moments(model: nn.Module, stream: Stream, needs: set[Need], collector: _Collector, device: torch.device) -> Any:
+def _watch_moments(
+    model: nn.Module, stream: Stream, needs: set[Need], collector: _Collector, device: torch.device
+) -> Any:
     sums = MomentSums(stream.d, device)
 
     def add(x: Tensor) -> None:
@@ -236,28 +240,28 @@ def collect(
             if Need.ABSOLUTE_MEAN in forward:
                 handles += [_watch_absolute(model, s, collector) for s in input_streams(sites)]
 
-            def run(batch: Tensor, _start: int) -> None:
+            def forward_only(batch: Tensor, _start: int) -> None:
                 model.base_model(input_ids=batch, use_cache=False)
 
             with _removed(handles), torch.no_grad():
-                _pass(collector, tokens, run, device, batch_size, snapshot, "calibration", reporter)
+                _pass(collector, tokens, forward_only, device, batch_size, snapshot, "calibration", reporter)
             records.update(collector.records)
         if backward:
             collector = _Collector({}, ends)
             needs = {request.need for request in backward}
             block = _curvature_block(sites, backward[0], reporter)
-            handles = [
-                _watch_gradients(model, s, needs, block_size(s.m, block), collector, device) for s in sites
-            ]
+            handles = [_watch_gradients(model, s, needs, block_size(s.m, block), collector, device) for s in sites]
             # Gradients start at the embeddings' output, so that they flow though no parameter takes one.
             embedding = model.get_input_embeddings()
             handles.append(embedding.register_forward_hook(lambda _m, _a, output: output.requires_grad_(True)))
 
-            def run(batch: Tensor, start: int) -> None:
+            def with_backward(batch: Tensor, start: int) -> None:
                 _backward(model, batch, backward[0].labels, seed * 1_000_003 + start)
 
             with _removed(handles), _frozen(model):
-                _pass(collector, tokens, run, device, batch_size, snapshot, "calibration, gradients", reporter)
+                _pass(
+                    collector, tokens, with_backward, device, batch_size, snapshot, "calibration, gradients", reporter
+                )
             records.update(collector.records)
     finally:
         model.train(was_training)
@@ -301,6 +305,6 @@ def _pass(
         collector.begin(start, stop)
         run(batch.to(device), start)
         due = time.monotonic() - saved >= _SNAPSHOT_SECONDS
-        if folder is not None and due and stop in collector._ends and stop < len(tokens):
+        if folder is not None and due and collector.group_ends_at(stop) and stop < len(tokens):
             save_records(folder, collector.records, stop)
             saved = time.monotonic()
