@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from rankwise.errors import NotFiniteError
 from rankwise.progress import Reporter
 from rankwise.sites import Site, find_sites, share_inputs
 from rankwise.statistics import Moments, Need, PooledMoments, Request, SiteStatistics, Store, collect, save_record, streams_of
-from rankwise.statistics import collect as _collect_function  # noqa: F401
 from rankwise.statistics.collect import group_ends
 from rankwise.statistics.curvature import CurvatureSums, block_size, squared_rows
 from rankwise.statistics.moments import MomentSums
@@ -226,9 +226,6 @@ def test_an_activation_that_is_not_finite_names_the_layer() -> None:
 
 
 def test_a_pass_killed_between_snapshots_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankwise.statistics import collect as _  # noqa: F401
-    import sys
-
     module = sys.modules["rankwise.statistics.collect"]
     monkeypatch.setattr(module, "_SNAPSHOT_SECONDS", 0.0)
     setup = Setup(sequences=12)
