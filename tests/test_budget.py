@@ -142,7 +142,12 @@ def test_manual_reads_the_command_line_form_and_names_bad_parts() -> None:
     manual = allocation_from("manual:q=0.7,v=dense")
     assert isinstance(manual, Manual)
     assert manual.roles == {"q": 0.7, "v": "dense"}
-    for bad, found in (("manual:q", "no fraction"), ("manual:q=two", "'two'"), ("manual:q=1.5", "outside"), ("unifrom", "uniform")):
+    for bad, found in (
+        ("manual:q", "no fraction"),
+        ("manual:q=two", "'two'"),
+        ("manual:q=1.5", "outside"),
+        ("unifrom", "uniform"),
+    ):
         with pytest.raises(RecipeError, match=found):
             allocation_from(bad)
     with pytest.raises(RecipeError, match="no role 'qq'"):

@@ -90,9 +90,7 @@ def test_token_files_are_checked(tmp_path: Path) -> None:
 
 def test_packing_keeps_every_token_and_separates_documents(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "a.jsonl").write_text('{"t": "one two three"}\n{"t": "  "}\n{"t": "four five six"}\n')
-    read = load_sequences(
-        parse_source(f"jsonl:{tmp_path}/a.jsonl#t"), tokenizer, 2048, length=2, count=None, seed=None
-    )
+    read = load_sequences(parse_source(f"jsonl:{tmp_path}/a.jsonl#t"), tokenizer, 2048, length=2, count=None, seed=None)
     one, two = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("one two three", "four five six"))
     stream = [*one, tokenizer.eos_token_id, *two]
     assert read.ids.flatten().tolist() == stream[: len(stream) // 2 * 2]

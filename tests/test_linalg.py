@@ -80,7 +80,9 @@ def test_diagonal_metrics_agree_with_their_matrices() -> None:
     rows = torch.rand(9, dtype=torch.float64) + 0.1
     by_ones = decompose(weight, metric=OutputMetric.of(rows[:, None, None], 0.0))
     u, d, vt = torch.linalg.svd(rows.sqrt()[:, None] * weight, full_matrices=False)
-    torch.testing.assert_close(by_ones.left[:, :2] @ by_ones.right[:2], ((u[:, :2] * d[:2]) @ vt[:2]) / rows.sqrt()[:, None])
+    torch.testing.assert_close(
+        by_ones.left[:, :2] @ by_ones.right[:2], ((u[:, :2] * d[:2]) @ vt[:2]) / rows.sqrt()[:, None]
+    )
 
 
 @pytest.mark.parametrize(("m", "n"), [(5, 9), (9, 5)])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_llama
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
+from conftest import tiny_llama
 from rankwise.errors import ModelError, NotFiniteError
 from rankwise.sites import find_sites, fused_expert_parameters, share_inputs
 
@@ -23,9 +23,7 @@ def test_llama_sites_roles_shapes_and_shared_inputs() -> None:
     assert first["q"].group == first["k"].group == first["v"].group
     assert first["gate"].group == first["up"].group
     assert len({first[role].group for role in ("q", "o", "gate", "down")}) == 4
-    assert sum(s.parameters for s in sites) == sum(
-        p.numel() for name, p in model.named_parameters() if "_proj" in name
-    )
+    assert sum(s.parameters for s in sites) == sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
 
 
 def test_gpt2_weights_are_transposed_views() -> None:

@@ -8,15 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import tiny_llama
 from rankwise.errors import NotFiniteError
 from rankwise.progress import Reporter
 from rankwise.sites import Site, find_sites, share_inputs
-from rankwise.statistics import Moments, Need, PooledMoments, Request, SiteStatistics, Store, collect, save_record, streams_of
+from rankwise.statistics import (
+    Moments,
+    Need,
+    PooledMoments,
+    Request,
+    SiteStatistics,
+    Store,
+    collect,
+    save_record,
+    streams_of,
+)
 from rankwise.statistics.collect import group_ends
 from rankwise.statistics.curvature import CurvatureSums, block_size, squared_rows
 from rankwise.statistics.moments import MomentSums
@@ -26,7 +36,9 @@ def samples(count: int, d: int, seed: int, offset: float = 0.0) -> Tensor:
     return torch.randn(count, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + offset
 
 
-@given(counts=st.lists(st.integers(1, 20), min_size=2, max_size=5), seed=st.integers(0, 10**6), offset=st.floats(-50, 50))
+@given(
+    counts=st.lists(st.integers(1, 20), min_size=2, max_size=5), seed=st.integers(0, 10**6), offset=st.floats(-50, 50)
+)
 @settings(deadline=None)
 def test_merging_equals_collecting_together_in_any_order(counts: list[int], seed: int, offset: float) -> None:
     parts = [samples(count, 4, seed + i, offset * i) for i, count in enumerate(counts)]
@@ -140,7 +152,9 @@ def test_input_statistics_give_the_outputs_moments(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("groups", "batch_size"), [(4, 4), (4, 3), (3, 11), (11, 2)])
-def test_pooled_covariance_averages_groups_that_hold_every_sequence(groups: int, batch_size: int, tmp_path: Path) -> None:
+def test_pooled_covariance_averages_groups_that_hold_every_sequence(
+    groups: int, batch_size: int, tmp_path: Path
+) -> None:
     setup = Setup()
     site = setup.site("0.mlp.down_proj")
     y = setup.outputs(site)
@@ -162,7 +176,9 @@ def test_one_group_is_the_sample_covariance() -> None:
 def test_fewer_sequences_than_groups_means_fewer_groups_and_is_said() -> None:
     setup = Setup(sequences=3)
     reporter = Reporter(show=False)
-    records = collect(setup.model, setup.sites, setup.tokens, [Request(Need.POOLED_MOMENTS)], batch_size=8, reporter=reporter)
+    records = collect(
+        setup.model, setup.sites, setup.tokens, [Request(Need.POOLED_MOMENTS)], batch_size=8, reporter=reporter
+    )
     assert {record.groups for record in records[Need.POOLED_MOMENTS].values()} == {3}
     assert reporter.notes == ["3 calibration sequences make 3 pooling groups, not 32"]
 
@@ -186,7 +202,9 @@ def test_gradients_are_those_of_the_text_loss(tmp_path: Path) -> None:
     rows, second = torch.zeros(site.m).double(), torch.zeros(site.m, site.m).double()
     for sequence in setup.tokens:
         kept: list[Tensor] = []
-        handle = site.module(setup.model).register_forward_hook(lambda _m, _a, y, kept=kept: (y.retain_grad(), kept.append(y))[0])
+        handle = site.module(setup.model).register_forward_hook(
+            lambda _m, _a, y, kept=kept: (y.retain_grad(), kept.append(y))[0]
+        )
         logits = setup.model(input_ids=sequence[None]).logits[0, :-1]
         torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum").backward()
         handle.remove()
@@ -225,7 +243,9 @@ def test_an_activation_that_is_not_finite_names_the_layer() -> None:
         collect(setup.model, setup.sites, setup.tokens, [Request(Need.MOMENTS)], batch_size=4)
 
 
-def test_a_pass_killed_between_snapshots_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_killed_between_snapshots_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = sys.modules["rankwise.statistics.collect"]
     monkeypatch.setattr(module, "_SNAPSHOT_SECONDS", 0.0)
     setup = Setup(sequences=12)

@@ -139,7 +139,8 @@ def _known_keys(where: tuple[Any, ...]) -> list[str]:
 
 def _explain(problem: ValidationError, origin: str) -> RecipeError:
     """One error for people from pydantic's list: the first problem, its place, and the nearest known key."""
-    error = problem.errors()[0]
+    # A misspelt key explains the required one that is then missing, so it comes first.
+    error = min(problem.errors(), key=lambda each: each["type"] != "extra_forbidden")
     place = tuple(part for part in error["loc"] if part not in ("name",))
     path = ".".join(str(p) for i, p in enumerate(place) if not (i == 1 and p in {**METHODS, **ALLOCATIONS}))
     where = f"{origin}: {path}" if path else origin

@@ -134,4 +134,6 @@ def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
     module = ModuleType(f"rankwise_generated_{base_type}")
     sys.modules[module.__name__] = module
     exec(compile(source, module.__name__, "exec"), module.__dict__)
+    # One layer class in this process, so that isinstance finds every low-rank layer.
+    module.__dict__.update(LowRankLinear=low_rank.LowRankLinear, replace_linears=low_rank.replace_linears)
     return getattr(module, f"Rankwise{causal_class.__name__}")
