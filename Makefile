@@ -1,0 +1,45 @@
+# Everything below does its own set-up. PYTHON may name any Python from 3.11 on.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup quickstart test test-slow lint bench clean
+
+help:
+	@echo "make quickstart   set up, compress the bundled model, show the result"
+	@echo "make test         set up, run the tests"
+	@echo "make test-slow    set up, run the tests that take minutes"
+	@echo "make lint         set up, check style, types and import rules"
+	@echo "make bench        set up, measure everything in benchmarks/ (needs the real models)"
+
+# PyTorch goes first and alone: any later step then finds it installed and fetches no other build.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $(STAMP)
+
+setup: $(STAMP)
+
+quickstart: setup
+	$(BIN)/rankwise quickstart
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	cd benchmarks && for each in calibration memory decomposition "methods stories260k" "methods wiki-llama-8m" defaults; do \
+		set -- $$each; ../$(BIN)/python $$1.py $$2 || exit 1; done
+
+clean:
+	rm -rf $(VENV) quickstart-output .quickstart-output.run
