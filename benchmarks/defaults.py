@@ -1,6 +1,6 @@
 """The settings that are defaults, against their alternatives, on wiki-llama-8m, uniform allocation.
 
-    python benchmarks/defaults.py
+python benchmarks/defaults.py
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Any
 
 from common import markdown_table, shared_directory, write_result
 from methods import protocols
-
 from rankwise import compress
 from rankwise.progress import Reporter
 from rankwise.recipe import recipe_from
@@ -72,7 +71,9 @@ def main() -> None:
         "on 256 sequences of 256 tokens of mix.calibration unless the row says otherwise, rank multiple 1 likewise.\n\n"
         + markdown_table(header, rows)
     )
-    write_result("defaults", "Default settings against their alternatives", "python benchmarks/defaults.py", body, figures)
+    write_result(
+        "defaults", "Default settings against their alternatives", "python benchmarks/defaults.py", body, figures
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""Pages that name code stay true: every function named with its file exists there, every test and link too."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
+
+
+def test_the_trace_names_functions_that_are_where_it_says() -> None:
+    page = " ".join((ROOT / "docs/trace-one-weight.md").read_text().split())
+    named = re.findall(r"`([A-Za-z_.]+)`(?:, `[^`]+`)? (?:[a-z]+ )?\(`([\w/]+\.py)`\)", page)
+    assert len(named) > 25
+    for name, file in named:
+        text = (ROOT / "src/rankwise" / file).read_text()
+        for part in name.split("."):
+            assert re.search(rf"(def|class) {part}\b", text), f"{name} is not in {file}"
+
+
+def test_the_trace_has_the_numbers_of_the_run() -> None:
+    from rankwise.budget import Budget
+    from rankwise.checkpoints import load_model
+    from rankwise.quickstart import MODEL
+    from rankwise.sites import find_sites
+
+    sites = find_sites(load_model(str(MODEL)).model)
+    ranks = Budget(keep=0.8).fill(sites, {site.name: 1.0 for site in sites})
+    (site,) = (s for s in sites if s.name == "model.layers.2.mlp.up_proj")
+    rank = ranks[site.name] or 0
+    page = (ROOT / "docs/trace-one-weight.md").read_text()
+    for number in (
+        f"[{site.m}, {site.n}]",
+        f"{site.parameters:,}",
+        f"[{rank}, {site.n}]",
+        f"{rank * (site.m + site.n):,}",
+    ):
+        assert number in page
+    assert {s.block for s in sites if s.role in "qo" and ranks[s.name] == 80} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_and_files_that_pages_name_exist(page: Path) -> None:
+    text = page.read_text()
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (page.parent / target).exists(), target
+    for target in re.findall(r"`((?:benchmarks|docs|examples)/[\w./-]+)`", text):
+        assert (ROOT / target).exists(), target
