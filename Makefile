@@ -29,6 +29,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-slow: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,tasks]' -c constraints.txt
 	$(BIN)/python -m pytest -m slow
 
 lint: setup
@@ -38,8 +39,10 @@ lint: setup
 	$(BIN)/lint-imports
 
 bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,plots]' -c constraints.txt
 	cd benchmarks && for each in calibration memory decomposition "methods stories260k" "methods wiki-llama-8m" defaults; do \
 		set -- $$each; ../$(BIN)/python $$1.py $$2 || exit 1; done
+	cd benchmarks && ../$(BIN)/python plot_methods.py wiki-llama-8m
 
 clean:
 	rm -rf $(VENV) quickstart-output .quickstart-output.run

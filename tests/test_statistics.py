@@ -74,6 +74,16 @@ def test_float32_sums_keep_the_covariance_of_inputs_with_a_large_mean() -> None:
     assert sums.empty
 
 
+@pytest.mark.parametrize("d", [1, 127, 300])
+def test_float32_sums_give_both_halves_of_the_gram_matrix(d: int) -> None:
+    x = samples(50, d, 2).float()
+    sums = MomentSums(d, torch.device("cpu"))
+    sums.add(x)
+    found = sums.take()
+    torch.testing.assert_close(found.scatter, Moments.of(x).scatter, atol=1e-3, rtol=1e-4)
+    assert torch.equal(found.scatter, found.scatter.T)
+
+
 @given(sequences=st.integers(1, 200), groups=st.integers(1, 40))
 def test_groups_are_equal_to_within_one_and_drop_no_sequence(sequences: int, groups: int) -> None:
     groups = min(groups, sequences)

@@ -75,7 +75,8 @@ class OutputMetric:
         if not torch.isfinite(mean) or mean <= 0:
             raise ValueError("the output metric is zero or not finite")
         identity = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
-        while damping <= _LARGEST_DAMPING:
+        most = max(damping, _LARGEST_DAMPING)
+        while damping <= most:
             factor, failed = torch.linalg.cholesky_ex(blocks + damping * mean * identity)
             if not failed.any():
                 return cls(factor, damping)

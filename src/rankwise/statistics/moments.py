@@ -93,6 +93,16 @@ class AbsoluteMean:
         return self.total / self.count
 
 
+def _gram_block(d: int, device: torch.device) -> int:
+    """Rows of a Gram matrix to update at a time: small blocks save most of the upper half, large ones keep GEMMs fast.
+
+    128 and 256 were the fastest of 64 to 1024 on a CPU, at d up to 1024 and at 4096.
+    """
+    if device.type != "cpu":
+        return max(1024, d // 4)
+    return 128 if d < 2048 else 256
+
+
 class MomentSums:
     """Float32 accumulator on the model's device for one group of sequences.
 
@@ -105,7 +115,8 @@ class MomentSums:
     """
 
     def __init__(self, d: int, device: torch.device) -> None:
-        self._gram = torch.zeros(d, d, device=device)
+        self._gram = torch.zeros(d, d, device=device)  # Only the lower triangle is kept up to date.
+        self._block = _gram_block(d, device)
         self._total = torch.zeros(d, device=device)
         self._shift = torch.zeros(d, device=device)
         self._count = 0
@@ -120,15 +131,18 @@ class MomentSums:
         if self._count == 0:
             self._shift = x.mean(0)
         x = x - self._shift
-        self._gram.addmm_(x.T, x)
+        for start in range(0, x.shape[1], self._block):
+            stop = start + self._block
+            self._gram[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
         self._total += x.sum(0)
         self._count += len(x)
 
     def take(self) -> Moments:
         """The moments of what was added, in float64 on the CPU; the accumulator starts afresh."""
         total, count = self._total.cpu().double(), self._count
-        scatter = self._gram.to("cpu", torch.float64, copy=True)
-        scatter.addr_(total, total, alpha=-1 / count)
+        scatter = self._gram.to("cpu", torch.float64)
+        scatter.addr_(total, total, alpha=-1 / count).tril_()
+        scatter += scatter.tril(-1).T
         moments = Moments(count, self._shift.cpu().double() + total / count, scatter)
         self._gram.zero_()
         self._total.zero_()
