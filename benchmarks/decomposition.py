@@ -28,7 +28,7 @@ def main() -> None:
     rows, figures = [], []
     for roles, (m, n) in SHAPES.items():
         weight = torch.randn(m, n, dtype=torch.float64, generator=generator) / n**0.5
-        for name in ("svd", "bolaco", "two_sided"):
+        for name in ("bolaco", "two_sided"):
             metric_seconds = 0.0
             metric = None
             if name == "two_sided":
@@ -38,9 +38,7 @@ def main() -> None:
                 metric_seconds = time.perf_counter() - started
                 del curvature
             started = time.perf_counter()
-            if name == "svd":
-                found = decompose(weight)
-            elif n > D:
+            if n > D:
                 found = decompose(weight, outputs=outputs, metric=metric)
             else:
                 # A fresh metric each time: its root is part of the cost, though siblings share it in a run.

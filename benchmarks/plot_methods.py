@@ -1,6 +1,6 @@
 """Draw perplexity against the kept fraction from the results of `methods.py`.
 
-    python benchmarks/plot_methods.py wiki-llama-8m
+python benchmarks/plot_methods.py wiki-llama-8m
 """
 
 from __future__ import annotations
