@@ -11,8 +11,9 @@ import json
 import matplotlib
 
 matplotlib.use("svg")
-from common import RESULTS, ROOT
 from matplotlib import pyplot
+
+from common import RESULTS, ROOT
 
 DASHES = {"svd": ":", "fwsvd": ":", "asvd": ":", "afm": "--", "svd_llm": "--"}
 

@@ -61,6 +61,19 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_gradients_reach_every_site(name: str, tokens: str, tmp_path: Path) -> None:
+    """The two-sided method needs a backward pass through code that each architecture writes differently."""
+    config = getattr(transformers, f"{name}Config")(**CASES[name])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    values = {"model": str(tmp_path / "dense"), "budget": {"keep": 0.5, "rank_multiple": 1}}
+    small = compress(recipe_from({**values, "method": "two_sided", "calibration": {"source": tokens}}))
+    compressed = [site for site in small.report["sites"].values() if site["rank"]]
+    assert len(compressed) == len(small.plan.ranks)
+    assert all(0 < site["dropped_energy"] < 1 for site in compressed)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_both_formats_load_and_agree(name: str, tokens: str, tmp_path: Path) -> None:
     config = getattr(transformers, f"{name}Config")(**CASES[name])
     torch.manual_seed(0)

@@ -54,6 +54,13 @@ def test_what_cannot_be_scored_is_refused() -> None:
         perplexity(model, torch.zeros(2, 4, dtype=torch.int64))
 
 
+def test_a_loss_beyond_any_perplexity_is_an_error_not_an_overflow() -> None:
+    model = tiny_llama()
+    torch.nn.init.normal_(model.lm_head.weight, std=1e5)
+    with pytest.raises(NotFiniteError, match="mean loss"):
+        perplexity(model, torch.arange(20)[None])
+
+
 def test_tied_tensors_count_once() -> None:
     apart, tied = tiny_llama(), tiny_llama(tie_word_embeddings=True)
     cost, small = (measure_cost(m, find_sites(m), {}) for m in (apart, tied))

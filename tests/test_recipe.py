@@ -42,6 +42,7 @@ def test_every_method_can_be_named() -> None:
         ({"model": "M", "budget": {"rank_multiple": 0}}, r"rank_multiple"),
         ({"model": "M", "calibration": {"source": "txt:x"}}, "did you mean 'text'"),
         ({"model": "M", "format": "densee"}, "format"),
+        ({"model": "M", "max_shard_size": "much"}, "max_shard_size"),
     ],
 )
 def test_mistakes_are_explained(values: dict[str, Any], says: str) -> None:

@@ -63,9 +63,11 @@ class Reporter:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; records seconds and peak resident memory under `name`."""
+        """Name a stage on the terminal and time it; records seconds and peak resident memory under `name`."""
         resets = _reset_peak_memory()
         started = time.monotonic()
+        if self._bars:
+            print(f"{name} ...", file=sys.stderr, flush=True)
         try:
             yield
         finally:

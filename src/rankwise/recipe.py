@@ -104,7 +104,7 @@ class Recipe(_Node):
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = None
     format: Literal["low_rank", "dense"] = "low_rank"
-    max_shard_size: str = "5GB"
+    max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*[KMGT]B$")] = "5GB"
     precision: Literal["auto", "stored", "float32"] = "auto"
     device: str = "auto"
     seed: int = 0

@@ -200,5 +200,5 @@ def fingerprint(model: nn.Module, stored_dtypes: dict[str, torch.dtype]) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(json.dumps([name, list(parameter.shape), str(stored_dtypes.get(name))]).encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

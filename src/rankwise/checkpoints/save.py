@@ -120,7 +120,8 @@ def _write_companions(loaded: LoadedModel, folder: Path) -> None:
         loaded.tokenizer.save_pretrained(folder)
     generation = getattr(loaded.model, "generation_config", None)
     if generation is not None:
-        generation.save_pretrained(folder)
+        # Not save_pretrained: it refuses settings that many published models carry.
+        generation.to_json_file(folder / "generation_config.json")
 
 
 def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_shard_size: str = "5GB") -> None:

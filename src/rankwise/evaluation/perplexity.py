@@ -13,6 +13,9 @@ from rankwise.errors import DataError, NotFiniteError
 from rankwise.progress import Reporter
 
 
+_LARGEST_EXPONENT = 700.0
+
+
 @dataclass(frozen=True)
 class Perplexity:
     """A perplexity and what it was measured on.
@@ -109,4 +112,11 @@ def perplexity(
             )
         total += batch_total
         tokens += losses.numel()
-    return Perplexity(math.exp(total / tokens), tokens, len(windows), length, stride)
+    mean = total / tokens
+    if mean > _LARGEST_EXPONENT:
+        raise NotFiniteError(
+            f"The mean loss of {mean:.0f} has no perplexity in double precision.",
+            where=description,
+            remedy="the model is destroyed; keep more of it",
+        )
+    return Perplexity(math.exp(mean), tokens, len(windows), length, stride)
