@@ -12,7 +12,6 @@ from torch import Tensor
 from rankwise.errors import DataError, NotFiniteError
 from rankwise.progress import Reporter
 
-
 _LARGEST_EXPONENT = 700.0
 
 
