@@ -3,11 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from rankwise.compress import Compressed, compress
+from rankwise.version import __version__
 
 if TYPE_CHECKING:
     from rankwise.recipe import Recipe
-
-__version__ = "0.1.0"
 
 __all__ = ["Compressed", "Recipe", "__version__", "compress"]
 

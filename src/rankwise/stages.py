@@ -13,7 +13,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from rankwise import __version__
 from rankwise.budget import RankPlan
 from rankwise.checkpoints import REPORT_FILE, LoadedModel, fingerprint, save_dense, save_low_rank, writing
 from rankwise.data import Sequences, load_sequences, parse_source
@@ -28,6 +27,7 @@ from rankwise.reports import build_report, model_card
 from rankwise.runs import Run, Stage
 from rankwise.sites import Site, find_sites, fused_expert_parameters, share_inputs
 from rankwise.statistics import Need, SiteStatistics, Store, collect, save_record, streams_of
+from rankwise.version import __version__
 
 _STAGE_FORMAT = 1
 """Raised when the contents or the arithmetic of a stage change, so that old stages are not taken for new ones."""
