@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from rankwise import compress, stages
 from rankwise.checkpoints import load_model
 from rankwise.data import load_sequences, parse_source
+from rankwise.errors import RunError
 from rankwise.factors import Basis
 from rankwise.layers import substitute
 from rankwise.methods import METHODS
@@ -146,6 +147,24 @@ def test_after_kills_the_same_command_ends_with_the_same_bytes(settings: Setting
     for name in names:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not list(run.glob("*.partial"))
+
+
+def test_a_disk_that_fills_up_among_the_stages_is_said_and_continued(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = stages.save_file, []
+
+    def fills_up(tensors: Any, path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 6:
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(stages, "save_file", fills_up)
+    with pytest.raises(RunError, match="disk is full"):
+        compress(recipe_from(settings()), run_directory=tmp_path / "run")
+    compress(recipe_from(settings()), run_directory=tmp_path / "run")
+    assert len(calls) == 6 + 9  # five of fourteen bases were not done again
 
 
 def test_the_report_tells_times_sizes_and_scores(settings: Settings, text: Path) -> None:

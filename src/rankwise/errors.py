@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -57,6 +58,11 @@ class RunError(RankwiseError):
 
 class MissingPackageError(RankwiseError):
     """An optional package is needed and not installed."""
+
+
+def is_disk_full(problem: BaseException) -> bool:
+    """Whether an error means that the disk is full, from Python or from the library that writes weights."""
+    return getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.checkpoints.load import CHECKPOINT_KEY, LoadedModel
 from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, model_type_for, modeling_source
-from rankwise.errors import ModelError, OutputError
+from rankwise.errors import ModelError, OutputError, is_disk_full
 from rankwise.layers import LowRankLinear
 from rankwise.sites import Site
 
@@ -81,7 +80,7 @@ def writing(output: Path) -> Iterator[Path]:
     except Exception as problem:
         shutil.rmtree(fresh, ignore_errors=True)
         if isinstance(problem, OSError) or "os error" in str(problem).lower():
-            full = getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem)
+            full = is_disk_full(problem)
             raise OutputError(
                 "The disk is full." if full else f"The checkpoint cannot be written ({problem}).",
                 where=str(output),

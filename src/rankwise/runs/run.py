@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import RunError
+from rankwise.errors import RankwiseError, RunError, is_disk_full
 
 
 def stage_key(depends_on: Mapping[str, Any]) -> str:
@@ -87,14 +87,27 @@ class Run:
 
     @contextmanager
     def locked(self, waiting: Any) -> Iterator[None]:
-        """Hold the directory; calls `waiting` once when another process holds it."""
+        """Hold the directory; calls `waiting` once when another process holds it.
+
+        Raises:
+            RunError: when the disk fills up inside the block. What was finished stays.
+        """
         with (self.directory / ".lock").open("r+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 waiting()
                 fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            except Exception as problem:
+                if isinstance(problem, RankwiseError) or not is_disk_full(problem):
+                    raise
+                raise RunError(
+                    "The disk is full.",
+                    where=str(self.directory),
+                    remedy="make room, or give a --run-dir elsewhere, and run the same command again",
+                ) from problem
 
     def stage(self, name: str, depends_on: Mapping[str, Any]) -> Stage:
         """The stage with this name and these dependencies, finished or not."""
