@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -41,6 +41,24 @@ class Budget(BaseModel):
 
     keep: Annotated[float, Field(gt=0, le=1)] | None = 0.8
     rank_multiple: Annotated[int, Field(ge=1)] = 8
+
+    def allowed(self, sites: Sequence[Site]) -> int:
+        """Parameters that the sites may keep together.
+
+        Raises:
+            BudgetError: when no fraction is set.
+        """
+        if self.keep is None:
+            raise BudgetError("No kept fraction is set.", where="budget.keep", remedy="give --keep")
+        # The small excess forgives the rounding of a fraction such as 0.7.
+        return math.floor(self.keep * sum(site.parameters for site in sites) + 1e-6)
+
+    def largest_rank(self, site: Site) -> int:
+        """The largest rank that costs less than the matrix itself; 0 when even one step does not."""
+        most = min(site.m, site.n) // self.rank_multiple
+        while most and cost(site, most * self.rank_multiple) >= site.parameters:
+            most -= 1
+        return most * self.rank_multiple
 
     def next_rank(self, site: Site, rank: Rank) -> Rank:
         """The rank one step up; None (dense) when that step would cost as much as the matrix itself.
@@ -80,10 +98,8 @@ class Budget(BaseModel):
         Raises:
             BudgetError: when even the smallest ranks do not fit.
         """
-        if self.keep is None:
-            raise BudgetError("No kept fraction is set.", where="budget.keep", remedy="give --keep")
         total = sum(site.parameters for site in sites)
-        allowed = math.floor(self.keep * total + 1e-6)
+        allowed = self.allowed(sites)
         if self.keep == 1:
             return {site.name: None for site in sites}
         wanted = {s.name: f * break_even(s) for s in sites if (f := fractions[s.name]) is not None}
@@ -137,24 +153,38 @@ class RankPlan(BaseModel):
     Attributes:
         format: version of this file's form.
         architecture: class name of the model it was made for.
+        fingerprint: hash of that model's weights; None when it is not known.
         method: name of the method whose bases it slices.
+        method_settings: all its settings.
         allocation: how the ranks were chosen.
         keep: fraction asked for; None when the ranks were given.
         rank_multiple: what ranks are multiples of.
+        storage: how a site of rank r is stored. `two_factor` costs r (m + n).
         shapes: by site name, `[m, n]`.
         ranks: by site name, the rank; null for dense.
+        groups: by group of the search (or by role), the fraction of its parameters kept.
+        space: the search's space, `5x1` or `spectral`; None when nothing was searched.
+        coordinates: the point of that space, by label.
+        objective: value, perplexity and KL on the validation samples, where they were measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["rankwise-plan/1"] = "rankwise-plan/1"
     architecture: str
+    fingerprint: str | None = None
     method: str
+    method_settings: dict[str, Any] = {}
     allocation: str
     keep: float | None
     rank_multiple: int
+    storage: Literal["two_factor"] = "two_factor"
     shapes: dict[str, tuple[int, int]]
     ranks: dict[str, int | None]
+    groups: dict[str, float] = {}
+    space: str | None = None
+    coordinates: dict[str, float] = {}
+    objective: dict[str, float] | None = None
 
     @property
     def dense_parameters(self) -> int:
@@ -182,8 +212,18 @@ class RankPlan(BaseModel):
         architecture: str,
         method: str,
         allocation: str,
+        **details: Any,
     ) -> RankPlan:
         """A plan that is checked against its budget.
+
+        Args:
+            sites: every site the budget counts.
+            ranks: by site name; None for dense.
+            budget: what it is checked against.
+            architecture: class name of the model.
+            method: name of the method.
+            allocation: how the ranks were chosen.
+            **details: further attributes of the plan.
 
         Raises:
             BudgetError: when the ranks keep more than the budget allows, or a site has no rank.
@@ -199,6 +239,7 @@ class RankPlan(BaseModel):
             rank_multiple=budget.rank_multiple,
             shapes={site.name: (site.m, site.n) for site in sites},
             ranks={site.name: ranks[site.name] for site in sites},
+            **details,
         )
         if budget.keep is not None and plan.kept > budget.keep + 1e-9:
             raise BudgetError(
@@ -219,3 +260,49 @@ class RankPlan(BaseModel):
             raise BudgetError(
                 "The plan cannot be read.", where=str(path), remedy=str(problem).splitlines()[0]
             ) from None
+
+    def fitting(self, sites: Sequence[Site], where: str) -> dict[str, Rank]:
+        """Its ranks for a model's sites.
+
+        Args:
+            sites: sites of the model it is to be used on.
+            where: the plan's file, for errors.
+
+        Raises:
+            BudgetError: naming the first site that is missing or has another shape.
+        """
+        for site in sites:
+            shape = self.shapes.get(site.name)
+            if shape != (site.m, site.n):
+                found = "has no such site" if shape is None else f"has {list(shape)} there"
+                raise BudgetError(
+                    f"The plan is for another architecture ({self.architecture}): the model's {site.name} is "
+                    f"{[site.m, site.n]}, and the plan {found}.",
+                    where=where,
+                    remedy="use a plan made for a model with the same layers",
+                )
+        extra = sorted(set(self.shapes) - {site.name for site in sites})
+        if extra:
+            raise BudgetError(
+                f"The plan is for another architecture ({self.architecture}): the model has no {extra[0]}.",
+                where=where,
+                remedy="use a plan made for a model with the same layers",
+            )
+        return {site.name: self.ranks[site.name] for site in sites}
+
+
+def kept_by(labels: Mapping[str, str], sites: Sequence[Site], ranks: Mapping[str, Rank]) -> dict[str, float]:
+    """The fraction of parameters kept in each group of sites.
+
+    Args:
+        labels: site name -> group.
+        sites: the sites.
+        ranks: site name -> rank, None for dense.
+    """
+    whole: dict[str, int] = {}
+    kept: dict[str, int] = {}
+    for site in sites:
+        label = labels[site.name]
+        whole[label] = whole.get(label, 0) + site.parameters
+        kept[label] = kept.get(label, 0) + cost(site, ranks[site.name])
+    return {label: kept[label] / whole[label] for label in whole}

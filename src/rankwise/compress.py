@@ -1,7 +1,7 @@
 """The flow: checkpoint -> sites -> statistics -> bases -> ranks -> factors in place -> checkpoint.
 
 Read `compress` from top to bottom; each line is a stage, and no stage reaches back. What the stages do is in
-`stages.py`, in the same order.
+`stages/`, in the same order.
 """
 
 from __future__ import annotations
@@ -70,22 +70,24 @@ def compress(
                 device=stages.device_of(recipe),
                 trust_remote_code=recipe.trust_remote_code,
             )
-            texts = stages.read_texts(recipe, loaded)
+            texts = stages.read_texts(recipe, loaded, reporter, validate=recipe.allocation.searches)
             work = stages.begin(recipe, run, loaded, texts, reporter)
         dense_cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
-        plan = stages.choose_ranks(work)
+        stages.check_budget(work)
         with reporter.stage("evaluate dense"):
             dense_score = stages.score(work, "dense")
         with reporter.stage("statistics"):
             store = stages.collect_statistics(work)
         with reporter.stage("bases"):
             bases = stages.decompose_sites(work, store)
+        with reporter.stage("ranks"):
+            chosen = stages.choose_ranks(work, bases)
         with reporter.stage("factors"):
-            losses = stages.put_factors(work, bases, plan)
+            losses = stages.put_factors(work, bases, chosen.plan)
         cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
         with reporter.stage("evaluate compressed"):
-            score = stages.score(work, "compressed", plan)
+            score = stages.score(work, "compressed", chosen.plan)
         with reporter.stage("checkpoint"):
-            report = stages.write(work, plan, losses, (dense_cost, cost), (dense_score, score))
+            report = stages.write(work, chosen, losses, (dense_cost, cost), (dense_score, score))
     report["stages"] = dict(reporter.stages)
-    return Compressed(loaded.model, loaded.tokenizer, plan, report)
+    return Compressed(loaded.model, loaded.tokenizer, chosen.plan, report)

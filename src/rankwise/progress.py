@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +51,7 @@ class Reporter:
         self.notes: list[str] = []
         self.stages: dict[str, dict[str, Any]] = {}
         self._print_notes = show is not False
+        self._text: str | None = None
         self._bars = sys.stderr.isatty() if show is None else show
 
     def note(self, text: str) -> None:
@@ -77,7 +78,32 @@ class Reporter:
                 "peak_is_of_this_stage": resets,
             }
 
-    def track(self, items: Sequence[T] | Iterable[T], description: str, total: int, done: int = 0) -> Iterator[T]:
+    @contextmanager
+    def counting(self, description: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+        """A progress bar whose text changes: how far, how long left, and what came out last.
+
+        Args:
+            description: the first text.
+            total: steps in all.
+            done: steps an earlier, interrupted run finished.
+
+        Yields:
+            A function to call with a new text after each step.
+        """
+        steps = self.track(range(done, total), description, total=total, done=done)
+        next(steps, None)
+
+        def advance(text: str) -> None:
+            self._text = text
+            next(steps, None)
+
+        try:
+            yield advance
+        finally:
+            self._text = None
+            steps.close()
+
+    def track(self, items: Sequence[T] | Iterable[T], description: str, total: int, done: int = 0) -> Generator[T]:
         """Iterate with a progress bar: what, how far, how long left. Appears only for work longer than two seconds.
 
         Args:
@@ -100,7 +126,7 @@ class Reporter:
         try:
             for item in items:
                 yield item
-                bar.advance(task)
+                bar.update(task, advance=1, description=self._text or description)
                 if not shown and time.monotonic() - started > _SHOW_AFTER_SECONDS:
                     bar.start()
                     shown = True

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rankwise.allocation import ALLOCATIONS, AnyAllocation, Uniform, allocation_from
+from rankwise.allocation import ALLOCATIONS, AnyAllocation, Spectral, Uniform, allocation_from
 from rankwise.budget import Budget
 from rankwise.data import parse_source
 from rankwise.errors import RankwiseError, RecipeError, nearest
+from rankwise.evaluation import ObjectiveSettings
 from rankwise.methods import METHODS, AnyMethod, TwoSided, method_named
 
 
@@ -76,6 +77,38 @@ class Evaluation(_Node):
     _source = field_validator("source")(_checked_source)
 
 
+class Validation(_Node):
+    """Samples on which a search judges its plans.
+
+    Attributes:
+        source: as for calibration. None takes sequences of the calibration source that calibration did not use.
+        skip: sequences skipped at the start.
+        sequences: how many are read; None for all.
+        sample: `random` draws them by the recipe's seed, `first` takes them from the start.
+        length: as for calibration.
+        batch_size: sequences a batch.
+        select: which of those read are used: `all`, or `count` of them: `random`, or the `top` or `bottom` by how much
+            their perplexity varies over random plans (Bolaco, section 3.2).
+        count: for `random`, `top` and `bottom`.
+        plans: random plans for `top` and `bottom`; each costs one forward pass over all that is read.
+    """
+
+    source: str | None = None
+    skip: Annotated[int, Field(ge=0)] = 0
+    sequences: Annotated[int, Field(ge=1)] | None = 32
+    sample: Literal["random", "first"] = "random"
+    length: Annotated[int, Field(ge=2)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    select: Literal["all", "random", "top", "bottom"] = "all"
+    count: Annotated[int, Field(ge=1)] = 32
+    plans: Annotated[int, Field(ge=2)] = 20
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, text: str | None) -> str | None:
+        return None if text is None else _checked_source(text)
+
+
 class Recipe(_Node):
     """Everything a compression depends on.
 
@@ -83,9 +116,12 @@ class Recipe(_Node):
         model: directory or hub name of the checkpoint.
         output: directory to write; None keeps the result in memory only.
         method: how a weight is factored.
-        allocation: how rank is spread over sites.
+        allocation: how rank is spread over sites. When it is not given: `spectral` for a method whose energies are in
+            one unit (`two_sided`), else `uniform`.
         budget: how much is kept.
         calibration: text for statistics.
+        validation: text on which a search judges its plans.
+        objective: how it judges them.
         evaluation: text to score before and after, or None.
         format: `low_rank` writes factors; `dense` multiplies them back into a checkpoint of the original type, which
             saves no space.
@@ -99,9 +135,11 @@ class Recipe(_Node):
     model: str
     output: str | None = None
     method: AnyMethod = TwoSided()
-    allocation: AnyAllocation = Uniform()
+    allocation: AnyAllocation = Spectral()
     budget: Budget = Budget()
     calibration: Calibration = Calibration()
+    validation: Validation = Validation()
+    objective: ObjectiveSettings = ObjectiveSettings()
     evaluation: Evaluation | None = None
     format: Literal["low_rank", "dense"] = "low_rank"
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*[KMGT]B$")] = "5GB"
@@ -115,13 +153,29 @@ class Recipe(_Node):
     def _method_by_name(cls, value: Any) -> Any:
         return method_named(value) if isinstance(value, str) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _allocation_for_method(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("allocation") is None:
+            method = values.get("method", TwoSided())
+            name = method if isinstance(method, str) else getattr(method, "name", None) or dict(method).get("name")
+            one_unit = name in METHODS and METHODS[name].one_unit
+            return {**values, "allocation": Spectral() if one_unit else Uniform()}
+        return values
+
     @field_validator("allocation", mode="before")
     @classmethod
     def _allocation_by_name(cls, value: Any) -> Any:
         return allocation_from(value) if isinstance(value, str) else value
 
 
-_NODES: dict[str, Any] = {"budget": Budget, "calibration": Calibration, "evaluation": Evaluation}
+_NODES: dict[str, Any] = {
+    "budget": Budget,
+    "calibration": Calibration,
+    "validation": Validation,
+    "objective": ObjectiveSettings,
+    "evaluation": Evaluation,
+}
 
 
 def _known_keys(where: tuple[Any, ...]) -> list[str]:
@@ -236,4 +290,13 @@ def ready_recipes() -> dict[str, str]:
     }
 
 
-__all__ = ["Calibration", "Evaluation", "Recipe", "read_recipe", "ready_recipes", "recipe_from", "set_value"]
+__all__ = [
+    "Calibration",
+    "Evaluation",
+    "Recipe",
+    "Validation",
+    "read_recipe",
+    "ready_recipes",
+    "recipe_from",
+    "set_value",
+]

@@ -77,6 +77,16 @@ class Site:
         return self.module(model).bias.detach() if self.has_bias else None
 
 
+def place_of(name: str) -> tuple[int, str]:
+    """Block and role of a site, read off its name: the first number in the path, and the last part.
+
+    A site itself knows both better; this is for plans, which hold names alone.
+    """
+    parts = name.split(".")
+    leaf = parts[-1]
+    return next((int(part) for part in parts if part.isdigit()), 0), _ROLES.get(leaf, leaf)
+
+
 def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The module list that holds most linear weights: the decoder's blocks."""
 

@@ -6,18 +6,29 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rankwise.allocation.base import Allocation
+from rankwise.allocation.base import Allocation, Choice, Evidence, Looks, Outcome
+from rankwise.allocation.bayesian import Bayesian
 from rankwise.allocation.manual import Manual
+from rankwise.allocation.planned import Planned
+from rankwise.allocation.selection import by_variance, random_plans
+from rankwise.allocation.spectral import Spectral, Tails
+from rankwise.allocation.trials import TrialLog, finite
 from rankwise.allocation.uniform import Uniform
 from rankwise.errors import RecipeError, nearest
 
-ALLOCATIONS: dict[str, type[Allocation]] = {"uniform": Uniform, "manual": Manual}
+ALLOCATIONS: dict[str, type[Allocation]] = {
+    "uniform": Uniform,
+    "manual": Manual,
+    "spectral": Spectral,
+    "bayesian": Bayesian,
+    "plan": Planned,
+}
 
-AnyAllocation = Annotated[Uniform | Manual, Field(discriminator="name")]
+AnyAllocation = Annotated[Uniform | Manual | Spectral | Bayesian | Planned, Field(discriminator="name")]
 
 
 def allocation_from(text: str) -> Allocation:
-    """Read `uniform` or `manual:q=0.7,v=dense,...`.
+    """Read `uniform`, `spectral`, `bayesian:5x1`, `manual:q=0.7,v=dense,...` or `plan:FILE`.
 
     Raises:
         RecipeError: naming the nearest allocation, or the bad part.
@@ -28,4 +39,23 @@ def allocation_from(text: str) -> Allocation:
     return ALLOCATIONS[name].parse(rest)
 
 
-__all__ = ["ALLOCATIONS", "Allocation", "AnyAllocation", "Manual", "Uniform", "allocation_from"]
+__all__ = [
+    "ALLOCATIONS",
+    "Allocation",
+    "AnyAllocation",
+    "Bayesian",
+    "Choice",
+    "Evidence",
+    "Looks",
+    "Manual",
+    "Outcome",
+    "Planned",
+    "Spectral",
+    "Tails",
+    "TrialLog",
+    "Uniform",
+    "allocation_from",
+    "by_variance",
+    "finite",
+    "random_plans",
+]

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError
 
-from rankwise.allocation.base import Allocation
-from rankwise.budget import Budget, Rank, break_even
+from rankwise.allocation.base import Allocation, Choice, Evidence
+from rankwise.budget import Budget, break_even
 from rankwise.errors import RecipeError, nearest
 from rankwise.sites import Site
 
@@ -50,7 +50,7 @@ class Manual(Allocation):
                 "A fraction is outside (0, 1].", where=f"manual:{text}", remedy="use a number in (0, 1] or dense"
             ) from None
 
-    def ranks(self, sites: Sequence[Site], budget: Budget) -> dict[str, Rank]:
+    def choose(self, sites: Sequence[Site], budget: Budget, evidence: Evidence) -> Choice:
         present = {site.role for site in sites}
         for role in self.roles:
             if role not in present:
@@ -63,8 +63,13 @@ class Manual(Allocation):
             # 1 and dense are the same: at the break-even rank two factors cost as much as the matrix.
             fractions[site.name] = None if fraction == "dense" or fraction == 1 else float(fraction)
         if budget.keep is not None:
-            return budget.fill(sites, fractions)
-        return {
-            site.name: None if (f := fractions[site.name]) is None else budget.round_rank(site, f * break_even(site))
-            for site in sites
-        }
+            return Choice.by_role(sites, budget.fill(sites, fractions))
+        return Choice.by_role(
+            sites,
+            {
+                site.name: None
+                if (f := fractions[site.name]) is None
+                else budget.round_rank(site, f * break_even(site))
+                for site in sites
+            },
+        )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Self
 
-from rankwise.allocation.base import Allocation
-from rankwise.budget import Budget, Rank
+from rankwise.allocation.base import Allocation, Choice, Evidence
+from rankwise.budget import Budget
 from rankwise.errors import RecipeError
 from rankwise.sites import Site
 
@@ -22,5 +22,5 @@ class Uniform(Allocation):
             raise RecipeError("uniform takes no settings.", where=f"uniform:{text}", remedy="write uniform")
         return cls()
 
-    def ranks(self, sites: Sequence[Site], budget: Budget) -> dict[str, Rank]:
-        return budget.fill(sites, {site.name: 1.0 for site in sites})
+    def choose(self, sites: Sequence[Site], budget: Budget, evidence: Evidence) -> Choice:
+        return Choice.by_role(sites, budget.fill(sites, {site.name: 1.0 for site in sites}))

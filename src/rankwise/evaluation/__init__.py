@@ -2,6 +2,16 @@
 
 from rankwise.evaluation.cost import Cost, measure_cost
 from rankwise.evaluation.generate import generate
+from rankwise.evaluation.objective import Objective, ObjectiveSettings
 from rankwise.evaluation.perplexity import Perplexity, perplexity, scored_windows
 
-__all__ = ["Cost", "Perplexity", "generate", "measure_cost", "perplexity", "scored_windows"]
+__all__ = [
+    "Cost",
+    "Objective",
+    "ObjectiveSettings",
+    "Perplexity",
+    "generate",
+    "measure_cost",
+    "perplexity",
+    "scored_windows",
+]

@@ -54,11 +54,13 @@ class OutputMetric:
 
     Attributes:
         blocks: Cholesky factors, shape `[k, b, b]` with k b = m. One block is a full metric, b = 1 a diagonal one.
-        damping: fraction of F's mean diagonal that was added to make it positive definite.
+        damping: fraction of F's mean diagonal that was added.
+        added: what was added to the diagonal.
     """
 
     blocks: Tensor
     damping: float
+    added: float
 
     @classmethod
     def of(cls, blocks: Tensor, damping: float) -> OutputMetric:
@@ -79,7 +81,7 @@ class OutputMetric:
         while damping <= most:
             factor, failed = torch.linalg.cholesky_ex(blocks + damping * mean * identity)
             if not failed.any():
-                return cls(factor, damping)
+                return cls(factor, damping, float(damping * mean))
             damping = 10 * max(damping, 1e-12)
         raise ValueError("the output metric is not positive semi-definite")
 
@@ -99,3 +101,11 @@ class OutputMetric:
         """P^{-T} x for x of shape `[m, c]`."""
         solved = torch.linalg.solve_triangular(self.blocks.mT, self._split(x), upper=True)
         return solved.reshape(x.shape)
+
+    def undamped_share(self, left: Tensor) -> Tensor:
+        """l^T F l for columns l with l^T (F + added I) l = 1: how much of each is F's own, shape `[c]`.
+
+        Args:
+            left: shape `[m, c]`, as `undo` gives orthonormal columns.
+        """
+        return (1 - self.added * left.square().sum(0)).clamp_min(0)

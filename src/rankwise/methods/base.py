@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -17,9 +18,14 @@ class Method(BaseModel, ABC):
 
     Every method has a `name` field with one allowed value, states what it `requests`, and turns a weight and its
     statistics into a `Basis`.
+
+    Attributes:
+        one_unit: whether energies of different sites are in one unit, so that rank can be traded between sites by them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    one_unit: ClassVar[bool] = False
 
     name: str
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -17,7 +18,9 @@ from rankwise.statistics.needs import DEFAULT_CURVATURE_GB
 class TwoSided(Method):
     """Minimises tr(F (W - L R) Sigma (W - L R)^T): F = E[g g^T] at the output, Sigma = Cov(x) at the input.
 
-    Energies estimate twice the loss increase per token of dropping a component, in one unit at every site.
+    Energies estimate twice the loss increase per token of dropping a component, in one unit at every site: since
+    R Sigma R^T = D^2 is diagonal, tr(F E Sigma E^T) of what is dropped is the sum of D_i^2 l_i^T F l_i, with no cross
+    terms. F there is the measured one, without damping, which only steers the directions.
 
     Attributes:
         labels: the loss gradient is taken at tokens `sampled` from the model (the Fisher information) or at the `text`.
@@ -27,6 +30,8 @@ class TwoSided(Method):
         curvature_gb: memory for all F together, in 10^9 bytes. What does not fit is cut to diagonal blocks.
         bias: add (W - L R) E[x], so that the mean output stays exact.
     """
+
+    one_unit: ClassVar[bool] = True
 
     name: Literal["two_sided"] = "two_sided"
     labels: Literal["sampled", "text"] = "sampled"
@@ -42,4 +47,5 @@ class TwoSided(Method):
         seen = statistics.covariance()
         metric = OutputMetric.of(statistics.curvature(), self.damping)
         found = decompose(weight, inputs=seen.inputs, outputs=seen.outputs, metric=metric)
+        found = replace(found, energy=found.energy * metric.undamped_share(found.left))
         return make_basis(found, seen.mean_output if self.bias else None, metric.damping)

@@ -1,7 +1,22 @@
-"""What a run tells after it ended: a report for machines, a card and a table for people."""
+"""What a run tells after it ended: a report for machines, a card, tables and pictures for people."""
 
 from rankwise.reports.model_card import model_card
+from rankwise.reports.pictures import can_draw, draw_plan, draw_role_curves, draw_site_map, draw_trials
+from rankwise.reports.plan_table import kept_grid, plan_difference, plan_facts, plan_table
 from rankwise.reports.report import build_report
 from rankwise.reports.table import closing_table
 
-__all__ = ["build_report", "closing_table", "model_card"]
+__all__ = [
+    "build_report",
+    "can_draw",
+    "closing_table",
+    "draw_plan",
+    "draw_role_curves",
+    "draw_site_map",
+    "draw_trials",
+    "kept_grid",
+    "model_card",
+    "plan_difference",
+    "plan_facts",
+    "plan_table",
+]

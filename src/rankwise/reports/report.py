@@ -15,6 +15,7 @@ def build_report(
     recipe: Mapping[str, Any],
     fingerprint: str,
     plan: RankPlan,
+    search: Mapping[str, Any] | None,
     roles: Mapping[str, tuple[int, str]],
     losses: Mapping[str, Mapping[str, float]],
     costs: tuple[Cost, Cost],
@@ -31,6 +32,7 @@ def build_report(
         recipe: the recipe as plain values.
         fingerprint: hash of the dense model's weights.
         plan: rank of every site.
+        search: how its ranks were searched for, or None.
         roles: site name -> (block, role).
         losses: site name -> what dropping components cost.
         costs: sizes before and after.
@@ -74,6 +76,8 @@ def build_report(
         "biases_added": after.linear_biases - before.linear_biases,
         "evaluation": evaluation,
         "calibration": dict(calibration),
+        "search": None if search is None else dict(search),
+        "groups": plan.groups,
         "sites": sites,
         "stages": dict(stages),
         "machine": dict(machine),

@@ -42,10 +42,12 @@ class Stage:
     Attributes:
         folder: where the finished stage is.
         partial: where it is being made; may hold what a killed run finished.
+        key: hash of what it depends on.
     """
 
     folder: Path
     partial: Path
+    key: str
 
     @property
     def done(self) -> bool:
@@ -57,6 +59,11 @@ class Stage:
         self.partial.mkdir(parents=True, exist_ok=True)
         yield self.partial
         os.rename(self.partial, self.folder)
+
+    def workspace(self) -> Path:
+        """The folder of a stage that is never finished but only grows, such as a log of trials."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder
 
     def discard(self) -> None:
         """Delete what was left unfinished."""
@@ -111,8 +118,9 @@ class Run:
 
     def stage(self, name: str, depends_on: Mapping[str, Any]) -> Stage:
         """The stage with this name and these dependencies, finished or not."""
-        label = f"{name}-{stage_key(depends_on)}"
-        return Stage(self.directory / label, self.directory / f"{label}.partial")
+        key = stage_key(depends_on)
+        label = f"{name}-{key}"
+        return Stage(self.directory / label, self.directory / f"{label}.partial", key)
 
     def clear(self) -> None:
         """Delete every stage."""

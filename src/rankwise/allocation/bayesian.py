@@ -1,0 +1,97 @@
+"""Bayesian optimisation of ranks (Bolaco, arXiv 2405.10616, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from rankwise.allocation.base import Allocation, Choice, Evidence, Looks
+from rankwise.allocation.search import search
+from rankwise.allocation.spaces import parse_groups, space_named
+from rankwise.allocation.surrogate import propose, require_botorch
+from rankwise.allocation.trials import TrialLog
+from rankwise.budget import Budget, RankPlan
+from rankwise.errors import RankwiseError
+from rankwise.sites import Site
+
+
+class Bayesian(Allocation):
+    """Searches a space of plans for the least validation objective.
+
+    Attributes:
+        space: `5x1`, `5x4` or another GxL (role groups by depth groups), or `spectral` (multipliers of that plan).
+        trials: forward passes over the validation samples in all, the known starts among them. May be raised later.
+        plan: a plan's file to start from as well, or None.
+        lowest: smallest kept fraction of a group in GxL.
+        length_scales: of the Matern 5/2 kernel: `fitted`, or `paper` (1.0 for attention, 0.8 for MLP coordinates).
+        acquisition: `log_ei`, or `qlog_nei` for a noisy objective.
+    """
+
+    looks: ClassVar[Looks] = Looks.OBJECTIVE
+
+    name: Literal["bayesian"] = "bayesian"
+    space: str = "5x1"
+    trials: Annotated[int, Field(ge=1)] = 50
+    plan: str | None = None
+    lowest: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    length_scales: Literal["fitted", "paper"] = "fitted"
+    acquisition: Literal["log_ei", "qlog_nei"] = "log_ei"
+
+    @field_validator("space")
+    @classmethod
+    def _known_space(cls, text: str) -> str:
+        if text != "spectral":
+            try:
+                parse_groups(text)
+            except RankwiseError as problem:
+                raise ValueError(f"{problem.problem} {problem.remedy}") from None
+        return text
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        if text and text != "spectral":
+            parse_groups(text)
+        return cls(space=text) if text else cls()
+
+    def check(self, sites: Sequence[Site], budget: Budget) -> None:
+        require_botorch()
+        self._given(sites)
+        space_named(self.space, sites, budget, {}, self.lowest)
+
+    def _given(self, sites: Sequence[Site]) -> RankPlan | None:
+        if self.plan is None:
+            return None
+        given = RankPlan.load(Path(self.plan))
+        given.fitting(sites, self.plan)
+        return given
+
+    def choose(self, sites: Sequence[Site], budget: Budget, evidence: Evidence) -> Choice:
+        assert evidence.objective is not None
+        given = self._given(sites)
+        space = space_named(self.space, sites, budget, evidence.energies, self.lowest)
+        same_space = given is not None and given.space == space.name
+        starts = space.starts(
+            None if given is None else given.ranks, given.coordinates if given is not None and same_space else {}
+        )
+
+        def proposer(points: Tensor, values: Tensor, trial: int, is_new: Callable[[Tensor], bool]) -> Tensor:
+            step = partial(propose, scales=self.length_scales, acquisition=self.acquisition, is_new=is_new)
+            return step(space, points, values, trial, evidence.seed)
+
+        log = TrialLog(evidence.log, evidence.log_key, evidence.reporter)
+        best = search(space, starts, evidence.objective, proposer, log, self.trials, evidence.seed, evidence.reporter)
+        ranks = space.ranks(torch.tensor(best["point"], dtype=torch.float64))
+        return Choice(
+            ranks=ranks,
+            groups=space.groups(ranks),
+            space=space.name,
+            coordinates=dict(zip(space.labels, best["point"], strict=True)),
+            objective={"value": best["objective"], "perplexity": best["perplexity"], "kl": best["kl"]},
+            trials=log.records[: self.trials],
+        )

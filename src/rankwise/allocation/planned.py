@@ -1,0 +1,45 @@
+"""Ranks from a plan that was made before, for this model or for another of the same architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+from rankwise.allocation.base import Allocation, Choice, Evidence
+from rankwise.budget import Budget, RankPlan, break_even, kept_by
+from rankwise.errors import RecipeError
+from rankwise.sites import Site
+
+
+class Planned(Allocation):
+    """Takes a plan's ranks as they stand; with another `budget.keep`, in the same proportions.
+
+    Attributes:
+        file: the plan's JSON file.
+    """
+
+    name: Literal["plan"] = "plan"
+    file: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        if not text:
+            raise RecipeError("A plan needs a file.", where="plan:", remedy="write plan:FILE.json")
+        return cls(file=text)
+
+    def choose(self, sites: Sequence[Site], budget: Budget, evidence: Evidence) -> Choice:
+        given = RankPlan.load(Path(self.file))
+        ranks = given.fitting(sites, self.file)
+        if evidence.fingerprint is not None and given.fingerprint not in (None, evidence.fingerprint):
+            evidence.reporter.note(f"{self.file} was made for a model of the same architecture with other weights")
+        if budget.keep is not None and budget.keep != given.keep:
+            fractions = {s.name: None if (r := ranks[s.name]) is None else r / break_even(s) for s in sites}
+            ranks = budget.fill(sites, fractions)
+            evidence.reporter.note(f"the plan keeps {given.kept:.4f}; its proportions are scaled to {budget.keep:g}")
+        return Choice(
+            ranks=ranks,
+            groups=kept_by({site.name: site.role for site in sites}, sites, ranks),
+            space=given.space,
+            coordinates=given.coordinates,
+        )

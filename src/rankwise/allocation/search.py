@@ -1,0 +1,121 @@
+"""The search: starts that are known to be good, a few spread points, then what the surrogate proposes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.allocation.base import Outcome
+from rankwise.allocation.spaces import Space
+from rankwise.allocation.surrogate import generator
+from rankwise.allocation.trials import TrialLog, finite
+from rankwise.budget import Rank
+from rankwise.errors import BudgetError
+from rankwise.progress import Reporter
+
+Proposer = Callable[[Tensor, Tensor, int, Callable[[Tensor], bool]], Tensor]
+"""(points `[t, d]`, values `[t]`, trial, is_new) -> point `[d]`."""
+
+
+def spread_trials(dimensions: int, trials: int) -> int:
+    """How many trials come before the first proposal, the given starts among them."""
+    return min(dimensions + 2, max(1, trials // 3))
+
+
+def search(
+    space: Space,
+    starts: Sequence[tuple[str, Tensor]],
+    objective: Callable[[Mapping[str, Rank]], Outcome],
+    propose: Proposer,
+    log: TrialLog,
+    trials: int,
+    seed: int,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Run trials until there are `trials` in the log.
+
+    A trial whose objective is not finite is recorded as failed; the surrogate sees it as the worst value so far.
+
+    Args:
+        space: where points lie.
+        starts: the first points, with names.
+        objective: ranks -> outcome.
+        propose: the surrogate.
+        log: finished trials; continued.
+        trials: how many in all.
+        seed: for spread points.
+        reporter: shows the trial's number, the best so far and this one's objective.
+
+    Returns:
+        The best trial's record.
+
+    Raises:
+        BudgetError: when every trial failed.
+    """
+    spread = spread_trials(space.dimensions, trials)
+    seen = {_identity(space.ranks(torch.tensor(r["point"], dtype=torch.float64))) for r in log.records[:trials]}
+
+    def is_new(point: Tensor) -> bool:
+        return _identity(space.ranks(point)) not in seen
+
+    done = min(len(log.records), trials)
+    with reporter.counting("search", total=trials, done=done) as advance:
+        for trial in range(done, trials):
+            began = time.perf_counter()
+            if trial < len(starts):
+                origin, point = starts[trial]
+            elif trial < spread:
+                drawn = space.draw(16, generator(seed, trial))
+                origin, point = "spread", next((p for p in drawn if is_new(p)), drawn[0])
+            else:
+                origin, point = "proposed", propose(*_evidence(log.records), trial, is_new)
+            ranks = space.ranks(point)
+            thought = time.perf_counter() - began
+            outcome = objective(ranks)
+            whole = finite(outcome.value) is not None
+            log.append(
+                {
+                    "trial": trial,
+                    "origin": origin,
+                    "point": point.tolist(),
+                    "objective": finite(outcome.value),
+                    "perplexity": finite(outcome.perplexity),
+                    "kl": finite(outcome.kl),
+                    "failed": not whole,
+                    "optimiser_seconds": round(thought, 4),
+                    "trial_seconds": round(time.perf_counter() - began - thought, 4),
+                }
+            )
+            seen.add(_identity(ranks))
+            finished = [r["objective"] for r in log.records if not r["failed"]]
+            last = f"{outcome.value:.4g}" if whole else "failed"
+            advance(f"search: best {min(finished):.4g}, last {last}" if finished else "search: all failed so far")
+    counted = log.records[:trials]
+    failed = sum(record["failed"] for record in counted)
+    if failed:
+        reporter.note(f"{failed} of {trials} trials had an objective that is not finite")
+    good = [record for record in counted if not record["failed"]]
+    if not good:
+        raise BudgetError(
+            "Every trial's objective was NaN or infinite.",
+            where="search",
+            remedy="raise --keep; if that does not help, look at the model's activations",
+        )
+    return min(good, key=lambda record: record["objective"])
+
+
+def _identity(ranks: Mapping[str, Rank]) -> tuple[Rank, ...]:
+    return tuple(ranks.values())
+
+
+def _evidence(records: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Points `[t, d]` and values `[t]`; failed trials take the worst value seen."""
+    points = torch.tensor([record["point"] for record in records], dtype=torch.float64)
+    finished = [record["objective"] for record in records if not record["failed"]]
+    worst = max(finished, default=1.0)
+    values = [worst if record["failed"] else record["objective"] for record in records]
+    return points, torch.tensor(values, dtype=torch.float64)

@@ -1,0 +1,314 @@
+"""Spaces a search moves in: few numbers that stand for the ranks of all sites, every point exactly on the budget."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rankwise.allocation.spectral import Tails, check_smallest
+from rankwise.budget import Budget, Rank, cost, kept_by
+from rankwise.errors import BudgetError, RecipeError
+from rankwise.sites import Site
+
+ATTENTION_ROLES = frozenset("qkvo")
+_PAPER_GROUPS = (("q", "k"), ("o",), ("gate",), ("up",), ("down",))
+_PAPER_DENSE = "v"
+_AS_GOOD_AS_DENSE = 0.995
+_PROJECTIONS = 60
+_SPREAD = 0.3
+
+
+class Space(ABC):
+    """A box with one linear equation, and the ranks each of its points stands for.
+
+    Attributes:
+        name: as a recipe writes it.
+        labels: name of each coordinate, d of them.
+        lower: shape `[d]`, float64.
+        upper: shape `[d]`.
+        weights: c of the equation c . x = total, shape `[d]`, positive on the coordinates it binds.
+        total: its right side.
+        attention: by coordinate, whether it steers attention alone.
+    """
+
+    name: str
+    labels: list[str]
+    lower: Tensor
+    upper: Tensor
+    weights: Tensor
+    total: float
+    attention: list[bool]
+
+    @property
+    def dimensions(self) -> int:
+        return len(self.labels)
+
+    def project(self, points: Tensor) -> Tensor:
+        """Move points onto the equation inside the box, by one shift a point.
+
+        Args:
+            points: shape `[..., d]`.
+        """
+        bound = self.weights > 0
+        widest = float((self.upper - self.lower).max()) + float((points - self.lower).abs().max())
+        low = torch.full(points.shape[:-1], -2 * widest, dtype=torch.float64)
+        high = -low
+        free = points.clamp(self.lower, self.upper)
+
+        def shifted(by: Tensor) -> Tensor:
+            return torch.where(bound, (points + by.unsqueeze(-1)).clamp(self.lower, self.upper), free)
+
+        for _ in range(_PROJECTIONS):
+            middle = (low + high) / 2
+            short = (shifted(middle) * self.weights).sum(-1) < self.total
+            low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+        return shifted((low + high) / 2)
+
+    def draw(self, count: int, source: torch.Generator) -> Tensor:
+        """Points spread over the space, shape `[count, d]`."""
+        drawn = torch.rand(count, self.dimensions, generator=source, dtype=torch.float64)
+        return self.project(self.lower + drawn * (self.upper - self.lower))
+
+    @abstractmethod
+    def ranks(self, point: Tensor) -> dict[str, Rank]:
+        """Ranks at a point of shape `[d]`, on the budget as exactly as the multiple allows."""
+
+    @abstractmethod
+    def starts(self, plan: Mapping[str, Rank] | None, coordinates: Mapping[str, float]) -> list[tuple[str, Tensor]]:
+        """Points worth trying first, with their names.
+
+        Args:
+            plan: ranks of a plan given, or None.
+            coordinates: the point that plan was made from, by label; empty when unknown.
+        """
+
+    def groups(self, ranks: Mapping[str, Rank]) -> dict[str, float]:
+        """The fraction that ranks keep of each group, for a plan's record."""
+        return kept_by(self.labels_of_sites(), self.sites, ranks)
+
+    @abstractmethod
+    def labels_of_sites(self) -> dict[str, str]:
+        """Site name -> the group it is reported under."""
+
+    sites: list[Site]
+
+    def given(self, coordinates: Mapping[str, float]) -> Tensor | None:
+        """A point from its coordinates by label; None unless all are there."""
+        if set(coordinates) != set(self.labels):
+            return None
+        return torch.tensor([coordinates[label] for label in self.labels], dtype=torch.float64)
+
+
+def parse_groups(text: str) -> tuple[str, int | None]:
+    """Read `5x4`, `rolesx1`, `1xlayers`: role groups, and depth groups (None for one a layer).
+
+    Raises:
+        RecipeError: when it is of another form.
+    """
+    matched = re.fullmatch(r"(1|5|roles)x(\d+|layers)", text)
+    if not matched or matched[2] == "0":
+        raise RecipeError(
+            f"{text!r} is no search space.",
+            where="allocation",
+            remedy="write bayesian:5x1, bayesian:5x4, bayesian:GxL with G one of 1, 5, roles and L a number or "
+            "layers, or bayesian:spectral",
+        )
+    return matched[1], None if matched[2] == "layers" else int(matched[2])
+
+
+class GroupSpace(Space):
+    """A kept fraction for each group of roles in each group of consecutive blocks (Bolaco, section 3.2).
+
+    Args:
+        sites: all sites the budget counts.
+        budget: what they may keep.
+        grouping: `5` for the paper's {q, k}, o, gate, up, down with v dense; `roles` for every role; `1` for one group.
+        depths: groups of consecutive blocks; None for one a block.
+        lowest: smallest fraction.
+        energies: component losses by site for a spectral start; empty for none.
+
+    Raises:
+        BudgetError: when the smallest fractions, with what has to stay dense, exceed the budget.
+        RecipeError: when there are more depth groups than blocks.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        budget: Budget,
+        grouping: str,
+        depths: int | None,
+        lowest: float,
+        energies: Mapping[str, Tensor],
+    ) -> None:
+        self.name = f"{grouping}x{'layers' if depths is None else depths}"
+        self.sites, self.budget, self._energies = list(sites), budget, energies
+        blocks = sorted({site.block for site in sites})
+        depths = len(blocks) if depths is None else depths
+        if depths > len(blocks):
+            raise RecipeError(
+                f"{depths} depth groups are more than the model's {len(blocks)} blocks.",
+                where=f"allocation: {self.name}",
+                remedy=f"use at most {len(blocks)}, or layers",
+            )
+        self._roles = _role_groups(grouping, {site.role: None for site in sites})
+        self._group_of: dict[str, str] = {}
+        for site in sites:
+            label = self._roles[site.role]
+            if label is not None:
+                depth = blocks.index(site.block) * depths // len(blocks)
+                self._group_of[site.name] = label if depths == 1 else f"{label}@{depth + 1}/{depths}"
+        self.labels = list(dict.fromkeys(self._group_of.values()))
+        parameters = dict.fromkeys(self.labels, 0)
+        for site in sites:
+            if site.name in self._group_of:
+                parameters[self._group_of[site.name]] += site.parameters
+        whole = sum(site.parameters for site in sites)
+        dense = sum(site.parameters for site in sites if site.name not in self._group_of)
+        self.weights = torch.tensor([parameters[label] / whole for label in self.labels], dtype=torch.float64)
+        self.total = budget.allowed(sites) / whole - dense / whole
+        self.lower = torch.full_like(self.weights, lowest)
+        self.upper = torch.ones_like(self.weights)
+        roles_of: dict[str, set[str]] = {label: set() for label in self.labels}
+        for site in sites:
+            if site.name in self._group_of:
+                roles_of[self._group_of[site.name]].add(site.role)
+        self.attention = [roles_of[label] <= ATTENTION_ROLES for label in self.labels]
+        least = float((self.lower * self.weights).sum()) + dense / whole
+        if self.total < float((self.lower * self.weights).sum()) - 1e-12:
+            staying = sorted({site.role for site in sites if site.name not in self._group_of})
+            held = f"{', '.join(staying)} stays dense ({dense / whole:.3f} of the whole) and " if staying else ""
+            raise BudgetError(
+                f"No plan of {self.name} keeps only {budget.keep:g}: {held}no group may keep less than {lowest:g}, "
+                f"together at least {least:.3f}.",
+                where="allocation",
+                remedy="raise --keep, use spectral or bayesian:spectral or bayesian:rolesx1 (which compress every "
+                "role), or lower allocation.lowest",
+            )
+        # The smallest ranks, one step of the multiple each, have to fit too.
+        budget.fill(sites, {site.name: 1.0 if site.name in self._group_of else None for site in sites})
+
+    def ranks(self, point: Tensor) -> dict[str, Rank]:
+        at = dict(zip(self.labels, point.tolist(), strict=True))
+        fractions = {
+            site.name: None if (label := self._group_of.get(site.name)) is None else at[label] for site in self.sites
+        }
+        return self.budget.fill(
+            self.sites, {name: None if f is None or f >= _AS_GOOD_AS_DENSE else f for name, f in fractions.items()}
+        )
+
+    def labels_of_sites(self) -> dict[str, str]:
+        return {site.name: self._group_of.get(site.name, f"{site.role} (dense)") for site in self.sites}
+
+    def _averages(self, ranks: Mapping[str, Rank]) -> Tensor:
+        """The fraction ranks keep of each group, moved onto the budget."""
+        kept = dict.fromkeys(self.labels, 0)
+        whole = dict.fromkeys(self.labels, 0)
+        for site in self.sites:
+            label = self._group_of.get(site.name)
+            if label is not None:
+                kept[label] += cost(site, ranks[site.name])
+                whole[label] += site.parameters
+        point = torch.tensor([kept[label] / whole[label] for label in self.labels], dtype=torch.float64)
+        return self.project(point)
+
+    def starts(self, plan: Mapping[str, Rank] | None, coordinates: Mapping[str, float]) -> list[tuple[str, Tensor]]:
+        found = []
+        if plan is not None:
+            known = self.given(coordinates)
+            found.append(("plan", self._averages(plan) if known is None else self.project(known)))
+        found.append(("uniform", self.project(torch.full_like(self.lower, 0.5))))
+        # LoRD's manual plans: q and k lose half as much again as the rest.
+        loss = torch.tensor([1.5 if "q" in label or label == "k" else 1.0 for label in self.labels]).double()
+        found.append(("manual", self.project(1 - (1 - self.total / float(self.weights.sum())) * loss)))
+        if self._energies:
+            found.append(("spectral", self._averages(Tails(self.sites, self._energies, self.budget).plan())))
+        return found
+
+
+def _role_groups(grouping: str, roles: Mapping[str, None]) -> dict[str, str | None]:
+    """Role -> label of its group, None for dense."""
+    if grouping == "1":
+        return dict.fromkeys(roles, "all")
+    if grouping == "roles":
+        return {role: role for role in roles}
+    labels: dict[str, str | None] = {role: "+".join(group) for group in _PAPER_GROUPS for role in group}
+    labels[_PAPER_DENSE] = None
+    return {role: labels.get(role, role) for role in roles}
+
+
+class MultiplierSpace(Space):
+    """On top of the spectral plan: a weight exp(a) for every role's loss, and a slope over depth.
+
+    w_s = exp(a_role + slope * depth), depth from -1 at the first block to 1 at the last. Only differences between roles
+    matter, so the a sum to zero. The point of all zeros is the spectral plan itself.
+
+    Args:
+        sites: all sites the budget counts.
+        budget: what they may keep.
+        energies: component losses by site.
+
+    Raises:
+        BudgetError: when nothing fits.
+    """
+
+    _WIDEST = 2.0
+
+    def __init__(self, sites: Sequence[Site], budget: Budget, energies: Mapping[str, Tensor]) -> None:
+        self.name = "spectral"
+        self.sites, self._budget = list(sites), budget
+        check_smallest(sites, budget)
+        self._tails = Tails(sites, energies, budget) if energies else None
+        roles = list(dict.fromkeys(site.role for site in sites))
+        self.labels = [*roles, "slope"]
+        self._role = torch.tensor([roles.index(site.role) for site in sites])
+        blocks = sorted({site.block for site in sites})
+        self._depth = torch.tensor([2 * blocks.index(s.block) / max(1, len(blocks) - 1) - 1 for s in sites]).double()
+        self.upper = torch.tensor([self._WIDEST] * len(roles) + [self._WIDEST], dtype=torch.float64)
+        self.lower = -self.upper
+        self.weights = torch.tensor([1 / len(roles)] * len(roles) + [0.0], dtype=torch.float64)
+        self.total = 0.0
+        self.attention = [role in ATTENTION_ROLES for role in roles] + [False]
+
+    def ranks(self, point: Tensor) -> dict[str, Rank]:
+        assert self._tails is not None
+        return self._tails.plan((point[:-1][self._role] + point[-1] * self._depth).exp())
+
+    def draw(self, count: int, source: torch.Generator) -> Tensor:
+        """Points around the spectral plan: far from it every plan is bad."""
+        drawn = torch.randn(count, self.dimensions, generator=source, dtype=torch.float64)
+        return self.project(drawn * self.upper * _SPREAD)
+
+    def labels_of_sites(self) -> dict[str, str]:
+        return {site.name: site.role for site in self.sites}
+
+    def starts(self, plan: Mapping[str, Rank] | None, coordinates: Mapping[str, float]) -> list[tuple[str, Tensor]]:
+        found = [("spectral", torch.zeros_like(self.lower))]
+        known = self.given(coordinates)
+        if plan is not None and known is not None:
+            found.append(("plan", self.project(known)))
+        return found
+
+
+def space_named(
+    name: str, sites: Sequence[Site], budget: Budget, energies: Mapping[str, Tensor], lowest: float
+) -> Space:
+    """`spectral`, or GxL as in `parse_groups`.
+
+    Raises:
+        RecipeError: for any other name.
+        BudgetError: when no point of it meets the budget.
+    """
+    if name == "spectral":
+        return MultiplierSpace(sites, budget, energies)
+    grouping, depths = parse_groups(name)
+    return GroupSpace(sites, budget, grouping, depths, lowest, energies)
+
+
+def unit(space: Space, points: Tensor) -> Tensor:
+    """Points scaled to the unit cube, shape `[..., d]`."""
+    return (points - space.lower) / (space.upper - space.lower)

@@ -1,0 +1,206 @@
+"""Pictures of plans, searches and sensitivity. They need matplotlib, which the `plots` extra installs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rankwise.budget import RankPlan
+from rankwise.errors import MissingPackageError, OutputError
+from rankwise.reports.plan_table import kept_grid
+
+_MARKERS = {"proposed": "o", "spread": "s"}
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure with one pair of axes, made without a display.
+
+    Raises:
+        MissingPackageError: when matplotlib is absent.
+    """
+    if not can_draw():
+        raise MissingPackageError("Pictures need matplotlib.", where="picture", remedy="pip install 'rankwise[plots]'")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    try:
+        # No date inside: the same plan gives the same bytes.
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    except (OSError, ValueError) as problem:
+        raise OutputError(
+            "The picture cannot be written.", where=str(path), remedy=f"{str(problem).splitlines()[0]}"
+        ) from None
+
+
+def draw_plan(path: Path, plan: RankPlan) -> None:
+    """Draw the fraction every site keeps: blocks from left to right, roles from top to bottom.
+
+    Args:
+        path: file to write; its suffix says the format.
+        plan: what to draw.
+
+    Raises:
+        MissingPackageError: when matplotlib is absent.
+        OutputError: when the file cannot be written.
+    """
+    blocks, roles, grid = kept_grid(plan)
+    cell = 0.42 if len(blocks) <= 40 else 0.25
+    figure, axes = _figure(2.2 + cell * len(blocks), 1.6 + 0.42 * len(roles))
+    values = [[grid.get((block, role), float("nan")) for block in blocks] for role in roles]
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(blocks)), [str(block) for block in blocks])
+    axes.set_yticks(range(len(roles)), roles)
+    axes.set_xlabel("block")
+    axes.set_title(f"fraction kept: {plan.kept:.3f} of the whole ({plan.method}, {plan.allocation})", fontsize=10)
+    if len(blocks) <= 40:
+        for row, role in enumerate(roles):
+            for column, block in enumerate(blocks):
+                value = grid.get((block, role))
+                if value is not None:
+                    text = "dense" if value >= 1 else f"{value:.2f}".lstrip("0")
+                    colour = "black" if value > 0.6 else "white"
+                    axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
+    figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
+    _save(figure, path)
+
+
+def draw_trials(path: Path, trials: Sequence[Mapping[str, Any]]) -> None:
+    """Draw a search: the objective of each trial, and the best so far.
+
+    Args:
+        path: file to write.
+        trials: records of the log, in order.
+
+    Raises:
+        MissingPackageError: when matplotlib is absent.
+        OutputError: when the file cannot be written.
+    """
+    figure, axes = _figure(6.4, 3.6)
+    good = [t for t in trials if not t["failed"]]
+    best: list[float] = []
+    for trial in good:
+        best.append(min(trial["objective"], best[-1] if best else trial["objective"]))
+    numbers = [t["trial"] + 1 for t in good]
+    axes.step(numbers, best, where="post", color="black", linewidth=1.2, zorder=1)
+    for origin, colour in (("spread", "tab:gray"), ("proposed", "tab:blue")):
+        chosen = [t for t in good if t["origin"] == origin]
+        if chosen:
+            axes.scatter([t["trial"] + 1 for t in chosen], [t["objective"] for t in chosen], s=16, color=colour)
+    for trial in good:
+        if trial["origin"] not in _MARKERS:
+            axes.scatter([trial["trial"] + 1], [trial["objective"]], s=24, marker="D", color="tab:orange")
+            axes.annotate(
+                trial["origin"],
+                (trial["trial"] + 1, trial["objective"]),
+                textcoords="offset points",
+                xytext=(5, 4),
+                fontsize=8,
+            )
+    axes.set_yscale("log")
+    axes.set_xlabel("trial (gray: spread out; blue: proposed by the surrogate; line: best so far)")
+    axes.set_ylabel("validation objective")
+    _save(figure, path)
+
+
+def draw_role_curves(path: Path, rows: Sequence[Mapping[str, Any]], dense: float) -> None:
+    """Draw perplexity over the fraction kept, one line a role, each named at its end.
+
+    Args:
+        path: file to write.
+        rows: with `role`, `keep` and `perplexity`.
+        dense: perplexity of the original.
+
+    Raises:
+        MissingPackageError: when matplotlib is absent.
+        OutputError: when the file cannot be written.
+    """
+    figure, axes = _figure(6.4, 4.0)
+    roles = list(dict.fromkeys(row["role"] for row in rows))
+    ends = []
+    for role in roles:
+        points = sorted((row["kept"], row["perplexity"]) for row in rows if row["role"] == role and row["perplexity"])
+        if not points:
+            continue
+        (line,) = axes.plot([k for k, _ in points], [p for _, p in points], marker="o", markersize=3)
+        ends.append((points[0], role, line.get_color()))
+    axes.axhline(dense, color="black", linewidth=0.8, linestyle=":")
+    axes.annotate("original", (1.0, dense), fontsize=8, xytext=(-4, 4), textcoords="offset points", ha="right")
+    axes.set_yscale("log")
+    _name_ends(axes, ends)
+    axes.set_xlabel("fraction of this role kept, everything else dense")
+    axes.set_ylabel("perplexity on the validation samples")
+    _save(figure, path)
+
+
+def _name_ends(axes: Any, ends: Sequence[tuple[tuple[float, float], str, str]]) -> None:
+    """Write each line's name left of its left end, moved apart where ends are close."""
+    from math import log
+
+    low, high = (log(limit) for limit in axes.get_ylim())
+    taken = -1.0
+    for (x, y), name, colour in sorted(ends, key=lambda end: end[0][1]):
+        place = max((log(y) - low) / (high - low), taken + 0.05)
+        taken = place
+        shift = (place - (log(y) - low) / (high - low)) * axes.bbox.height
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(-6, shift),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=9,
+            color=colour,
+        )
+
+
+def draw_site_map(path: Path, rows: Sequence[Mapping[str, Any]], dense: float, keep: float) -> None:
+    """Draw how much perplexity rises when one site alone keeps a fraction: blocks by roles.
+
+    Args:
+        path: file to write.
+        rows: with `block`, `role` and `perplexity`.
+        dense: perplexity of the original.
+        keep: the fraction.
+
+    Raises:
+        MissingPackageError: when matplotlib is absent.
+        OutputError: when the file cannot be written.
+    """
+    from math import log10
+
+    blocks = sorted({row["block"] for row in rows})
+    roles = list(dict.fromkeys(row["role"] for row in rows))
+    figure, axes = _figure(2.2 + 0.42 * len(blocks), 1.6 + 0.42 * len(roles))
+    rise = {(r["block"], r["role"]): 100 * (r["perplexity"] / dense - 1) for r in rows if r["perplexity"] is not None}
+    values = [
+        [log10(max(rise[block, role], 1e-2)) if (block, role) in rise else float("nan") for block in blocks]
+        for role in roles
+    ]
+    axes.imshow(values, cmap="magma_r", aspect="auto")
+    middle = sum(v for row in values for v in row if v == v) / max(1, sum(v == v for row in values for v in row))
+    for row, role in enumerate(roles):
+        for column, block in enumerate(blocks):
+            if (block, role) in rise:
+                colour = "white" if values[row][column] > middle + 0.4 else "black"
+                text = f"{rise[block, role]:.1f}"
+                axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
+    axes.set_xticks(range(len(blocks)), [str(block) for block in blocks])
+    axes.set_yticks(range(len(roles)), roles)
+    axes.set_xlabel("block")
+    axes.set_title(f"rise of perplexity in %, one site at {keep:g} kept, all others dense", fontsize=10)
+    _save(figure, path)

@@ -1,0 +1,91 @@
+"""Plans as tables for the terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from rankwise.budget import RankPlan
+from rankwise.sites import place_of
+
+Grid = dict[tuple[int, str], float]
+
+
+def kept_grid(plan: RankPlan) -> tuple[list[int], list[str], Grid]:
+    """The fraction kept by block and role; sites that share both (experts) are added up.
+
+    Returns:
+        Blocks, roles, and fraction by (block, role).
+    """
+    whole: Grid = {}
+    kept: Grid = {}
+    for name, (m, n) in plan.shapes.items():
+        place = place_of(name)
+        rank = plan.ranks[name]
+        whole[place] = whole.get(place, 0) + m * n
+        kept[place] = kept.get(place, 0) + (m * n if rank is None else rank * (m + n))
+    blocks = sorted({block for block, _ in whole})
+    roles = list(dict.fromkeys(role for _, role in whole))
+    return blocks, roles, {place: kept[place] / whole[place] for place in whole}
+
+
+def plan_table(plan: RankPlan) -> Table:
+    """Ranks by block (rows) and role (columns), with the fraction kept; a dense site says so."""
+    blocks, roles, grid = kept_grid(plan)
+    ranks: dict[tuple[int, str], list[int | None]] = {}
+    for name, rank in plan.ranks.items():
+        ranks.setdefault(place_of(name), []).append(rank)
+    table = Table(show_edge=False, pad_edge=False, title="rank (fraction kept)", title_justify="left")
+    table.add_column("block", justify="right")
+    for role in roles:
+        table.add_column(role, justify="right")
+    for block in blocks:
+        cells = []
+        for role in roles:
+            here = ranks.get((block, role), [])
+            if not here:
+                cells.append("")
+            elif all(rank is None for rank in here):
+                cells.append("dense")
+            else:
+                text = str(here[0]) if len(here) == 1 else f"{len(here)} sites"
+                cells.append(f"{text} ({grid[block, role]:.2f})")
+        table.add_row(str(block), *cells)
+    return table
+
+
+def plan_facts(plan: RankPlan) -> list[tuple[str, str]]:
+    """What a plan was made for and from, as pairs of label and text."""
+    settings = ", ".join(f"{key} {value}" for key, value in plan.method_settings.items())
+    facts = [
+        ("architecture", plan.architecture),
+        ("model", (plan.fingerprint or "unknown")[:16]),
+        ("method", f"{plan.method} ({settings})" if settings else plan.method),
+        ("allocation", plan.allocation if plan.space is None else f"{plan.allocation}:{plan.space}"),
+        ("kept", f"{plan.kept:.4f} of {plan.dense_parameters:,} ({plan.kept_parameters:,} numbers, {plan.storage})"),
+        ("rank multiple", str(plan.rank_multiple)),
+    ]
+    if plan.objective is not None:
+        facts.append(("objective", ", ".join(f"{key} {value:.5g}" for key, value in plan.objective.items())))
+    if plan.coordinates:
+        facts.append(("point", ", ".join(f"{key} {value:.3g}" for key, value in plan.coordinates.items())))
+    if plan.groups:
+        facts.append(("kept by group", ", ".join(f"{key} {value:.3f}" for key, value in plan.groups.items())))
+    return facts
+
+
+def plan_difference(first: RankPlan, second: RankPlan) -> Table:
+    """Sites whose rank differs between two plans, and by how many parameters.
+
+    Args:
+        first: one plan.
+        second: another for the same shapes.
+    """
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("site", "first", "second", "parameters"):
+        table.add_column(column, justify="left" if column == "site" else "right")
+    for name, (m, n) in first.shapes.items():
+        a, b = first.ranks[name], second.ranks[name]
+        if a != b:
+            costs = [m * n if rank is None else rank * (m + n) for rank in (a, b)]
+            table.add_row(name, *("dense" if r is None else str(r) for r in (a, b)), f"{costs[1] - costs[0]:+,}")
+    return table

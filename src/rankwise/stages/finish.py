@@ -1,0 +1,148 @@
+"""The end of a run: factors in place, scores, and the checkpoint with its report."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from rankwise.budget import RankPlan
+from rankwise.checkpoints import REPORT_FILE, save_dense, save_low_rank, writing
+from rankwise.device import describe
+from rankwise.errors import RankwiseError
+from rankwise.evaluation import Cost, Perplexity, perplexity
+from rankwise.layers import substitute
+from rankwise.reports import build_report, can_draw, draw_plan, draw_trials, model_card
+from rankwise.stages.bases import load_basis
+from rankwise.stages.ranks import Chosen
+from rankwise.stages.work import Work, calibration_key, model_key
+from rankwise.version import __version__
+
+
+def put_factors(work: Work, bases: Path, plan: RankPlan) -> dict[str, dict[str, float]]:
+    """Replace every site that is not dense by its factors, in the checkpoint's own dtype.
+
+    Returns:
+        By site name: the share of the method's energy that was dropped, and the damping that was used.
+    """
+    work.loaded.to_stored_dtypes()
+    losses = {}
+    for site in work.sites:
+        rank = plan.ranks[site.name]
+        if rank is None:
+            continue
+        basis = load_basis(bases / f"{site.name}.safetensors")
+        factors = basis.truncate(rank, site.bias(work.loaded.model))
+        substitute(work.loaded.model, site, factors)
+        whole = float(basis.energy.double().sum())
+        dropped = float(basis.energy[rank:].double().sum()) / whole if whole > 0 else 0.0
+        losses[site.name] = {"dropped_energy": dropped, "damping": basis.damping}
+    work.loaded.to_compute_dtypes()
+    return losses
+
+
+def score(work: Work, what: str, plan: RankPlan | None = None) -> Perplexity | None:
+    """Perplexity of the model as it stands, kept as a stage; None when the recipe asks for none."""
+    settings, texts = work.recipe.evaluation, work.texts.evaluation
+    if settings is None or texts is None:
+        return None
+    key: dict[str, Any] = {
+        **model_key(work),
+        "ids": texts.fingerprint,
+        "stride": settings.stride,
+        "batch": settings.batch_size,
+    }
+    if plan is not None:
+        key |= {"plan": plan.ranks, "method": work.recipe.method.model_dump(), **calibration_key(work)}
+    stage = work.run.stage(f"score-{what}", key)
+    if not stage.done:
+        found = perplexity(
+            work.loaded.model,
+            texts.ids,
+            stride=settings.stride,
+            batch_size=settings.batch_size,
+            reporter=work.reporter,
+            description=f"perplexity, {what}",
+        )
+        with stage.making() as folder:
+            (folder / "perplexity.json").write_text(json.dumps(asdict(found)))
+    return Perplexity(**json.loads((stage.folder / "perplexity.json").read_text()))
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    return {
+        "device": describe(device),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "rankwise": __version__,
+    }
+
+
+def write(
+    work: Work,
+    chosen: Chosen,
+    losses: Mapping[str, Mapping[str, float]],
+    costs: tuple[Cost, Cost],
+    scores: tuple[Perplexity | None, Perplexity | None],
+) -> dict[str, Any]:
+    """Save the checkpoint with its report and model card; whole or not at all.
+
+    Returns:
+        The report.
+
+    Raises:
+        OutputError: when the output is not ours to replace, or the disk is full.
+        ModelError: when the architecture cannot be written in the format asked for.
+    """
+    recipe, loaded = work.recipe, work.loaded
+    loaded.to_stored_dtypes()
+    calibration = work.texts.calibration
+    report = build_report(
+        recipe=recipe.model_dump(mode="json"),
+        fingerprint=work.fingerprint,
+        plan=chosen.plan,
+        search=chosen.search,
+        roles={site.name: (site.block, site.role) for site in work.sites},
+        losses=losses,
+        costs=costs,
+        scores=scores,
+        calibration={
+            "source": calibration.source,
+            "sequences": calibration.ids.shape[0],
+            "length": calibration.ids.shape[1],
+            "available": calibration.available,
+            "fingerprint": calibration.fingerprint,
+        },
+        machine=_machine(loaded.model.device),
+        notes=work.reporter.notes,
+        stages=work.reporter.stages,
+        run_directory=str(work.run.directory),
+    )
+    if recipe.output is None:
+        return report
+    save = save_low_rank if recipe.format == "low_rank" else save_dense
+    try:
+        with writing(Path(recipe.output)) as folder:
+            save(folder, loaded, work.sites, recipe.max_shard_size)
+            report["bytes_on_disk"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+            (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+            (folder / "plan.json").write_text(chosen.plan.model_dump_json(indent=2) + "\n")
+            if chosen.trials:
+                (folder / "trials.jsonl").write_text("".join(json.dumps(t) + "\n" for t in chosen.trials))
+                if can_draw():
+                    draw_trials(folder / "trials.svg", chosen.trials)
+            if can_draw():
+                draw_plan(folder / "plan.svg", chosen.plan)
+            (folder / "README.md").write_text(model_card(report))
+    except RankwiseError:
+        work.reporter.note(f"finished stages are kept in {work.run.directory}")
+        raise
+    return report

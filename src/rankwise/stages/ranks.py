@@ -1,0 +1,199 @@
+"""Ranks: what an allocation looks at is put together here, and its answer becomes a plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.allocation import Choice, Evidence, Looks, Outcome, by_variance, random_plans
+from rankwise.budget import RankPlan
+from rankwise.errors import DataError
+from rankwise.evaluation import Objective
+from rankwise.layers import sliced
+from rankwise.stages.bases import load_basis, read_energies
+from rankwise.stages.work import Work, calibration_key
+
+
+def check_budget(work: Work) -> None:
+    """Find out before anything slow that no plan can meet the budget.
+
+    Raises:
+        BudgetError: saying what has to be kept at least.
+    """
+    work.recipe.allocation.check(work.sites, work.recipe.budget)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plan, and how it was found.
+
+    Attributes:
+        plan: rank of every site.
+        search: what a report says about the search; None when there was none.
+        trials: its trials as plain values.
+    """
+
+    plan: RankPlan
+    search: dict[str, Any] | None
+    trials: list[dict[str, Any]]
+
+
+def choose_ranks(work: Work, bases: Path) -> Chosen:
+    """Spread the budget over the sites.
+
+    Raises:
+        BudgetError: when nothing fits.
+        RunError: when the log of trials belongs to another recipe.
+    """
+    recipe = work.recipe
+    allocation, looks = recipe.allocation, recipe.allocation.looks
+    energies = read_energies(work, bases) if looks >= Looks.ENERGIES else {}
+    if looks < Looks.OBJECTIVE:
+        evidence = Evidence(energies, reporter=work.reporter, fingerprint=work.fingerprint)
+        return Chosen(_plan(work, allocation.choose(work.sites, recipe.budget, evidence)), None, [])
+    samples = select_samples(work, bases)
+    # The number of trials may be raised later, so it is not part of what a trial depends on.
+    key = {**objective_key(work, samples), "allocation": allocation.model_dump(exclude={"trials"})}
+    key |= {"budget": recipe.budget.model_dump(), "plan": _content(getattr(allocation, "plan", None))}
+    stage = work.run.stage("search", key)
+    with judging(work, bases, samples) as objective:
+        evidence = Evidence(
+            energies=energies,
+            objective=lambda ranks: Outcome(*objective(ranks)),
+            log=stage.workspace() / "trials.jsonl",
+            log_key=stage.key,
+            seed=recipe.seed,
+            reporter=work.reporter,
+            fingerprint=work.fingerprint,
+        )
+        choice = allocation.choose(work.sites, recipe.budget, evidence)
+        search = _summary(work, samples, objective, choice)
+    return Chosen(_plan(work, choice), search, choice.trials)
+
+
+def _content(path: str | None) -> str | None:
+    return None if path is None else Path(path).read_text()
+
+
+def _plan(work: Work, choice: Choice) -> RankPlan:
+    recipe = work.recipe
+    return RankPlan.make(
+        work.sites,
+        choice.ranks,
+        recipe.budget,
+        architecture=type(work.loaded.model).__name__,
+        method=recipe.method.name,
+        allocation=recipe.allocation.name,
+        fingerprint=work.fingerprint,
+        method_settings=recipe.method.model_dump(exclude={"name"}),
+        groups=choice.groups,
+        space=choice.space,
+        coordinates=choice.coordinates,
+        objective=choice.objective,
+    )
+
+
+def _summary(work: Work, samples: Tensor, objective: Objective, choice: Choice) -> dict[str, Any]:
+    trials = choice.trials
+    best = min((t for t in trials if not t["failed"]), key=lambda t: t["objective"])
+    assert work.texts.validation is not None
+    return {
+        "space": choice.space,
+        "trials": len(trials),
+        "failed": sum(t["failed"] for t in trials),
+        "best_trial": best["trial"],
+        "best_origin": best["origin"],
+        "objective": choice.objective,
+        "dense_nll": objective.dense_nll,
+        "validation": {
+            "source": work.texts.validation.source,
+            "sequences": samples.shape[0],
+            "length": samples.shape[1],
+            "select": work.recipe.validation.select,
+        },
+        "predictions": {
+            "form": objective.predictions_form,
+            "bytes": objective.predictions_bytes,
+            "largest_share_of_kl_missed": objective.kl_error,
+        },
+        "seconds": {
+            "bare_forward": objective.bare_seconds,
+            "trials": sum(t["trial_seconds"] for t in trials),
+            "optimiser": sum(t["optimiser_seconds"] for t in trials),
+        },
+    }
+
+
+def objective_key(work: Work, samples: Tensor) -> dict[str, Any]:
+    """What an outcome depends on beside the ranks."""
+    return {
+        **calibration_key(work),
+        "method": work.recipe.method.model_dump(),
+        "samples": samples.tolist(),
+        "batch_size": work.recipe.validation.batch_size,
+        "objective": work.recipe.objective.model_dump(),
+    }
+
+
+@contextmanager
+def judging(work: Work, bases: Path, samples: Tensor) -> Iterator[Objective]:
+    """The model with every basis resident, for as long as the block runs, and the objective that steers it.
+
+    Args:
+        work: the run.
+        bases: folder with one basis a site.
+        samples: validation samples, shape `[samples, length]`.
+    """
+    recipe, loaded = work.recipe, work.loaded
+    with sliced(
+        loaded.model,
+        work.sites,
+        lambda site: load_basis(bases / f"{site.name}.safetensors"),
+        recipe.budget.largest_rank,
+        loaded.stored_dtypes,
+    ) as set_ranks:
+        yield Objective(loaded.model, samples, recipe.objective, set_ranks, recipe.validation.batch_size)
+
+
+def select_samples(work: Work, bases: Path) -> Tensor:
+    """The validation samples a search uses, shape `[samples, length]`; a selection by variance is kept as a stage.
+
+    Raises:
+        DataError: when more are to be selected than were read.
+    """
+    settings, read = work.recipe.validation, work.texts.validation
+    assert read is not None
+    if settings.select == "all":
+        return read.ids
+    if settings.count > len(read.ids):
+        raise DataError(
+            f"{settings.count} samples are to be selected and {len(read.ids)} were read.",
+            where="validation.count",
+            remedy="lower validation.count, or raise validation.sequences",
+        )
+    if settings.select == "random":
+        order = torch.randperm(len(read.ids), generator=torch.Generator().manual_seed(work.recipe.seed))
+        return read.ids[order[: settings.count].sort().values]
+    recipe = work.recipe
+    space = getattr(recipe.allocation, "space", "rolesx1")
+    key = {**calibration_key(work), "method": recipe.method.model_dump(), "ids": read.fingerprint, "space": space}
+    key |= {"budget": recipe.budget.model_dump(), "plans": settings.plans}
+    stage = work.run.stage("selection", key)
+    if not stage.done:
+        lowest = getattr(recipe.allocation, "lowest", 0.2)
+        plans = random_plans(space, work.sites, recipe.budget, lowest, settings.plans, recipe.seed)
+        with judging(work, bases, read.ids) as objective, stage.making() as folder:
+            rows = [
+                objective.sample_perplexities(plan).tolist()
+                for plan in work.reporter.track(plans, "validation samples", total=len(plans))
+            ]
+            (folder / "perplexities.json").write_text(json.dumps(rows))
+    perplexities = torch.tensor(json.loads((stage.folder / "perplexities.json").read_text()), dtype=torch.float64)
+    return read.ids[by_variance(perplexities, settings.count, largest=settings.select == "top")]
