@@ -67,7 +67,9 @@ def test_gradients_reach_every_site(name: str, tokens: str, tmp_path: Path) -> N
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
     values = {"model": str(tmp_path / "dense"), "budget": {"keep": 0.5, "rank_multiple": 1}}
-    small = compress(recipe_from({**values, "method": "two_sided", "calibration": {"source": tokens}}))
+    small = compress(
+        recipe_from({**values, "method": "two_sided", "allocation": "uniform", "calibration": {"source": tokens}})
+    )
     compressed = [site for site in small.report["sites"].values() if site["rank"]]
     assert len(compressed) == len(small.plan.ranks)
     assert all(0 < site["dropped_energy"] < 1 for site in compressed)

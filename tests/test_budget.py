@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rankwise.allocation import Manual, allocation_from
+from rankwise.allocation import Evidence, Manual, allocation_from
 from rankwise.budget import Budget, RankPlan, break_even, cost
 from rankwise.errors import BudgetError, RecipeError
 from rankwise.evaluation import measure_cost
@@ -132,7 +132,7 @@ def test_published_plans_have_the_published_size(row: str, billions: float, shar
 def test_lords_published_settings_remove_what_they_say(name: str, kept: float) -> None:
     recipe = recipe_from({"model": "any", **read_recipe(name)})
     sites = find_sites(llama_2_7b())
-    ranks = recipe.allocation.ranks(sites, recipe.budget)
+    ranks = recipe.allocation.choose(sites, recipe.budget, Evidence()).ranks
     assert all(ranks[s.name] is None for s in sites if s.role == "v")
     plan = RankPlan.make(sites, ranks, recipe.budget, architecture="L", method="afm", allocation="manual")
     assert plan.kept == pytest.approx(kept, abs=0.003)
@@ -151,7 +151,7 @@ def test_manual_reads_the_command_line_form_and_names_bad_parts() -> None:
         with pytest.raises(RecipeError, match=found):
             allocation_from(bad)
     with pytest.raises(RecipeError, match="no role 'qq'"):
-        Manual(roles={"qq": 0.5}).ranks([make_site("a", 8, 8)], Budget())
+        Manual(roles={"qq": 0.5}).choose([make_site("a", 8, 8)], Budget(), Evidence())
 
 
 def test_a_plan_above_its_budget_cannot_be_made_and_files_round_trip(tmp_path: Path) -> None:

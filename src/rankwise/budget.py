@@ -271,24 +271,39 @@ class RankPlan(BaseModel):
         Raises:
             BudgetError: naming the first site that is missing or has another shape.
         """
-        for site in sites:
-            shape = self.shapes.get(site.name)
-            if shape != (site.m, site.n):
-                found = "has no such site" if shape is None else f"has {list(shape)} there"
-                raise BudgetError(
-                    f"The plan is for another architecture ({self.architecture}): the model's {site.name} is "
-                    f"{[site.m, site.n]}, and the plan {found}.",
-                    where=where,
-                    remedy="use a plan made for a model with the same layers",
-                )
-        extra = sorted(set(self.shapes) - {site.name for site in sites})
-        if extra:
-            raise BudgetError(
-                f"The plan is for another architecture ({self.architecture}): the model has no {extra[0]}.",
-                where=where,
-                remedy="use a plan made for a model with the same layers",
-            )
+        _require_shapes({site.name: (site.m, site.n) for site in sites}, self, "the model's", where)
         return {site.name: self.ranks[site.name] for site in sites}
+
+
+def _require_shapes(shapes: Mapping[str, tuple[int, int]], plan: RankPlan, whose: str, where: str) -> None:
+    remedy = "use a plan made for a model with the same layers"
+    for name, shape in shapes.items():
+        there = plan.shapes.get(name)
+        if there != shape:
+            found = "has no such site" if there is None else f"has {list(there)} there"
+            raise BudgetError(
+                f"The plan is for another architecture ({plan.architecture}): {whose} {name} is {list(shape)}, and "
+                f"the plan {found}.",
+                where=where,
+                remedy=remedy,
+            )
+    extra = next((name for name in plan.shapes if name not in shapes), None)
+    if extra is not None:
+        raise BudgetError(
+            f"The plan is for another architecture ({plan.architecture}): it has {extra}, which is not among "
+            f"{whose} sites.",
+            where=where,
+            remedy=remedy,
+        )
+
+
+def same_shapes(first: RankPlan, second: RankPlan, where_first: str, where_second: str) -> None:
+    """Raise unless two plans are for the same sites and shapes.
+
+    Raises:
+        BudgetError: naming the first site that differs.
+    """
+    _require_shapes(first.shapes, second, f"{where_first}'s", where_second)
 
 
 def kept_by(labels: Mapping[str, str], sites: Sequence[Site], ranks: Mapping[str, Rank]) -> dict[str, float]:

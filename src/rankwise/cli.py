@@ -12,6 +12,7 @@ import typer
 
 from rankwise import __version__
 from rankwise.errors import RankwiseError, RecipeError
+from rankwise.options import read_fractions, split_assignment, use_plan
 
 if TYPE_CHECKING:
     from rankwise.progress import Reporter
@@ -24,6 +25,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="Ready recipes: whole runs as YAML.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+plan_app = typer.Typer(help="Plans: the rank of every site, as a file.", no_args_is_help=True)
+app.add_typer(plan_app, name="plan")
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
@@ -65,13 +68,24 @@ def compress(
         float | None, typer.Option(help="Fraction of the decoder's linear weights to keep, in (0, 1].")
     ] = None,
     method: Annotated[str | None, typer.Option(help="svd, fwsvd, asvd, svd_llm, afm, bolaco or two_sided.")] = None,
-    allocation: Annotated[str | None, typer.Option(help="uniform, or manual:q=0.7,k=0.7,v=dense,...")] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="spectral, bayesian:5x1, bayesian:5x4, bayesian:spectral, uniform, or manual:q=0.7,k=0.7,v=dense,..."
+        ),
+    ] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="A plan to take over; with --trials or a search, to start from.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Trials of a search; may be raised later.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text source, e.g. text:FILE, jsonl:FILE#text, bundled.")
     ] = None,
+    validation: Annotated[str | None, typer.Option(help="Text source on which a search judges its plans.")] = None,
     evaluation: Annotated[str | None, typer.Option(help="Text source to score before and after.")] = None,
     sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens a sequence, calibration and evaluation.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a sequence, in every text.")] = None,
+    seed: Annotated[int | None, typer.Option(help="For everything drawn.")] = None,
     format: Annotated[str | None, typer.Option(help="low_rank, or dense (multiplied back; no size saved).")] = None,
     recipe: Annotated[
         str | None, typer.Option(help="YAML file, or the name of a ready recipe; options override it.")
@@ -96,8 +110,11 @@ def compress(
         "method": method,
         "allocation": allocation,
         "calibration.source": calibration,
+        "validation.source": validation,
         "calibration.sequences": sequences,
         "calibration.length": length,
+        "validation.length": length,
+        "seed": seed,
         "evaluation.source": evaluation,
         "format": format,
         "device": device,
@@ -108,6 +125,7 @@ def compress(
     for key, value in given.items():
         if value is not None:
             set_value(values, key, value)
+    use_plan(values, plan, trials, keep_given=keep is not None, method_given=method is not None)
     for assignment in set_ or []:
         set_value(values, *split_assignment(assignment))
     if "model" not in values:
@@ -130,6 +148,123 @@ def compress(
         console = Console(width=None if sys.stdout.isatty() else 100)
         console.print(closing_table(result.report))
         console.print(f"written to {valid.output}", highlight=False)
+
+
+@app.command()
+def sensitivity(
+    model: Annotated[str, typer.Argument(help="Directory or hub name of the checkpoint.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    method: Annotated[str, typer.Option(help="svd, fwsvd, asvd, svd_llm, afm, bolaco or two_sided.")] = "bolaco",
+    fractions: Annotated[str | None, typer.Option(help="Kept fractions for roles, e.g. 0.2,0.5,0.8.")] = None,
+    site_fraction: Annotated[float, typer.Option(help="Kept fraction for single sites.")] = 0.5,
+    calibration: Annotated[str, typer.Option(help="Text source.")] = "bundled",
+    validation: Annotated[str | None, typer.Option(help="Text source the points are scored on.")] = None,
+    sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override any key of a recipe.")] = None,
+    device: Device = "auto",
+    run_dir: Annotated[Path | None, typer.Option(help="Where finished stages are kept and looked for.")] = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress one role, then one site, at a time, and draw what each bears."""
+    from rankwise.recipe import recipe_from, set_value
+
+    values: dict[str, Any] = {"model": model, "method": method, "device": device}
+    given: dict[str, Any] = {
+        "calibration.source": calibration,
+        "validation.source": validation,
+        "calibration.sequences": sequences,
+        "calibration.length": length,
+        "validation.length": length,
+        "trust_remote_code": trust_remote_code,
+    }
+    for key, value in given.items():
+        if value is not None:
+            set_value(values, key, value)
+    for assignment in set_ or []:
+        set_value(values, *split_assignment(assignment))
+    recipe = recipe_from(values, origin="command line")
+
+    from rankwise.sensitivity import FRACTIONS
+    from rankwise.sensitivity import sensitivity as run
+
+    found = run(
+        recipe,
+        output,
+        fractions=FRACTIONS if fractions is None else read_fractions(fractions),
+        site_fraction=site_fraction,
+        run_directory=run_dir,
+        reporter=_reporter(quiet),
+    )
+    if json:
+        _print_json(found)
+        return
+    print(f"perplexity of the original: {found['dense_perplexity']:.4f}")
+    worst = sorted(
+        (p for p in found["points"] if p["kind"] == "site"),
+        key=lambda p: -(p["perplexity"] if p["perplexity"] is not None else float("inf")),
+    )
+    for point in worst[:5]:
+        shown = "not finite" if point["perplexity"] is None else f"{point['perplexity']:.4f}"
+        print(f"block {point['block']} {point['role']} alone at {point['keep']:g}: {shown}")
+    print(f"written to {output}")
+
+
+@plan_app.command("show")
+def plan_show(
+    file: Annotated[Path, typer.Argument(help="plan.json")],
+    picture: Annotated[Path | None, typer.Option(help="Also draw it: FILE.svg or FILE.png.")] = None,
+    json: Json = False,
+) -> None:
+    """Print what a plan was made for, and the rank of every block and role."""
+    from rankwise.budget import RankPlan
+
+    plan = RankPlan.load(file)
+    if picture is not None:
+        from rankwise.reports import draw_plan
+
+        draw_plan(picture, plan)
+    if json:
+        _print_json({**plan.model_dump(mode="json"), "kept": plan.kept, "kept_parameters": plan.kept_parameters})
+        return
+    from rich.console import Console
+
+    from rankwise.reports import plan_facts, plan_table
+
+    for label, text in plan_facts(plan):
+        print(f"{label:<14} {text}")
+    print()
+    table = plan_table(plan)
+    Console(width=None if sys.stdout.isatty() else 24 * len(table.columns)).print(table)
+
+
+@plan_app.command("diff")
+def plan_diff(
+    first: Annotated[Path, typer.Argument(help="plan.json")],
+    second: Annotated[Path, typer.Argument(help="Another plan.json")],
+    json: Json = False,
+) -> None:
+    """Print the sites whose rank differs between two plans. Exit status 1 when any does."""
+    from rankwise.budget import RankPlan, same_shapes
+
+    one, other = RankPlan.load(first), RankPlan.load(second)
+    same_shapes(one, other, str(first), str(second))
+    differing = [name for name in one.ranks if one.ranks[name] != other.ranks[name]]
+    if json:
+        _print_json({name: [one.ranks[name], other.ranks[name]] for name in differing})
+    elif not differing:
+        print("the plans are the same")
+    else:
+        from rich.console import Console
+
+        from rankwise.reports import plan_difference
+
+        Console(width=None if sys.stdout.isatty() else 120).print(plan_difference(one, other))
+        print(f"{len(differing)} of {len(one.ranks)} sites differ; kept {one.kept:.4f} and {other.kept:.4f}")
+    if differing:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -254,27 +389,6 @@ def recipes_validate(
             print(f"error: {problem}", file=sys.stderr)
     if bad:
         raise typer.Exit(2)
-
-
-def split_assignment(assignment: str) -> tuple[str, Any]:
-    """Split `budget.rank_multiple=1`, the value read as YAML.
-
-    Raises:
-        RecipeError: when it is not of that form.
-    """
-    import yaml
-
-    path, equals, text = assignment.partition("=")
-    if not equals or not path:
-        raise RecipeError(
-            "An override is not of the form key=value.", where=assignment, remedy="write --set budget.keep=0.7"
-        )
-    try:
-        return path, yaml.safe_load(text)
-    except yaml.YAMLError as problem:
-        raise RecipeError(
-            "An override's value is not YAML.", where=assignment, remedy=str(problem).splitlines()[0]
-        ) from None
 
 
 def _quiet_libraries() -> None:

@@ -17,13 +17,16 @@ from rankwise.budget import Rank
 from rankwise.errors import BudgetError
 from rankwise.progress import Reporter
 
+_MOST_SPREAD = 12
+
 Proposer = Callable[[Tensor, Tensor, int, Callable[[Tensor], bool]], Tensor]
 """(points `[t, d]`, values `[t]`, trial, is_new) -> point `[d]`."""
 
 
-def spread_trials(dimensions: int, trials: int) -> int:
-    """How many trials come before the first proposal, the given starts among them."""
-    return min(dimensions + 2, max(1, trials // 3))
+def spread_trials(dimensions: int) -> int:
+    """How many trials come before the first proposal, the given starts among them. The total does not matter, so that
+    it may be raised later."""
+    return min(dimensions + 2, _MOST_SPREAD)
 
 
 def search(
@@ -56,7 +59,7 @@ def search(
     Raises:
         BudgetError: when every trial failed.
     """
-    spread = spread_trials(space.dimensions, trials)
+    spread = spread_trials(space.dimensions)
     seen = {_identity(space.ranks(torch.tensor(r["point"], dtype=torch.float64))) for r in log.records[:trials]}
 
     def is_new(point: Tensor) -> bool:

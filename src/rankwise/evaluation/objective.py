@@ -39,7 +39,7 @@ class ObjectiveSettings(BaseModel):
     kl_weight: Annotated[float, Field(ge=0)] = 4.096
     kl_direction: Literal["compressed_original", "original_compressed"] = "compressed_original"
     predictions: Literal["auto", "head_inputs", "top_k"] = "auto"
-    k: Annotated[int, Field(ge=1)] = 64
+    k: Annotated[int, Field(ge=1)] = 128
 
 
 _CHEAP_HEAD = 1 / 20
