@@ -247,6 +247,17 @@ def test_the_search_finds_the_bottom_of_a_bowl(options: dict[str, Any]) -> None:
     assert sum(best["point"]) / 4 == pytest.approx(0.6)
 
 
+def test_a_surrogate_that_cannot_be_fitted_still_proposes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def singular(*_arguments: Any, **_options: Any) -> None:
+        raise RuntimeError("not positive definite")
+
+    import botorch.optim.fit
+
+    monkeypatch.setattr(botorch.optim.fit, "fit_gpytorch_mll_scipy", singular)
+    best = run_bowl(TrialLog(None, "", Reporter(show=False)), 20)
+    assert best["origin"] == "proposed"
+
+
 def test_an_interrupted_search_goes_on_as_it_would_have(tmp_path: Path) -> None:
     reporter = Reporter(show=False)
     run_bowl(TrialLog(tmp_path / "whole.jsonl", "k", reporter), 14)

@@ -26,6 +26,7 @@ _RADII = (0.01, 0.03, 0.1, 0.25)
 _RESTARTS = 2
 _REFINEMENTS = 25
 _FIT_STEPS = 40
+_SAFE_NOISE = 1e-2
 _PAPER_SCALES = {True: 1.0, False: 0.8}
 
 
@@ -71,22 +72,31 @@ def _model(space: Space, points: Tensor, values: Tensor, scales: LengthScales) -
     from gpytorch.priors import LogNormalPrior
 
     d = space.dimensions
-    if scales == "paper":
-        kernel = MaternKernel(nu=2.5, ard_num_dims=d)
-        fixed = [_PAPER_SCALES[attention] for attention in space.attention]
-        kernel.lengthscale = torch.tensor(fixed, dtype=torch.float64).unsqueeze(0)
-        kernel.raw_lengthscale.requires_grad_(False)
-    else:
-        # Hvarfner et al. (2024): a length scale that grows with the root of the dimension.
-        prior = LogNormalPrior(math.sqrt(2) + math.log(d) / 2, math.sqrt(3))
-        kernel = MaternKernel(nu=2.5, ard_num_dims=d, lengthscale_prior=prior)
-        kernel.lengthscale = torch.full((1, d), math.sqrt(d) * 0.5, dtype=torch.float64)
-    model = SingleTaskGP(
-        points, values.unsqueeze(-1), covar_module=ScaleKernel(kernel), outcome_transform=Standardize(m=1)
-    )
-    # A bounded number of steps, without the retries that `fit_gpytorch_mll` makes when the bound is met: the last steps
-    # change the length scales little and would take most of the time.
-    fit_gpytorch_mll_scipy(ExactMarginalLogLikelihood(model.likelihood, model), options={"maxiter": _FIT_STEPS})
+
+    def unfitted() -> Any:
+        if scales == "paper":
+            kernel = MaternKernel(nu=2.5, ard_num_dims=d)
+            fixed = [_PAPER_SCALES[attention] for attention in space.attention]
+            kernel.lengthscale = torch.tensor(fixed, dtype=torch.float64).unsqueeze(0)
+            kernel.raw_lengthscale.requires_grad_(False)
+        else:
+            # Hvarfner et al. (2024): a length scale that grows with the root of the dimension.
+            prior = LogNormalPrior(math.sqrt(2) + math.log(d) / 2, math.sqrt(3))
+            kernel = MaternKernel(nu=2.5, ard_num_dims=d, lengthscale_prior=prior)
+            kernel.lengthscale = torch.full((1, d), math.sqrt(d) * 0.5, dtype=torch.float64)
+        return SingleTaskGP(
+            points, values.unsqueeze(-1), covar_module=ScaleKernel(kernel), outcome_transform=Standardize(m=1)
+        )
+
+    model = unfitted()
+    try:
+        # A bounded number of steps, without the retries that `fit_gpytorch_mll` makes when the bound is met: the last
+        # steps change the length scales little and would take most of the time.
+        fit_gpytorch_mll_scipy(ExactMarginalLogLikelihood(model.likelihood, model), options={"maxiter": _FIT_STEPS})
+    except RuntimeError:
+        # A step into a singular kernel. The starting values, with more noise, still make a usable model.
+        model = unfitted()
+        model.likelihood.noise = _SAFE_NOISE
     return model.eval()
 
 
