@@ -3,7 +3,8 @@
 python benchmarks/ablations.py
 
 Tables 2 (covariance and calibration size), 4 (which validation samples), 10 (validation source) and Figure 4 (transfer
-to a fine-tuned copy) on wiki-llama-8m; Table 3 (the objective) and the surrogate's settings on stories260k, three seeds.
+to a fine-tuned copy) on wiki-llama-8m; Table 3 (the objective) and the settings of the surrogate on stories260k with
+three seeds.
 Give --run-dir to keep what is finished, and --only to measure some.
 """
 

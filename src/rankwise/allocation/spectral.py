@@ -20,7 +20,7 @@ from rankwise.budget import Budget, Rank, cost
 from rankwise.errors import NotFiniteError, RecipeError
 from rankwise.sites import Site
 
-_BISECTIONS = 80
+_BISECTIONS = 45
 _DENSE_SETS_EITHER_SIDE = 2
 
 

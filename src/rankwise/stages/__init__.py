@@ -1,6 +1,6 @@
 """What each line of `compress` does, in the same order. Every stage is keyed by all that its result depends on."""
 
-from rankwise.stages.bases import collect_statistics, decompose_sites
+from rankwise.stages.bases import collect_statistics, decompose_sites, load_basis
 from rankwise.stages.finish import put_factors, score, write
 from rankwise.stages.ranks import Chosen, check_budget, choose_ranks, judging, objective_key, select_samples
 from rankwise.stages.work import Texts, Work, begin, device_of, read_sequences, read_texts
@@ -16,6 +16,7 @@ __all__ = [
     "decompose_sites",
     "device_of",
     "judging",
+    "load_basis",
     "objective_key",
     "put_factors",
     "read_sequences",
