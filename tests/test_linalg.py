@@ -56,6 +56,24 @@ def test_full_rank_is_exact_and_error_is_the_tail_of_the_energy(
         before = error
 
 
+@given(m=sizes, n=sizes, seed=seeds, damping=st.floats(1e-3, 3))
+@settings(max_examples=60, deadline=None)
+def test_undamped_energies_are_the_loss_of_what_is_dropped(m: int, n: int, seed: int, damping: float) -> None:
+    """Directions come from the damped F, energies from F itself, and there are no cross terms."""
+    weight, covariance, curvature = (
+        random_matrix(m, n, seed),
+        random_psd(n, n + 2, seed + 1),
+        random_psd(m, 3, seed + 2),
+    )
+    metric = OutputMetric.of(curvature[None], damping)
+    found = decompose(weight, inputs=InputMetric(covariance), metric=metric)
+    energy = found.energy * metric.undamped_share(found.left)
+    for r in range(min(m, n) + 1):
+        residual = weight - found.left[:, :r] @ found.right[:r]
+        loss = torch.trace(curvature @ residual @ covariance @ residual.T).item()
+        assert loss == pytest.approx(energy[r:].sum().item(), rel=1e-6, abs=1e-7 * found.energy.sum().item())
+
+
 @given(m=sizes, n=sizes, r=sizes, seed=seeds)
 @settings(max_examples=60, deadline=None)
 def test_equals_the_svd_of_the_whitened_weight(m: int, n: int, r: int, seed: int) -> None:
