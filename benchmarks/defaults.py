@@ -42,6 +42,7 @@ def main() -> None:
                         {
                             "model": str(shared / "models" / MODEL),
                             "method": variant,
+                            "allocation": "uniform",
                             "budget": {"keep": keep, "rank_multiple": 1},
                             "calibration": calibration,
                             "evaluation": evaluation,

@@ -47,6 +47,7 @@ def main() -> None:
                         {
                             "model": str(shared / "models" / model),
                             "method": method,
+                            "allocation": "uniform",
                             "budget": {"keep": keep, "rank_multiple": 1},
                             "calibration": calibration,
                             "evaluation": evaluation,

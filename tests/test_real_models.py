@@ -16,11 +16,15 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("stories")
 
 
-def scores(shared: Path, run_directory: Path, method: str, keep: float) -> tuple[float, float, float]:
+def scores(
+    shared: Path, run_directory: Path, method: Any, keep: float, allocation: Any = "uniform"
+) -> tuple[float, float, float]:
     tokens = f"tokens:{shared}/data/stories260k.tokens.safetensors"
     values: dict[str, Any] = {
         "model": str(shared / "models/stories260k"),
         "method": method,
+        "allocation": allocation,
+        "validation": {"source": tokens, "skip": 192, "sequences": 32, "sample": "first"},
         "budget": {"keep": keep, "rank_multiple": 1},
         "calibration": {"source": tokens, "sequences": 192, "sample": "first"},
         "evaluation": {"source": tokens, "skip": 224},
@@ -53,3 +57,22 @@ def test_a_filled_budget_does_better_than_floored_ranks(method: str, shared: Pat
 def test_weighing_by_data_and_by_loss_each_pay(shared: Path, run_directory: Path) -> None:
     plain, outputs, both = (scores(shared, run_directory, m, 0.8)[1] for m in ("svd", "bolaco", "two_sided"))
     assert both < outputs < 0.5 * plain
+
+
+def test_a_plan_by_estimated_loss_does_what_the_prototype_did(shared: Path, run_directory: Path) -> None:
+    method = {"name": "two_sided", "damping": 0.1}
+    for keep, expected in zip((0.9, 0.8, 0.7), (4.1, 15.5, 80), strict=True):
+        _, small, kept = scores(shared, run_directory, method, keep, "spectral")
+        assert small < expected
+        assert keep - 0.002 < kept <= keep
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "allocation", "most"),
+    [("bolaco", "bayesian:5x1", 9.9), ("two_sided", "bayesian:spectral", 8.0)],
+)
+def test_searches_find_what_the_prototype_found(
+    method: str, allocation: str, most: float, shared: Path, run_directory: Path
+) -> None:
+    assert scores(shared, run_directory, method, 0.8, allocation)[1] < most
