@@ -40,9 +40,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,plots]' -c constraints.txt
-	cd benchmarks && for each in calibration memory decomposition "methods stories260k" "methods wiki-llama-8m" defaults; do \
+	cd benchmarks && for each in calibration memory decomposition "methods stories260k" "methods wiki-llama-8m" defaults \
+		"allocation stories260k" "allocation wiki-llama-8m" ablations search; do \
 		set -- $$each; ../$(BIN)/python $$1.py $$2 || exit 1; done
-	cd benchmarks && ../$(BIN)/python plot_methods.py wiki-llama-8m
+	cd benchmarks && ../$(BIN)/python plot_methods.py wiki-llama-8m && ../$(BIN)/python plot_allocation.py wiki-llama-8m
 
 clean:
 	rm -rf $(VENV) quickstart-output .quickstart-output.run

@@ -152,9 +152,9 @@ def main() -> None:
     _, texts = protocols(model, shared)
     source = str(shared / "models" / model)
     parts = []
-    for text, settings in texts.items():
-        dense = score(load_model(source).model, source, settings)
-        parts.append(f"{text}, dense {dense:.2f}:\n")
+    dense = {text: score(load_model(source).model, source, settings) for text, settings in texts.items()}
+    for text in texts:
+        parts.append(f"{text}, dense {dense[text]:.2f}:\n")
         rows = [
             [row]
             + [cell([f for f in kept.figures if (f["row"], f["keep"]) == (row, keep)], text) for keep in KEEPS[model]]
@@ -166,7 +166,7 @@ def main() -> None:
     parts.append("Mean over three seeds, ± half the range. Two-factor storage, rank multiple 1, 50 trials a search.")
     title = f"Perplexity by allocation, {model}"
     command = f"python benchmarks/allocation.py {model}"
-    write_result(f"allocation-{model}", title, command, "\n".join(parts), kept.figures)
+    write_result(f"allocation-{model}", title, command, "\n".join(parts), {"dense": dense, "runs": kept.figures})
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def test_a_search_killed_in_trial_17_ends_with_the_same_plan(searching: Settings
     again = compress(recipe, run_directory=tmp_path / "run", reporter=reporter)
     assert any("not whole" in note for note in reporter.notes)
     assert again.plan == whole.plan
-    for name in ("model.safetensors", "plan.json"):
+    for name in ("model.safetensors", "plan.json", "plan.svg"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert [t["point"] for t in trials_of(tmp_path / "again")] == [t["point"] for t in trials_of(tmp_path / "whole")]
 

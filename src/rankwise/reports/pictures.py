@@ -37,9 +37,12 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
+    import matplotlib
+
     try:
-        # No date inside: the same plan gives the same bytes.
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        # No date and no random names inside: the same plan gives the same bytes.
+        with matplotlib.rc_context({"svg.hashsalt": "rankwise"}):
+            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     except (OSError, ValueError) as problem:
         raise OutputError(
             "The picture cannot be written.", where=str(path), remedy=f"{str(problem).splitlines()[0]}"
