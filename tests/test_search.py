@@ -251,6 +251,11 @@ def test_bad_input_is_explained(arguments: list[str], message: str, tiny: Path, 
     assert "Traceback" not in done.stderr
 
 
+def test_validation_that_nothing_uses_is_said(settings: Settings, text: Path) -> None:
+    result = compress(recipe_from(settings(validation={"source": f"text:{text}"})))
+    assert any("validation text is not used" in note for note in result.report["notes"])
+
+
 def test_an_impossible_budget_is_said_before_anything_is_measured(searching: Settings, tmp_path: Path) -> None:
     values = searching(allocation={"space": "5x1"}, budget={"keep": 0.2, "rank_multiple": 1})
     with pytest.raises(BudgetError, match="no group may keep less than"):

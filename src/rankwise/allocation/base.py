@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from rankwise.budget import Budget, Rank, kept_by
+from rankwise.budget import Budget, Rank, RankPlan, kept_by
 from rankwise.progress import Reporter
 from rankwise.sites import Site
 
@@ -87,6 +87,12 @@ class Choice:
     def by_role(cls, sites: Sequence[Site], ranks: dict[str, Rank]) -> Choice:
         """A choice without a search, its groups being the roles."""
         return cls(ranks, kept_by({site.name: site.role for site in sites}, sites, ranks))
+
+
+def note_other_weights(plan: RankPlan, file: str, evidence: Evidence) -> None:
+    """Say that a plan was made for the same shapes with other weights, such as the model before fine-tuning."""
+    if evidence.fingerprint is not None and plan.fingerprint not in (None, evidence.fingerprint):
+        evidence.reporter.note(f"{file} was made for a model of the same architecture with other weights")
 
 
 class Allocation(BaseModel, ABC):

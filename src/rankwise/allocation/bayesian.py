@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from rankwise.allocation.base import Allocation, Choice, Evidence, Looks
+from rankwise.allocation.base import Allocation, Choice, Evidence, Looks, note_other_weights
 from rankwise.allocation.search import search
 from rankwise.allocation.spaces import parse_groups, space_named
 from rankwise.allocation.surrogate import propose, require_botorch
@@ -75,6 +75,8 @@ class Bayesian(Allocation):
         assert evidence.objective is not None
         given = self._given(sites)
         space = space_named(self.space, sites, budget, evidence.energies, self.lowest)
+        if given is not None:
+            note_other_weights(given, str(self.plan), evidence)
         same_space = given is not None and given.space == space.name
         starts = space.starts(
             None if given is None else given.ranks, given.coordinates if given is not None and same_space else {}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-from rankwise.allocation.base import Allocation, Choice, Evidence
+from rankwise.allocation.base import Allocation, Choice, Evidence, note_other_weights
 from rankwise.budget import Budget, RankPlan, break_even, kept_by
 from rankwise.errors import RecipeError
 from rankwise.sites import Site
@@ -31,8 +31,7 @@ class Planned(Allocation):
     def choose(self, sites: Sequence[Site], budget: Budget, evidence: Evidence) -> Choice:
         given = RankPlan.load(Path(self.file))
         ranks = given.fitting(sites, self.file)
-        if evidence.fingerprint is not None and given.fingerprint not in (None, evidence.fingerprint):
-            evidence.reporter.note(f"{self.file} was made for a model of the same architecture with other weights")
+        note_other_weights(given, self.file, evidence)
         if budget.keep is not None and budget.keep != given.keep:
             fractions = {s.name: None if (r := ranks[s.name]) is None else r / break_even(s) for s in sites}
             ranks = budget.fill(sites, fractions)

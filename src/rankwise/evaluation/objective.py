@@ -89,8 +89,10 @@ class Objective:
     def _keep_predictions(self) -> None:
         head = self.model.get_output_embeddings()
         seen: list[Tensor] = []
-        handle = head.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0]))
         form = self._form(head)
+        handle = None
+        if head is not None:
+            handle = head.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0]))
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         try:
             for number, batch in enumerate(self._batches):
@@ -103,20 +105,21 @@ class Objective:
                 logs = raw[:, :-1].float().log_softmax(-1)
                 total -= logs.gather(-1, batch[:, 1:, None]).double().sum()
                 flat = logs.flatten(0, 1)
-                inputs = seen[0][:, :-1].flatten(0, 1)
-                if number == 0 and form != "none":
+                inputs = seen[0][:, :-1].flatten(0, 1) if seen else None
+                if number == 0 and form != "none" and inputs is not None:
                     exact = HeadInputs(inputs.clone(), head)
                     # Some models bend or scale what the head gives; its inputs alone then do not tell the logits.
                     plain = torch.allclose(head(inputs).float().log_softmax(-1), flat, atol=1e-2)
                     if form == "head_inputs" and not plain:
                         form = "top_k"
                     self._exact_first = exact if form == "top_k" and plain else None
-                if form == "head_inputs":
+                if form == "head_inputs" and inputs is not None:
                     self._kept.append(HeadInputs(inputs.clone(), head))
                 elif form == "top_k":
                     self._kept.append(TopK(flat, self.settings.k))
         finally:
-            handle.remove()
+            if handle is not None:
+                handle.remove()
         self.dense_nll = float(total) / self.tokens
         if not math.isfinite(self.dense_nll):
             raise NotFiniteError(
@@ -130,6 +133,8 @@ class Objective:
     def _form(self, head: Any) -> str:
         if self.settings.kl_weight == 0:
             return "none"
+        if head is None:
+            return "top_k"
         if self.settings.predictions != "auto":
             return self.settings.predictions
         share = head.weight.numel() / sum(p.numel() for p in self.model.parameters())

@@ -31,6 +31,10 @@ def closing_table(report: dict[str, Any]) -> Table:
     if report["evaluation"]:
         dense, small = (report["evaluation"][k]["perplexity"] for k in ("dense", "compressed"))
         table.add_row("perplexity", f"{dense:.3f}", f"{small:.3f}", f"{small / dense:.3f}")
+    search = report.get("search")
+    if search:
+        value = f"{search['objective']['value']:.4g}"
+        table.add_row(f"objective, {search['trials']} trials", "", value, f"in trial {search['best_trial'] + 1}")
     table.add_section()
     for name, stage in report["stages"].items():
         table.add_row(name, f"{stage['seconds']:.1f} s", f"peak {_bytes(stage['peak_memory_bytes'])}", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,7 +137,8 @@ def objective_key(work: Work, samples: Tensor) -> dict[str, Any]:
     return {
         **calibration_key(work),
         "method": work.recipe.method.model_dump(),
-        "samples": samples.tolist(),
+        "samples": hashlib.sha256(samples.contiguous().numpy().tobytes()).hexdigest(),
+        "shape": list(samples.shape),
         "batch_size": work.recipe.validation.batch_size,
         "objective": work.recipe.objective.model_dump(),
     }

@@ -104,6 +104,8 @@ def read_texts(recipe: Recipe, loaded: LoadedModel, reporter: Reporter, validate
     """
     calibration = read_sequences(recipe.calibration, loaded, recipe.seed, skip=0)
     validation = _read_validation(recipe, loaded, calibration, reporter) if validate else None
+    if not validate and recipe.validation.source is not None:
+        reporter.note(f"the validation text is not used: the allocation {recipe.allocation.name} searches nothing")
     scored = recipe.evaluation
     evaluation = None if scored is None else read_sequences(scored, loaded, scored.seed, scored.skip)
     return Texts(calibration, validation, evaluation)
@@ -112,10 +114,10 @@ def read_texts(recipe: Recipe, loaded: LoadedModel, reporter: Reporter, validate
 def _read_validation(recipe: Recipe, loaded: LoadedModel, calibration: Sequences, reporter: Reporter) -> Sequences:
     """Validation sequences; those in common with calibration are said, or left out when no source is given."""
     settings = recipe.validation
-    used = {tuple(row) for row in calibration.ids.tolist()}
+    used = {row.numpy().tobytes() for row in calibration.ids}
     if settings.source is not None:
         read = read_sequences(settings, loaded, recipe.seed, settings.skip)
-        shared = sum(tuple(row) in used for row in read.ids.tolist())
+        shared = sum(row.numpy().tobytes() in used for row in read.ids)
         if shared:
             reporter.note(
                 f"{shared} of {len(read.ids)} validation sequences are calibration sequences too: a search will "
@@ -130,7 +132,7 @@ def _read_validation(recipe: Recipe, loaded: LoadedModel, calibration: Sequences
         settings.skip,
         every=True,
     )
-    unused = torch.tensor([tuple(row) not in used for row in pool.ids.tolist()])
+    unused = torch.tensor([row.numpy().tobytes() not in used for row in pool.ids])
     wanted = settings.sequences if settings.sequences is not None else int(unused.sum())
     chosen = choose(pool.ids[unused], wanted, recipe.seed if settings.sample == "random" else None)
     if len(chosen) < max(1, wanted):
