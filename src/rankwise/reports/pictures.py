@@ -68,7 +68,7 @@ def draw_plan(path: Path, plan: RankPlan) -> None:
     axes.set_xticks(range(len(blocks)), [str(block) for block in blocks])
     axes.set_yticks(range(len(roles)), roles)
     axes.set_xlabel("block")
-    axes.set_title(f"fraction kept: {plan.kept:.3f} of the whole ({plan.method}, {plan.allocation})", fontsize=10)
+    axes.set_title(f"fraction kept: {plan.kept:.3f} of the whole\n({plan.method}, {plan.allocation})", fontsize=9)
     if len(blocks) <= 40:
         for row, role in enumerate(roles):
             for column, block in enumerate(blocks):
@@ -143,6 +143,7 @@ def draw_role_curves(path: Path, rows: Sequence[Mapping[str, Any]], dense: float
     axes.axhline(dense, color="black", linewidth=0.8, linestyle=":")
     axes.annotate("original", (1.0, dense), fontsize=8, xytext=(-4, 4), textcoords="offset points", ha="right")
     axes.set_yscale("log")
+    axes.set_xlim(min((x for (x, _), _, _ in ends), default=0) - 0.08, 1.0)
     _name_ends(axes, ends)
     axes.set_xlabel("fraction of this role kept, everything else dense")
     axes.set_ylabel("perplexity on the validation samples")
@@ -205,5 +206,5 @@ def draw_site_map(path: Path, rows: Sequence[Mapping[str, Any]], dense: float, k
     axes.set_xticks(range(len(blocks)), [str(block) for block in blocks])
     axes.set_yticks(range(len(roles)), roles)
     axes.set_xlabel("block")
-    axes.set_title(f"rise of perplexity in %, one site at {keep:g} kept, all others dense", fontsize=10)
+    axes.set_title(f"rise of perplexity in %,\none site at {keep:g} kept, all others dense", fontsize=9)
     _save(figure, path)
