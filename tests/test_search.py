@@ -24,10 +24,11 @@ from rankwise import compress
 from rankwise.budget import RankPlan
 from rankwise.checkpoints import load_model
 from rankwise.cli import main
-from rankwise.errors import BudgetError, DataError, RecipeError, RunError
+from rankwise.errors import BudgetError, DataError, MissingPackageError, RecipeError, RunError
 from rankwise.evaluation import perplexity
 from rankwise.progress import Reporter
 from rankwise.recipe import recipe_from
+from rankwise.reports import draw_plan
 from rankwise.sensitivity import sensitivity
 
 Settings = Callable[..., dict[str, Any]]
@@ -90,6 +91,7 @@ _KILLED = """
 import os, signal, sys, yaml
 from rankwise import compress
 from rankwise.recipe import recipe_from
+from rankwise.reports import draw_plan
 from rankwise.allocation.trials import TrialLog
 after, recipe, run_directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 real = TrialLog.append
@@ -249,6 +251,23 @@ def test_bad_input_is_explained(arguments: list[str], message: str, tiny: Path, 
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_without_optional_packages_the_rest_works(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No BoTorch: said before anything slow. No matplotlib: no pictures, and an error only where one is asked for."""
+    monkeypatch.setitem(sys.modules, "botorch", None)
+    monkeypatch.setattr("rankwise.reports.pictures.can_draw", lambda: False)
+    monkeypatch.setattr("rankwise.stages.finish.can_draw", lambda: False)
+    values = settings(allocation="bayesian:rolesx1", validation={"sequences": 4, "length": 32})
+    with pytest.raises(MissingPackageError, match=r"rankwise\[search\]"):
+        compress(recipe_from(values), run_directory=tmp_path / "run")
+    assert not list((tmp_path / "run").glob("statistics*"))
+    result = compress(recipe_from(settings(output=str(tmp_path / "out"))), run_directory=tmp_path / "run")
+    assert not (tmp_path / "out" / "plan.svg").exists()
+    with pytest.raises(MissingPackageError, match=r"rankwise\[plots\]"):
+        draw_plan(tmp_path / "plan.svg", result.plan)
 
 
 def test_validation_that_nothing_uses_is_said(settings: Settings, text: Path) -> None:
