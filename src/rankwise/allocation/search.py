@@ -23,10 +23,16 @@ Proposer = Callable[[Tensor, Tensor, int, Callable[[Tensor], bool]], Tensor]
 """(points `[t, d]`, values `[t]`, trial, is_new) -> point `[d]`."""
 
 
-def spread_trials(dimensions: int) -> int:
-    """How many trials come before the first proposal, the given starts among them. The total does not matter, so that
-    it may be raised later."""
-    return min(dimensions + 2, _MOST_SPREAD)
+def spread_trials(dimensions: int, warm: bool) -> int:
+    """How many trials come before the first proposal, the given starts among them.
+
+    The total number of trials does not matter, so that it may be raised later.
+
+    Args:
+        dimensions: of the space.
+        warm: whether a plan was given to start from, which leaves less to explore.
+    """
+    return min(dimensions + 2, _MOST_SPREAD) // (2 if warm else 1)
 
 
 def search(
@@ -59,7 +65,7 @@ def search(
     Raises:
         BudgetError: when every trial failed.
     """
-    spread = spread_trials(space.dimensions)
+    spread = spread_trials(space.dimensions, warm=any(name == "plan" for name, _ in starts))
     seen = {_identity(space.ranks(torch.tensor(r["point"], dtype=torch.float64))) for r in log.records[:trials]}
 
     def is_new(point: Tensor) -> bool:

@@ -20,6 +20,7 @@ _PAPER_DENSE = "v"
 _AS_GOOD_AS_DENSE = 0.995
 _PROJECTIONS = 60
 _SPREAD = 0.3
+_WIDEST = 2.0
 
 
 class Space(ABC):
@@ -223,7 +224,8 @@ class GroupSpace(Space):
             found.append(("plan", self._averages(plan) if known is None else self.project(known)))
         found.append(("uniform", self.project(torch.full_like(self.lower, 0.5))))
         # LoRD's manual plans: q and k lose half as much again as the rest.
-        loss = torch.tensor([1.5 if "q" in label or label == "k" else 1.0 for label in self.labels]).double()
+        roles = [set(label.split("@")[0].split("+")) for label in self.labels]
+        loss = torch.tensor([1.5 if group & {"q", "k"} else 1.0 for group in roles], dtype=torch.float64)
         found.append(("manual", self.project(1 - (1 - self.total / float(self.weights.sum())) * loss)))
         if self._energies:
             found.append(("spectral", self._averages(Tails(self.sites, self._energies, self.budget).plan())))
@@ -256,8 +258,6 @@ class MultiplierSpace(Space):
         BudgetError: when nothing fits.
     """
 
-    _WIDEST = 2.0
-
     def __init__(self, sites: Sequence[Site], budget: Budget, energies: Mapping[str, Tensor]) -> None:
         self.name = "spectral"
         self.sites, self._budget = list(sites), budget
@@ -268,7 +268,7 @@ class MultiplierSpace(Space):
         self._role = torch.tensor([roles.index(site.role) for site in sites])
         blocks = sorted({site.block for site in sites})
         self._depth = torch.tensor([2 * blocks.index(s.block) / max(1, len(blocks) - 1) - 1 for s in sites]).double()
-        self.upper = torch.tensor([self._WIDEST] * len(roles) + [self._WIDEST], dtype=torch.float64)
+        self.upper = torch.full((len(roles) + 1,), _WIDEST, dtype=torch.float64)
         self.lower = -self.upper
         self.weights = torch.tensor([1 / len(roles)] * len(roles) + [0.0], dtype=torch.float64)
         self.total = 0.0
