@@ -122,23 +122,27 @@ class Kept:
 
 
 def cell(figures: list[dict[str, Any]], text: str) -> str:
-    """Mean and half the range over seeds."""
+    """Mean and half the range over seeds; says when not all seeds are finished."""
+    if not figures:
+        return "-"
     if any("infeasible" in f for f in figures):
         return "infeasible"
     values = [f["perplexity"][text] for f in figures]
-    return f"{statistics.mean(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"
+    fewer = "" if len(values) == len(SEEDS) else f" ({len(values)} seeds)"
+    return f"{statistics.mean(values):.2f} ± {(max(values) - min(values)) / 2:.2f}{fewer}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=sorted(KEEPS))
     parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--write", action="store_true", help="only write the table of what is finished in --run-dir")
     arguments = parser.parse_args()
     model, shared = arguments.model, shared_directory()
     folder = arguments.run_dir or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     kept = Kept(folder / f"allocation-{model}.json")
-    for seed in SEEDS:
+    for seed in () if arguments.write else SEEDS:
         for row, method, allocation in ROWS[model]:
             for keep in KEEPS[model]:
                 label = {"row": row, "keep": keep, "seed": seed}
