@@ -18,7 +18,7 @@ from rankwise.allocation.base import Outcome
 from rankwise.allocation.search import search
 from rankwise.allocation.spaces import GroupSpace, MultiplierSpace, Space, space_named
 from rankwise.allocation.surrogate import propose
-from rankwise.budget import Budget, RankPlan, cost
+from rankwise.budget import Budget, RankPlan
 from rankwise.errors import BudgetError, NotFiniteError, RecipeError, RunError
 from rankwise.progress import Reporter
 from rankwise.sites import Site, place_of
@@ -55,7 +55,7 @@ def decaying(sites: list[Site], seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def kept(sites: list[Site], ranks: dict[str, int | None]) -> float:
-    return sum(cost(s, ranks[s.name]) for s in sites) / sum(s.parameters for s in sites)
+    return sum(Budget().cost(s, ranks[s.name]) for s in sites) / sum(s.parameters for s in sites)
 
 
 def dropped(sites: list[Site], energies: dict[str, torch.Tensor], ranks: dict[str, int | None]) -> float:
@@ -116,7 +116,7 @@ def test_weights_move_rank_and_rounding_holds() -> None:
     assert all(rank is None or rank % 8 == 0 for plan in (plain, heavy) for rank in plan.values())
 
     def of_down(plan: dict[str, int | None]) -> int:
-        return sum(cost(s, plan[s.name]) for s in sites if s.role == "down")
+        return sum(Budget().cost(s, plan[s.name]) for s in sites if s.role == "down")
 
     assert of_down(heavy) > of_down(plain)
     assert tails.plan(torch.ones(len(sites))) == plain
@@ -193,7 +193,7 @@ def test_multipliers_start_at_the_spectral_plan() -> None:
     slope[-1] = 2.0
 
     def late(ranks: dict[str, int | None]) -> int:
-        return sum(cost(s, ranks[s.name]) for s in sites if s.block >= 2)
+        return sum(Budget().cost(s, ranks[s.name]) for s in sites if s.block >= 2)
 
     assert late(space.ranks(slope)) > late(space.ranks(zero))
 

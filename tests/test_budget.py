@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rankwise.allocation import Evidence, Manual, allocation_from
-from rankwise.budget import Budget, RankPlan, break_even, cost
+from rankwise.budget import Budget, RankPlan, Storage, numbers, pivots
 from rankwise.errors import BudgetError, RecipeError
 from rankwise.evaluation import measure_cost
 from rankwise.factors import Factors
@@ -29,24 +30,29 @@ def make_site(name: str, m: int, n: int, role: str = "q") -> Site:
 shapes = st.lists(st.tuples(st.integers(8, 300), st.integers(8, 300)), min_size=1, max_size=12)
 
 
-@given(shapes=shapes, keep=st.floats(0.05, 1.0), multiple=st.sampled_from([1, 2, 8, 16]), data=st.data())
+storages = st.sampled_from(["two_factor", "pivoted", "auto"])
+
+
+@given(
+    shapes=shapes, keep=st.floats(0.05, 1.0), multiple=st.sampled_from([1, 2, 8, 16]), storage=storages, data=st.data()
+)
 @settings(max_examples=150, deadline=None)
 def test_a_filled_budget_is_never_exceeded_and_leaves_less_than_one_step(
-    shapes: list[tuple[int, int]], keep: float, multiple: int, data: st.DataObject
+    shapes: list[tuple[int, int]], keep: float, multiple: int, storage: Storage, data: st.DataObject
 ) -> None:
     sites = [make_site(str(i), m, n) for i, (m, n) in enumerate(shapes)]
     fractions = {s.name: data.draw(st.one_of(st.none(), st.floats(0.1, 1.0))) for s in sites}
-    budget = Budget(keep=keep, rank_multiple=multiple)
+    budget = Budget(keep=keep, rank_multiple=multiple, storage=storage)
     total = sum(s.parameters for s in sites)
     try:
         ranks = budget.fill(sites, fractions)
     except BudgetError:
         smallest = sum(
-            s.parameters if fractions[s.name] is None else min(s.parameters, multiple * (s.m + s.n)) for s in sites
+            s.parameters if fractions[s.name] is None else budget.cost(s, budget.next_rank(s, 0)) for s in sites
         )
         assert smallest > keep * total - 1
         return
-    spent = sum(cost(s, ranks[s.name]) for s in sites)
+    spent = sum(budget.cost(s, ranks[s.name]) for s in sites)
     assert spent <= keep * total + 1e-6
     for site in sites:
         rank = ranks[site.name]
@@ -54,15 +60,38 @@ def test_a_filled_budget_is_never_exceeded_and_leaves_less_than_one_step(
             continue
         assert rank % multiple == 0
         assert rank > 0
-        assert cost(site, rank) < site.parameters
-        step = cost(site, budget.next_rank(site, rank)) - cost(site, rank)
+        assert budget.cost(site, rank) < site.parameters
+        step = budget.cost(site, budget.next_rank(site, rank)) - budget.cost(site, rank)
         assert spent + step > keep * total - 1
+
+
+@given(m=st.integers(1, 400), n=st.integers(1, 400), fraction=st.floats(0.01, 1.0), storage=storages)
+def test_the_rank_at_a_fraction_costs_that_fraction(m: int, n: int, fraction: float, storage: Storage) -> None:
+    site = make_site("a", m, n)
+    budget = Budget(storage=storage)
+    rank = budget.rank_at(site, fraction)
+    below, above = math.floor(rank), math.ceil(rank)
+    assert -1e-9 <= rank <= min(m, n) + 1e-9
+    assert (0 if below == 0 else numbers((m, n), below, storage)) <= fraction * m * n + 1e-6
+    if 1 <= above <= min(m, n):
+        assert numbers((m, n), above, storage) >= fraction * m * n - 1e-6
+
+
+@given(m=st.integers(1, 400), n=st.integers(1, 400), data=st.data())
+def test_no_storage_costs_more_than_it_must(m: int, n: int, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(1, min(m, n)))
+    two, pivoted, smaller = (numbers((m, n), rank, s) for s in ("two_factor", "pivoted", "auto"))
+    assert two - pivoted == rank * rank
+    assert pivoted <= m * n == numbers((m, n), None, "auto")
+    # auto pays for the m integers of an order, and takes what is then the smaller.
+    assert smaller == min(two, pivoted + m)
+    assert pivots((m, n), rank, "auto") == (pivoted + m < two)
 
 
 def test_uniform_ranks_stay_in_proportion() -> None:
     sites = [make_site("a", 4096, 4096), make_site("b", 11008, 4096)]
     ranks = Budget(keep=0.8, rank_multiple=8).fill(sites, {"a": 1.0, "b": 1.0})
-    assert {name: abs(ranks[name] - 0.8 * break_even(s)) < 16 for name, s in zip("ab", sites, strict=True)} == {
+    assert {name: abs(ranks[name] - Budget().rank_at(s, 0.8)) < 16 for name, s in zip("ab", sites, strict=True)} == {
         "a": True,
         "b": True,
     }
@@ -172,6 +201,6 @@ def test_a_plan_above_its_budget_cannot_be_made_and_files_round_trip(tmp_path: P
 
 def test_factors_count_themselves() -> None:
     factors = Factors(torch.ones(5, 2), torch.ones(2, 7))
-    assert factors.parameters == cost(make_site("a", 5, 7), 2) == 24
+    assert factors.parameters == Budget(storage="two_factor").cost(make_site("a", 5, 7), 2) == 24
     assert factors.rank == 2
     assert torch.equal(factors.reconstruct(), torch.full((5, 7), 2.0))

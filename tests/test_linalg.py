@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rankwise.linalg import InputMetric, OutputMetric, decompose, psd_factor
+from rankwise.linalg.pivot import LARGEST_ENTRY, independent_rows, pivot
 
 sizes = st.integers(2, 14)
 seeds = st.integers(0, 2**31 - 1)
@@ -150,3 +151,28 @@ def test_a_singular_metric_is_damped_and_says_so() -> None:
 def test_a_zero_or_broken_metric_is_refused(bad: Tensor) -> None:
     with pytest.raises(ValueError, match="zero or not finite"):
         OutputMetric.of(bad, 1e-6)
+
+
+@given(m=sizes, n=sizes, r=sizes, seed=seeds, flat=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_pivot_rows_rebuild_the_product_and_stay_tame(m: int, n: int, r: int, seed: int, flat: bool) -> None:
+    r = min(r, m)
+    left, right = random_matrix(m, r, seed), random_matrix(r, n, seed + 1)
+    if flat:
+        left[:, r // 2 :] = 0  # The product then has less rank than it is given.
+    found = pivot(left, right)
+    assert found.first.shape == (r, n)
+    assert found.rest.shape == (m - r, r)
+    assert sorted(found.order.tolist()) == list(range(m))
+    assert found.largest <= LARGEST_ENTRY
+    torch.testing.assert_close(found.reconstruct(), left @ right, atol=1e-9, rtol=1e-9)
+
+
+def test_rows_are_exchanged_until_no_entry_is_large() -> None:
+    r = 40
+    left = random_matrix(120, r, 3)
+    order, rest = independent_rows(left, limit=1e9)
+    exchanged_order, exchanged = independent_rows(left, limit=1.01)
+    assert float(exchanged.abs().max()) <= 1.01 <= float(rest.abs().max())
+    for rows, ratio in ((order, rest), (exchanged_order, exchanged)):
+        torch.testing.assert_close(left[rows[r:]], ratio @ left[rows[:r]])

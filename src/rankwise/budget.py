@@ -15,15 +15,43 @@ from rankwise.sites import Site
 Rank = int | None
 """A rank, or None for a site that stays dense."""
 
+Storage = Literal["two_factor", "pivoted", "auto"]
+"""How a matrix [m, n] of rank r is stored: as L and R, r (m + n) numbers; as r of its rows and the map from them to the
+rest, r (m + n - r) numbers (see `linalg/pivot.py`); or `auto`, as whichever is
+smaller when the m integers that say where each row belongs are counted too."""
 
-def cost(site: Site, rank: Rank) -> int:
-    """Parameters of a site at a rank: r (m + n), or m n when dense."""
-    return site.parameters if rank is None else rank * (site.m + site.n)
+
+def pivots(shape: tuple[int, int], rank: int, storage: Storage) -> bool:
+    """Whether a matrix of this shape `(m, n)` and rank is stored as pivot rows."""
+    return storage == "pivoted" or (storage == "auto" and rank * rank > shape[0])
 
 
-def break_even(site: Site) -> float:
-    """The rank at which two factors cost as much as the matrix: m n / (m + n)."""
-    return site.parameters / (site.m + site.n)
+def numbers(shape: tuple[int, int], rank: Rank, storage: Storage) -> int:
+    """What a matrix costs.
+
+    Args:
+        shape: `(m, n)`.
+        rank: r, or None for dense.
+        storage: how a rank is stored.
+    """
+    m, n = shape
+    if rank is None:
+        return m * n
+    if not pivots(shape, rank, storage):
+        return rank * (m + n)
+    return rank * (m + n - rank) + (m if storage == "auto" else 0)
+
+
+def _rank_costing(shape: tuple[int, int], wanted: float, storage: Storage) -> float:
+    """The real rank whose cost is `wanted` numbers, the inverse of `numbers`."""
+    m, n = shape
+    two_factor = wanted / (m + n)
+    if storage == "two_factor":
+        return two_factor
+    spare = wanted - (m if storage == "auto" else 0)
+    # r (m + n - r) = spare, the smaller root; it is real as long as spare <= m n.
+    pivoted = ((m + n) - math.sqrt(max(0.0, (m + n) ** 2 - 4 * spare))) / 2
+    return pivoted if storage == "pivoted" else max(two_factor if two_factor**2 <= m else 0.0, pivoted)
 
 
 class Budget(BaseModel):
@@ -35,12 +63,22 @@ class Budget(BaseModel):
     Attributes:
         keep: fraction kept, in (0, 1]. None leaves the size to a manual allocation.
         rank_multiple: ranks are multiples of this. 8 suits the tensor cores of GPUs; 1 fills the budget closest.
+        storage: how a site of rank r is stored, which decides what a rank costs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     keep: Annotated[float, Field(gt=0, le=1)] | None = 0.8
     rank_multiple: Annotated[int, Field(ge=1)] = 8
+    storage: Storage = "two_factor"
+
+    def cost(self, site: Site, rank: Rank) -> int:
+        """Parameters of a site at a rank, m n when dense."""
+        return numbers((site.m, site.n), rank, self.storage)
+
+    def rank_at(self, site: Site, fraction: float) -> float:
+        """The real rank that costs a fraction of the matrix. At 1 it is the break-even rank."""
+        return _rank_costing((site.m, site.n), min(fraction, 1.0) * site.parameters, self.storage)
 
     def allowed(self, sites: Sequence[Site]) -> int:
         """Parameters that the sites may keep together.
@@ -56,7 +94,7 @@ class Budget(BaseModel):
     def largest_rank(self, site: Site) -> int:
         """The largest rank that costs less than the matrix itself; 0 when even one step does not."""
         most = min(site.m, site.n) // self.rank_multiple
-        while most and cost(site, most * self.rank_multiple) >= site.parameters:
+        while most and self.cost(site, most * self.rank_multiple) >= site.parameters:
             most -= 1
         return most * self.rank_multiple
 
@@ -69,7 +107,7 @@ class Budget(BaseModel):
         if rank is None:
             raise ValueError(f"{site.name} is dense already")
         above = rank + self.rank_multiple
-        return None if cost(site, above) >= site.parameters or above > min(site.m, site.n) else above
+        return None if self.cost(site, above) >= site.parameters or above > min(site.m, site.n) else above
 
     def round_rank(self, site: Site, rank: float) -> Rank:
         """The multiple nearest to a real rank, at least one step; dense when it saves nothing."""
@@ -102,13 +140,16 @@ class Budget(BaseModel):
         allowed = self.allowed(sites)
         if self.keep == 1:
             return {site.name: None for site in sites}
-        wanted = {s.name: f * break_even(s) for s in sites if (f := fractions[s.name]) is not None}
+        wanted = {name: f for name, f in fractions.items() if f is not None}
 
         def ranks_at(scale: float) -> dict[str, Rank]:
-            return {s.name: self._floor_rank(s, scale * wanted[s.name]) if s.name in wanted else None for s in sites}
+            return {
+                s.name: self._floor_rank(s, self.rank_at(s, scale * wanted[s.name])) if s.name in wanted else None
+                for s in sites
+            }
 
         def spent(ranks: Mapping[str, Rank]) -> int:
-            return sum(cost(site, ranks[site.name]) for site in sites)
+            return sum(self.cost(site, ranks[site.name]) for site in sites)
 
         smallest = ranks_at(0.0)
         if spent(smallest) > allowed:
@@ -129,15 +170,16 @@ class Budget(BaseModel):
         by_name = {site.name: site for site in sites}
 
         def shortfall(name: str) -> float:
-            rank = ranks[name]
-            return -1.0 if rank is None else (high * wanted[name] - rank) / wanted[name]
+            rank, target = ranks[name], self.rank_at(by_name[name], high * wanted[name])
+            return -1.0 if rank is None else (target - rank) / target
 
         while True:
             steps = [
                 (shortfall(name), name, step)
                 for name in wanted
                 if ranks[name] is not None
-                and (step := cost(s := by_name[name], self.next_rank(s, ranks[name])) - cost(s, ranks[name])) <= left
+                and (step := self.cost(s := by_name[name], self.next_rank(s, ranks[name])) - self.cost(s, ranks[name]))
+                <= left
             ]
             if not steps:
                 return ranks
@@ -159,7 +201,7 @@ class RankPlan(BaseModel):
         allocation: how the ranks were chosen.
         keep: fraction asked for; None when the ranks were given.
         rank_multiple: what ranks are multiples of.
-        storage: how a site of rank r is stored. `two_factor` costs r (m + n).
+        storage: how a site of rank r is stored.
         shapes: by site name, `[m, n]`.
         ranks: by site name, the rank; null for dense.
         groups: by group of the search (or by role), the fraction of its parameters kept.
@@ -178,7 +220,7 @@ class RankPlan(BaseModel):
     allocation: str
     keep: float | None
     rank_multiple: int
-    storage: Literal["two_factor"] = "two_factor"
+    storage: Storage = "two_factor"
     shapes: dict[str, tuple[int, int]]
     ranks: dict[str, int | None]
     groups: dict[str, float] = {}
@@ -192,10 +234,18 @@ class RankPlan(BaseModel):
 
     @property
     def kept_parameters(self) -> int:
-        return sum(
-            m * n if self.ranks[name] is None else (self.ranks[name] or 0) * (m + n)
+        return sum(self.cost(name) for name in self.shapes)
+
+    def cost(self, name: str) -> int:
+        """Numbers the site of this name keeps."""
+        return numbers(self.shapes[name], self.ranks[name], self.storage)
+
+    def fractions(self) -> dict[str, float | None]:
+        """By site name, the fraction of the matrix that is kept; None for dense."""
+        return {
+            name: None if self.ranks[name] is None else self.cost(name) / (m * n)
             for name, (m, n) in self.shapes.items()
-        )
+        }
 
     @property
     def kept(self) -> float:
@@ -237,6 +287,7 @@ class RankPlan(BaseModel):
             allocation=allocation,
             keep=budget.keep,
             rank_multiple=budget.rank_multiple,
+            storage=budget.storage,
             shapes={site.name: (site.m, site.n) for site in sites},
             ranks={site.name: ranks[site.name] for site in sites},
             **details,
@@ -306,18 +357,21 @@ def same_shapes(first: RankPlan, second: RankPlan, where_first: str, where_secon
     _require_shapes(first.shapes, second, f"{where_first}'s", where_second)
 
 
-def kept_by(labels: Mapping[str, str], sites: Sequence[Site], ranks: Mapping[str, Rank]) -> dict[str, float]:
+def kept_by(
+    labels: Mapping[str, str], sites: Sequence[Site], ranks: Mapping[str, Rank], budget: Budget
+) -> dict[str, float]:
     """The fraction of parameters kept in each group of sites.
 
     Args:
         labels: site name -> group.
         sites: the sites.
         ranks: site name -> rank, None for dense.
+        budget: says what a rank costs.
     """
     whole: dict[str, int] = {}
     kept: dict[str, int] = {}
     for site in sites:
         label = labels[site.name]
         whole[label] = whole.get(label, 0) + site.parameters
-        kept[label] = kept.get(label, 0) + cost(site, ranks[site.name])
+        kept[label] = kept.get(label, 0) + budget.cost(site, ranks[site.name])
     return {label: kept[label] / whole[label] for label in whole}

@@ -86,6 +86,9 @@ def compress(
     sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a sequence, in every text.")] = None,
     seed: Annotated[int | None, typer.Option(help="For everything drawn.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="two_factor; pivoted (no redundant number); auto (the smaller, by site).")
+    ] = None,
     format: Annotated[str | None, typer.Option(help="low_rank, or dense (multiplied back; no size saved).")] = None,
     recipe: Annotated[
         str | None, typer.Option(help="YAML file, or the name of a ready recipe; options override it.")
@@ -107,6 +110,7 @@ def compress(
         "model": model,
         "output": output,
         "budget.keep": keep,
+        "budget.storage": storage,
         "method": method,
         "allocation": allocation,
         "calibration.source": calibration,

@@ -84,6 +84,8 @@ def compress(
             chosen = stages.choose_ranks(work, bases)
         with reporter.stage("factors"):
             losses = stages.put_factors(work, bases, chosen.plan)
+        with reporter.stage("storage"):
+            losses = stages.store_factors(work, chosen.plan, losses)
         cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
         with reporter.stage("evaluate compressed"):
             score = stages.score(work, "compressed", chosen.plan)

@@ -39,6 +39,8 @@ def use_plan(
             set_value(values, "budget.keep", given.keep)
         if "rank_multiple" not in values.get("budget", {}):
             set_value(values, "budget.rank_multiple", given.rank_multiple)
+        if "storage" not in values.get("budget", {}):
+            set_value(values, "budget.storage", given.storage)
         if not method_given and "method" not in values:
             values["method"] = {"name": given.method, **given.method_settings}
         if name == "bayesian" or (trials is not None and name is None):

@@ -40,10 +40,8 @@ class Point:
 
     def ranks(self, sites: Sequence[Site], budget: Budget) -> dict[str, Rank]:
         """Ranks of all sites: dense but for this point's."""
-        from rankwise.budget import break_even
-
         return {
-            site.name: budget.round_rank(site, self.keep * break_even(site))
+            site.name: budget.round_rank(site, budget.rank_at(site, self.keep))
             if site.role == self.role and self.block in (None, site.block)
             else None
             for site in sites
@@ -128,7 +126,7 @@ def sensitivity(
             for point in reporter.track(left, "sensitivity", total=len(points), done=done):
                 ranks = point.ranks(work.sites, recipe.budget)
                 value, perplexity, kl = objective(ranks)
-                of_sites = kept_by(labels, work.sites, ranks)
+                of_sites = kept_by(labels, work.sites, ranks, recipe.budget)
                 touched = [s for s in work.sites if s.role == point.role and point.block in (None, s.block)]
                 kept = sum(of_sites[s.name] * s.parameters for s in touched) / sum(s.parameters for s in touched)
                 row = {

@@ -84,9 +84,9 @@ class Choice:
     trials: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def by_role(cls, sites: Sequence[Site], ranks: dict[str, Rank]) -> Choice:
+    def by_role(cls, sites: Sequence[Site], ranks: dict[str, Rank], budget: Budget) -> Choice:
         """A choice without a search, its groups being the roles."""
-        return cls(ranks, kept_by({site.name: site.role for site in sites}, sites, ranks))
+        return cls(ranks, kept_by({site.name: site.role for site in sites}, sites, ranks, budget))
 
 
 def note_other_weights(plan: RankPlan, file: str, evidence: Evidence) -> None:

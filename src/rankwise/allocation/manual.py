@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError
 
 from rankwise.allocation.base import Allocation, Choice, Evidence
-from rankwise.budget import Budget, break_even
+from rankwise.budget import Budget
 from rankwise.errors import RecipeError, nearest
 from rankwise.sites import Site
 
@@ -60,16 +60,17 @@ class Manual(Allocation):
         fractions: dict[str, float | None] = {}
         for site in sites:
             fraction = self.roles.get(site.role, "dense")
-            # 1 and dense are the same: at the break-even rank two factors cost as much as the matrix.
+            # 1 and dense are the same: at the break-even rank the factors cost as much as the matrix.
             fractions[site.name] = None if fraction == "dense" or fraction == 1 else float(fraction)
         if budget.keep is not None:
-            return Choice.by_role(sites, budget.fill(sites, fractions))
+            return Choice.by_role(sites, budget.fill(sites, fractions), budget)
         return Choice.by_role(
             sites,
             {
                 site.name: None
                 if (f := fractions[site.name]) is None
-                else budget.round_rank(site, f * break_even(site))
+                else budget.round_rank(site, budget.rank_at(site, f))
                 for site in sites
             },
+            budget,
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from rankwise.allocation.base import Allocation, Choice, Evidence, note_other_weights
-from rankwise.budget import Budget, RankPlan, break_even, kept_by
+from rankwise.budget import Budget, RankPlan, kept_by
 from rankwise.errors import RecipeError
 from rankwise.sites import Site
 
@@ -32,13 +32,15 @@ class Planned(Allocation):
         given = RankPlan.load(Path(self.file))
         ranks = given.fitting(sites, self.file)
         note_other_weights(given, self.file, evidence)
-        if budget.keep is not None and budget.keep != given.keep:
-            fractions = {s.name: None if (r := ranks[s.name]) is None else r / break_even(s) for s in sites}
-            ranks = budget.fill(sites, fractions)
-            evidence.reporter.note(f"the plan keeps {given.kept:.4f}; its proportions are scaled to {budget.keep:g}")
+        if budget.keep is not None and (budget.keep, budget.storage) != (given.keep, given.storage):
+            ranks = budget.fill(sites, given.fractions())
+            evidence.reporter.note(
+                f"the plan keeps {given.kept:.4f} in {given.storage} storage; its proportions are scaled to "
+                f"{budget.keep:g} in {budget.storage} storage"
+            )
         return Choice(
             ranks=ranks,
-            groups=kept_by({site.name: site.role for site in sites}, sites, ranks),
+            groups=kept_by({site.name: site.role for site in sites}, sites, ranks, budget),
             space=given.space,
             coordinates=given.coordinates,
         )

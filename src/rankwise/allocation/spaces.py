@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankwise.allocation.spectral import Tails, check_smallest
-from rankwise.budget import Budget, Rank, cost, kept_by
+from rankwise.budget import Budget, Rank, kept_by
 from rankwise.errors import BudgetError, RecipeError
 from rankwise.sites import Site
 
@@ -89,13 +89,14 @@ class Space(ABC):
 
     def groups(self, ranks: Mapping[str, Rank]) -> dict[str, float]:
         """The fraction that ranks keep of each group, for a plan's record."""
-        return kept_by(self.labels_of_sites(), self.sites, ranks)
+        return kept_by(self.labels_of_sites(), self.sites, ranks, self.budget)
 
     @abstractmethod
     def labels_of_sites(self) -> dict[str, str]:
         """Site name -> the group it is reported under."""
 
     sites: list[Site]
+    budget: Budget
 
     def given(self, coordinates: Mapping[str, float]) -> Tensor | None:
         """A point from its coordinates by label; None unless all are there."""
@@ -212,7 +213,7 @@ class GroupSpace(Space):
         for site in self.sites:
             label = self._group_of.get(site.name)
             if label is not None:
-                kept[label] += cost(site, ranks[site.name])
+                kept[label] += self.budget.cost(site, ranks[site.name])
                 whole[label] += site.parameters
         point = torch.tensor([kept[label] / whole[label] for label in self.labels], dtype=torch.float64)
         return self.project(point)
@@ -260,7 +261,7 @@ class MultiplierSpace(Space):
 
     def __init__(self, sites: Sequence[Site], budget: Budget, energies: Mapping[str, Tensor]) -> None:
         self.name = "spectral"
-        self.sites, self._budget = list(sites), budget
+        self.sites, self.budget = list(sites), budget
         check_smallest(sites, budget)
         self._tails = Tails(sites, energies, budget) if energies else None
         roles = list(dict.fromkeys(site.role for site in sites))

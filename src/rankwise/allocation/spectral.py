@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rankwise.allocation.base import Allocation, Choice, Evidence, Looks
-from rankwise.budget import Budget, Rank, cost
+from rankwise.budget import Budget, Rank
 from rankwise.errors import NotFiniteError, RecipeError
 from rankwise.sites import Site
 
@@ -55,7 +55,9 @@ class Tails:
             ranks = torch.arange(1, count + 1) * budget.rank_multiple
             tail = torch.cat([energy.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
             self.losses[row, :count] = tail[ranks.clamp_max(len(energy))]
-            self.costs[row, :count] = torch.tensor([float(cost(site, int(r))) for r in ranks], dtype=torch.float64)
+            self.costs[row, :count] = torch.tensor(
+                [float(budget.cost(site, int(r))) for r in ranks], dtype=torch.float64
+            )
             self.losses[row, -1] = 0.0
             self.costs[row, -1] = site.parameters
 
@@ -182,4 +184,4 @@ class Spectral(Allocation):
         check_smallest(sites, budget)
 
     def choose(self, sites: Sequence[Site], budget: Budget, evidence: Evidence) -> Choice:
-        return Choice.by_role(sites, Tails(sites, evidence.energies, budget).plan())
+        return Choice.by_role(sites, Tails(sites, evidence.energies, budget).plan(), budget)

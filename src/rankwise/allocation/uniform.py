@@ -12,7 +12,7 @@ from rankwise.sites import Site
 
 
 class Uniform(Allocation):
-    """Every site gets rank keep * m n / (m + n), rounded so that the whole fills the budget."""
+    """Every site gets the rank that costs the kept fraction of it, rounded so that the whole fills the budget."""
 
     name: Literal["uniform"] = "uniform"
 
@@ -23,4 +23,4 @@ class Uniform(Allocation):
         return cls()
 
     def choose(self, sites: Sequence[Site], budget: Budget, evidence: Evidence) -> Choice:
-        return Choice.by_role(sites, budget.fill(sites, {site.name: 1.0 for site in sites}))
+        return Choice.by_role(sites, budget.fill(sites, {site.name: 1.0 for site in sites}), budget)

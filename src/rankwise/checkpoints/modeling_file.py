@@ -1,8 +1,8 @@
 """The self-contained modelling file of a compressed checkpoint, and the class it defines.
 
-The file holds the source of `layers/low_rank.py` and three small subclasses of the base architecture. Loading with
-`trust_remote_code=True` runs it where rankwise is not installed; rankwise itself builds the same text afresh and never
-runs the file it finds in a directory.
+The file holds the source of the layers (`layers/low_rank.py`, `pivoted.py`, `replace.py`) and three small subclasses
+of the base architecture. Loading with `trust_remote_code=True` runs it where rankwise is not installed; rankwise itself
+builds the same text afresh and never runs the file it finds in a directory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from rankwise.errors import ModelError
-from rankwise.layers import low_rank
+from rankwise.layers import low_rank, pivoted, replace
 
 MODULE_NAME = "modeling_rankwise"
 
@@ -60,10 +60,13 @@ def model_type_for(base_model_type: str) -> str:
 
 
 def _layer_source() -> str:
-    """Source of the layer file without its module docstring."""
-    source = inspect.getsource(low_rank)
-    docstring = ast.parse(source).body[0]
-    return "\n".join(source.splitlines()[docstring.end_lineno :]).strip()
+    """Source of the layer files without their docstrings, their imports put together at the head."""
+    parts = []
+    for module in (low_rank, pivoted, replace):
+        source = inspect.getsource(module)
+        heading = [each for each in ast.parse(source).body if isinstance(each, ast.Expr | ast.ImportFrom | ast.Import)]
+        parts.append("\n".join(source.splitlines()[heading[-1].end_lineno :]).strip())
+    return "import torch\nfrom torch import Tensor, nn\n\n\n" + "\n\n\n".join(parts)
 
 
 def modeling_source(config_class: type, base_class: type, causal_class: type) -> str:
@@ -134,6 +137,10 @@ def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
     module = ModuleType(f"rankwise_generated_{base_type}")
     sys.modules[module.__name__] = module
     exec(compile(source, module.__name__, "exec"), module.__dict__)
-    # One layer class in this process, so that isinstance finds every low-rank layer.
-    module.__dict__.update(LowRankLinear=low_rank.LowRankLinear, replace_linears=low_rank.replace_linears)
+    # One class of each layer in this process, so that isinstance finds them.
+    module.__dict__.update(
+        LowRankLinear=low_rank.LowRankLinear,
+        PivotedLinear=pivoted.PivotedLinear,
+        replace_linears=replace.replace_linears,
+    )
     return getattr(module, f"Rankwise{causal_class.__name__}")

@@ -19,13 +19,13 @@ from transformers.pytorch_utils import Conv1D
 from rankwise.checkpoints.load import CHECKPOINT_KEY, LoadedModel
 from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, model_type_for, modeling_source
 from rankwise.errors import ModelError, OutputError, is_disk_full
-from rankwise.layers import LowRankLinear
+from rankwise.layers import FACTORED, LowRankLinear, PivotedLinear
 from rankwise.sites import Site
 
 REPORT_FILE = "rankwise_report.json"
 """Every directory that rankwise writes holds this file; only such directories are ever replaced."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def _umask() -> int:
@@ -92,13 +92,18 @@ def writing(output: Path) -> Iterator[Path]:
 
 
 def low_rank_layers(model: Any, sites: Sequence[Site]) -> dict[str, dict[str, Any]]:
-    """Forms of the low-rank layers by path inside the base model: `{"shape": [m, n], "rank": r, "bias": bool}`."""
+    """Forms of the factored layers by path inside the base model, as `replace_linears` takes them."""
     prefix = model.base_model_prefix + "."
     layers = {}
     for site in sites:
         module = site.module(model)
+        form: dict[str, Any] = {"shape": [site.m, site.n]}
         if isinstance(module, LowRankLinear):
-            form = {"shape": [site.m, site.n], "rank": module.right.out_features, "bias": module.left.bias is not None}
+            form |= {"rank": module.right.out_features, "bias": module.left.bias is not None}
+            layers[site.name.removeprefix(prefix)] = form
+        elif isinstance(module, PivotedLinear):
+            form |= {"rank": module.first.out_features, "bias": module.first_bias is not None}
+            form |= {"storage": "pivoted", "order": module.place is not None}
             layers[site.name.removeprefix(prefix)] = form
     return layers
 
@@ -159,13 +164,13 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
     _write_companions(loaded, folder)
 
 
-def _dense_module(site: Site, old: LowRankLinear) -> nn.Module:
-    weight = (old.left.weight.double() @ old.right.weight.double()).to(old.left.weight.dtype)
+def _dense_module(site: Site, old: LowRankLinear | PivotedLinear) -> nn.Module:
+    weight, bias = old.dense_weight().to(next(old.parameters()).dtype), old.dense_bias()
     with torch.device("meta"):
-        dense = Conv1D(site.m, site.n) if site.transposed else nn.Linear(site.n, site.m, bias=old.left.bias is not None)
+        dense = Conv1D(site.m, site.n) if site.transposed else nn.Linear(site.n, site.m, bias=bias is not None)
     dense.weight = nn.Parameter((weight.T if site.transposed else weight).contiguous(), requires_grad=False)
-    if old.left.bias is not None:
-        dense.bias = old.left.bias
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     elif site.transposed:
         dense.bias = nn.Parameter(weight.new_zeros(site.m), requires_grad=False)
     return dense
@@ -185,7 +190,7 @@ def densify(loaded: LoadedModel, sites: Sequence[Site]) -> None:
     model = loaded.model
     for site in sites:
         module = site.module(model)
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, FACTORED):
             model.set_submodule(site.name, _dense_module(site, module))
     have = {name for name, _ in model.named_parameters()}
     if not have <= _parameter_names(model.config):

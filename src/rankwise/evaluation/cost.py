@@ -21,6 +21,8 @@ class Cost:
         linear_parameters: weights (or factors) of the decoder's linear layers, biases not counted.
         linear_bytes: their bytes.
         linear_biases: biases of those layers.
+        linear_indices: integers of those layers that say where outputs belong (pivoted storage); they count among the
+            bytes and not among the parameters.
     """
 
     parameters: int
@@ -28,6 +30,7 @@ class Cost:
     linear_parameters: int
     linear_bytes: int
     linear_biases: int
+    linear_indices: int
 
 
 def measure_cost(model: Any, sites: Sequence[Site], stored_dtypes: Mapping[str, torch.dtype]) -> Cost:
@@ -39,16 +42,21 @@ def measure_cost(model: Any, sites: Sequence[Site], stored_dtypes: Mapping[str, 
         stored_dtypes: by parameter name; a parameter that is not named counts in the dtype it has.
     """
     prefixes = tuple(site.name + "." for site in sites)
-    parameters = size = linear = linear_bytes = biases = 0
+    parameters = size = linear = linear_bytes = biases = indices = 0
     for name, parameter in model.named_parameters():
         count = parameter.numel()
         width = stored_dtypes.get(name, parameter.dtype).itemsize
         parameters += count
         size += count * width
         if name.startswith(prefixes):
-            if name.endswith(".bias"):
+            if name.endswith("bias"):
                 biases += count
             else:
                 linear += count
                 linear_bytes += count * width
-    return Cost(parameters, size, linear, linear_bytes, biases)
+    for name, buffer in model.named_buffers():
+        if name.startswith(prefixes):
+            indices += buffer.numel()
+            size += buffer.numel() * buffer.dtype.itemsize
+            linear_bytes += buffer.numel() * buffer.dtype.itemsize
+    return Cost(parameters, size, linear, linear_bytes, biases, indices)

@@ -1,4 +1,4 @@
-"""The low-rank linear layer, and the function that puts it where a dense one stood.
+"""The low-rank linear layer.
 
 This file imports torch alone: its source is also written, word for word, into the modelling file of every checkpoint,
 so that a checkpoint loads where rankwise is not installed.
@@ -28,15 +28,10 @@ class LowRankLinear(nn.Module):
         """Map `[..., n]` to `[..., m]`."""
         return self.left(self.right(x))
 
+    def dense_weight(self) -> Tensor:
+        """The matrix it stands for, shape `[m, n]`, float64."""
+        return self.left.weight.double() @ self.right.weight.double()
 
-def replace_linears(model: nn.Module, layers: dict) -> None:
-    """Put an empty low-rank layer at every path named.
-
-    Args:
-        model: changed in place.
-        layers: path -> `{"shape": [m, n], "rank": r, "bias": bool}`.
-    """
-    for path, form in layers.items():
-        parent, _, name = path.rpartition(".")
-        m, n = form["shape"]
-        setattr(model.get_submodule(parent), name, LowRankLinear(n, m, form["rank"], form["bias"]))
+    def dense_bias(self) -> Tensor | None:
+        """b, shape `[m]`, or None."""
+        return self.left.bias

@@ -20,9 +20,8 @@ def kept_grid(plan: RankPlan) -> tuple[list[int], list[str], Grid]:
     kept: Grid = {}
     for name, (m, n) in plan.shapes.items():
         place = place_of(name)
-        rank = plan.ranks[name]
         whole[place] = whole.get(place, 0) + m * n
-        kept[place] = kept.get(place, 0) + (m * n if rank is None else rank * (m + n))
+        kept[place] = kept.get(place, 0) + plan.cost(name)
     blocks = sorted({block for block, _ in whole})
     roles = list(dict.fromkeys(role for _, role in whole))
     return blocks, roles, {place: kept[place] / whole[place] for place in whole}
@@ -83,9 +82,9 @@ def plan_difference(first: RankPlan, second: RankPlan) -> Table:
     table = Table(show_edge=False, pad_edge=False)
     for column in ("site", "first", "second", "parameters"):
         table.add_column(column, justify="left" if column == "site" else "right")
-    for name, (m, n) in first.shapes.items():
+    for name in first.shapes:
         a, b = first.ranks[name], second.ranks[name]
         if a != b:
-            costs = [m * n if rank is None else rank * (m + n) for rank in (a, b)]
-            table.add_row(name, *("dense" if r is None else str(r) for r in (a, b)), f"{costs[1] - costs[0]:+,}")
+            change = second.cost(name) - first.cost(name)
+            table.add_row(name, *("dense" if r is None else str(r) for r in (a, b)), f"{change:+,}")
     return table

@@ -17,7 +17,7 @@ def build_report(
     plan: RankPlan,
     search: Mapping[str, Any] | None,
     roles: Mapping[str, tuple[int, str]],
-    losses: Mapping[str, Mapping[str, float]],
+    losses: Mapping[str, Mapping[str, Any]],
     costs: tuple[Cost, Cost],
     scores: tuple[Perplexity | None, Perplexity | None],
     calibration: Mapping[str, Any],
@@ -34,7 +34,7 @@ def build_report(
         plan: rank of every site.
         search: how its ranks were searched for, or None.
         roles: site name -> (block, role).
-        losses: site name -> what dropping components cost.
+        losses: site name -> what dropping components cost, and how the site is stored.
         costs: sizes before and after.
         scores: perplexities before and after, or None.
         calibration: what the statistics were taken on.
@@ -70,6 +70,7 @@ def build_report(
         "model_fingerprint": fingerprint,
         "architecture": plan.architecture,
         "keep": {"asked": plan.keep, "got": plan.kept},
+        "storage": plan.storage,
         "counted": "weights of the decoder's linear layers; embeddings, head, norms and biases are not counted",
         "before": asdict(before),
         "after": asdict(after),

@@ -1,7 +1,8 @@
 """What each line of `compress` does, in the same order. Every stage is keyed by all that its result depends on."""
 
 from rankwise.stages.bases import collect_statistics, decompose_sites, load_basis
-from rankwise.stages.finish import put_factors, score, write
+from rankwise.stages.factors import put_factors, store_factors
+from rankwise.stages.finish import score, write
 from rankwise.stages.ranks import Chosen, check_budget, choose_ranks, judging, objective_key, select_samples
 from rankwise.stages.work import Texts, Work, begin, device_of, read_sequences, read_texts
 
@@ -23,5 +24,6 @@ __all__ = [
     "read_texts",
     "score",
     "select_samples",
+    "store_factors",
     "write",
 ]

@@ -1,4 +1,4 @@
-"""The end of a run: factors in place, scores, and the checkpoint with its report."""
+"""The end of a run: scores, and the checkpoint with its report."""
 
 from __future__ import annotations
 
@@ -17,34 +17,10 @@ from rankwise.checkpoints import REPORT_FILE, save_dense, save_low_rank, writing
 from rankwise.device import describe
 from rankwise.errors import RankwiseError
 from rankwise.evaluation import Cost, Perplexity, perplexity
-from rankwise.layers import substitute
 from rankwise.reports import build_report, can_draw, draw_plan, draw_trials, model_card
-from rankwise.stages.bases import load_basis
 from rankwise.stages.ranks import Chosen
 from rankwise.stages.work import Work, calibration_key, model_key
 from rankwise.version import __version__
-
-
-def put_factors(work: Work, bases: Path, plan: RankPlan) -> dict[str, dict[str, float]]:
-    """Replace every site that is not dense by its factors, in the checkpoint's own dtype.
-
-    Returns:
-        By site name: the share of the method's energy that was dropped, and the damping that was used.
-    """
-    work.loaded.to_stored_dtypes()
-    losses = {}
-    for site in work.sites:
-        rank = plan.ranks[site.name]
-        if rank is None:
-            continue
-        basis = load_basis(bases / f"{site.name}.safetensors")
-        factors = basis.truncate(rank, site.bias(work.loaded.model))
-        substitute(work.loaded.model, site, factors)
-        whole = float(basis.energy.double().sum())
-        dropped = float(basis.energy[rank:].double().sum()) / whole if whole > 0 else 0.0
-        losses[site.name] = {"dropped_energy": dropped, "damping": basis.damping}
-    work.loaded.to_compute_dtypes()
-    return losses
 
 
 def score(work: Work, what: str, plan: RankPlan | None = None) -> Perplexity | None:
@@ -59,7 +35,12 @@ def score(work: Work, what: str, plan: RankPlan | None = None) -> Perplexity | N
         "batch": settings.batch_size,
     }
     if plan is not None:
-        key |= {"plan": plan.ranks, "method": work.recipe.method.model_dump(), **calibration_key(work)}
+        key |= {
+            "plan": plan.ranks,
+            "storage": plan.storage,
+            "method": work.recipe.method.model_dump(),
+            **calibration_key(work),
+        }
     stage = work.run.stage(f"score-{what}", key)
     if not stage.done:
         found = perplexity(
@@ -89,7 +70,7 @@ def _machine(device: torch.device) -> dict[str, str]:
 def write(
     work: Work,
     chosen: Chosen,
-    losses: Mapping[str, Mapping[str, float]],
+    losses: Mapping[str, Mapping[str, Any]],
     costs: tuple[Cost, Cost],
     scores: tuple[Perplexity | None, Perplexity | None],
 ) -> dict[str, Any]:
