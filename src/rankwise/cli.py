@@ -78,6 +78,9 @@ def compress(
         str | None, typer.Option(help="A plan to take over; with --trials or a search, to start from.")
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Trials of a search; may be raised later.")] = None,
+    repair: Annotated[
+        str | None, typer.Option(help="refit, blocks, subspace, factors: any of them, joined by commas.")
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text source, e.g. text:FILE, jsonl:FILE#text, bundled.")
     ] = None,
@@ -118,6 +121,7 @@ def compress(
         "calibration.sequences": sequences,
         "calibration.length": length,
         "validation.length": length,
+        "repair.steps": repair,
         "seed": seed,
         "evaluation.source": evaluation,
         "format": format,

@@ -70,7 +70,7 @@ def compress(
                 device=stages.device_of(recipe),
                 trust_remote_code=recipe.trust_remote_code,
             )
-            texts = stages.read_texts(recipe, loaded, reporter, validate=recipe.allocation.searches)
+            texts = stages.read_texts(recipe, loaded, reporter, validate=recipe.judges)
             work = stages.begin(recipe, run, loaded, texts, reporter)
         dense_cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
         stages.check_budget(work)
@@ -83,13 +83,18 @@ def compress(
         with reporter.stage("ranks"):
             chosen = stages.choose_ranks(work, bases)
         with reporter.stage("factors"):
+            repairing = stages.prepare_repair(work, bases, chosen.plan)
             losses = stages.put_factors(work, bases, chosen.plan)
+        if repairing is not None:
+            for step in recipe.repair.steps:
+                with reporter.stage(f"repair {step}"):
+                    stages.repair(work, repairing, step)
         with reporter.stage("storage"):
             losses = stages.store_factors(work, chosen.plan, losses)
         cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
         with reporter.stage("evaluate compressed"):
-            score = stages.score(work, "compressed", chosen.plan)
+            score = stages.score(work, "compressed", chosen.plan, repairing)
         with reporter.stage("checkpoint"):
-            report = stages.write(work, chosen, losses, (dense_cost, cost), (dense_score, score))
+            report = stages.write(work, chosen, losses, repairing, (dense_cost, cost), (dense_score, score))
     report["stages"] = dict(reporter.stages)
     return Compressed(loaded.model, loaded.tokenizer, chosen.plan, report)

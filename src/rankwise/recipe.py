@@ -16,6 +16,7 @@ from rankwise.data import parse_source
 from rankwise.errors import RankwiseError, RecipeError, nearest
 from rankwise.evaluation import ObjectiveSettings
 from rankwise.methods import METHODS, AnyMethod, TwoSided, method_named
+from rankwise.recovery import Blocks, FullFactors, Refit, Subspace
 
 
 class _Node(BaseModel):
@@ -109,6 +110,50 @@ class Validation(_Node):
         return None if text is None else _checked_source(text)
 
 
+STEPS = ("refit", "blocks", "subspace", "factors")
+
+
+class Repair(_Node):
+    """What is done to the factors after they are in place.
+
+    Attributes:
+        steps: any of `refit`, `blocks`, `subspace`, `factors`; they run in this order, each a stage.
+        refit: closed form, block by block.
+        blocks: the factors of one block after another trained to give the original's output.
+        subspace: two diagonals a site (Bolaco, Eq. 9), trained and merged.
+        factors: all factors trained together.
+        data: text that `subspace` and `factors` learn from, `alpaca:FILE.jsonl` for instructions; None takes the
+            calibration sequences.
+        output_only: learn from the outputs of instructions alone.
+        length: most tokens an example; None as for calibration.
+    """
+
+    steps: tuple[Literal["refit", "blocks", "subspace", "factors"], ...] = ()
+    refit: Refit = Refit()
+    blocks: Blocks = Blocks()
+    subspace: Subspace = Subspace()
+    factors: FullFactors = FullFactors()
+    data: str | None = None
+    output_only: bool = False
+    length: Annotated[int, Field(ge=2)] | None = None
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _steps(cls, value: Any) -> Any:
+        names = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else list(value)
+        for name in names:
+            if name not in STEPS:
+                raise ValueError(f"there is no repair {name!r}; {nearest(str(name), STEPS)}")
+        if len(set(names)) < len(names):
+            raise ValueError("a repair is named twice")
+        return sorted(names, key=STEPS.index)
+
+    @field_validator("data")
+    @classmethod
+    def _data(cls, text: str | None) -> str | None:
+        return None if text is None else _checked_source(text)
+
+
 class Recipe(_Node):
     """Everything a compression depends on.
 
@@ -122,6 +167,7 @@ class Recipe(_Node):
         calibration: text for statistics.
         validation: text on which a search judges its plans.
         objective: how it judges them.
+        repair: what is done to the factors after they are in place.
         evaluation: text to score before and after, or None.
         format: `low_rank` writes factors; `dense` multiplies them back into a checkpoint of the original type, which
             saves no space.
@@ -140,6 +186,7 @@ class Recipe(_Node):
     calibration: Calibration = Calibration()
     validation: Validation = Validation()
     objective: ObjectiveSettings = ObjectiveSettings()
+    repair: Repair = Repair()
     evaluation: Evaluation | None = None
     format: Literal["low_rank", "dense"] = "low_rank"
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*[KMGT]B$")] = "5GB"
@@ -147,6 +194,11 @@ class Recipe(_Node):
     device: str = "auto"
     seed: int = 0
     trust_remote_code: bool = False
+
+    @property
+    def judges(self) -> bool:
+        """Whether validation samples are needed: for a search, or to judge a repair."""
+        return self.allocation.searches or bool(self.repair.steps)
 
     @field_validator("method", mode="before")
     @classmethod
@@ -174,6 +226,7 @@ _NODES: dict[str, Any] = {
     "calibration": Calibration,
     "validation": Validation,
     "objective": ObjectiveSettings,
+    "repair": Repair,
     "evaluation": Evaluation,
 }
 
@@ -184,6 +237,8 @@ def _known_keys(where: tuple[Any, ...]) -> list[str]:
     for part in where:
         if node is Recipe and part in _NODES:
             node = _NODES[part]
+        elif node is Repair and part in STEPS:
+            node = Repair.model_fields[part].annotation
         elif part in METHODS:
             node = METHODS[part]
         elif part in ALLOCATIONS:
@@ -294,6 +349,7 @@ __all__ = [
     "Calibration",
     "Evaluation",
     "Recipe",
+    "Repair",
     "Validation",
     "read_recipe",
     "ready_recipes",

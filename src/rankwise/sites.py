@@ -87,7 +87,7 @@ def place_of(name: str) -> tuple[int, str]:
     return next((int(part) for part in parts if part.isdigit()), 0), _ROLES.get(leaf, leaf)
 
 
-def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The module list that holds most linear weights: the decoder's blocks."""
 
     def linear_parameters(module: nn.Module) -> int:
@@ -108,7 +108,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     Raises:
         ModelError: when the model has no blocks or no linear weight in them.
     """
-    prefix, blocks = _blocks(model)
+    prefix, blocks = decoder_blocks(model)
     sites = []
     for index, block in enumerate(blocks):
         for path, module in block.named_modules():
@@ -139,7 +139,7 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 def fused_expert_parameters(model: nn.Module) -> int:
     """Parameters in the blocks that are kept as 3-D tensors (mixtures of experts), which are no sites."""
-    _, blocks = _blocks(model)
+    _, blocks = decoder_blocks(model)
     return sum(p.numel() for p in blocks.parameters() if p.ndim == 3)
 
 

@@ -1,6 +1,7 @@
 """Text sources and token sequences."""
 
+from rankwise.data.instructions import Examples, load_examples
 from rankwise.data.sequences import Sequences, choose, load_sequences, windows
 from rankwise.data.sources import Source, parse_source
 
-__all__ = ["Sequences", "Source", "choose", "load_sequences", "parse_source", "windows"]
+__all__ = ["Examples", "Sequences", "Source", "choose", "load_examples", "load_sequences", "parse_source", "windows"]

@@ -3,6 +3,7 @@
 text:PATH                              a text file, one document
 jsonl:PATH#field                       one document a line
 parquet:PATH#field                     one document a row
+alpaca:PATH.jsonl                      instructions in Alpaca's form; each with its output is one document
 tokens:PATH.safetensors                token ids, ready made: one tensor [sequences, tokens] or [tokens]
 hub:NAME[/config][:split]#field        a data set on the Hugging Face hub
 bundled[:train|:heldout]               text that every CPython carries
@@ -25,6 +26,7 @@ FORMS = {
     "text": "text:PATH",
     "jsonl": "jsonl:PATH#field",
     "parquet": "parquet:PATH#field",
+    "alpaca": "alpaca:PATH.jsonl",
     "tokens": "tokens:PATH.safetensors",
     "hub": "hub:NAME[/config][:split]#field",
     "bundled": "bundled[:train|:heldout]",
@@ -56,8 +58,15 @@ class Source:
         """
         if self.kind == "tokens":
             raise ValueError("a tokens: source has no documents")
-        reader = {"text": _text, "jsonl": _jsonl, "parquet": _parquet, "hub": _hub, "bundled": _bundled}[self.kind]
-        return reader(self)
+        readers = {
+            "text": _text,
+            "jsonl": _jsonl,
+            "parquet": _parquet,
+            "alpaca": _alpaca,
+            "hub": _hub,
+            "bundled": _bundled,
+        }
+        return readers[self.kind](self)
 
     def token_ids(self) -> Tensor:
         """Ids of a `tokens:` source, shape `[sequences, tokens]` or `[tokens]`.
@@ -176,6 +185,13 @@ def _parquet(source: Source) -> Iterator[str]:
         )
     for batch in table.iter_batches(columns=[source.field]):
         yield from (text for text in batch.column(0).to_pylist() if text is not None)
+
+
+def _alpaca(source: Source) -> Iterator[str]:
+    from rankwise.data.instructions import prompt_of, read_instructions
+
+    for record in read_instructions(Path(source.target)):
+        yield prompt_of(record) + record["output"]
 
 
 def _hub(source: Source) -> Iterator[str]:

@@ -16,6 +16,7 @@ def build_report(
     fingerprint: str,
     plan: RankPlan,
     search: Mapping[str, Any] | None,
+    repair: Sequence[Mapping[str, Any]],
     roles: Mapping[str, tuple[int, str]],
     losses: Mapping[str, Mapping[str, Any]],
     costs: tuple[Cost, Cost],
@@ -33,6 +34,7 @@ def build_report(
         fingerprint: hash of the dense model's weights.
         plan: rank of every site.
         search: how its ranks were searched for, or None.
+        repair: what each step of the repair did.
         roles: site name -> (block, role).
         losses: site name -> what dropping components cost, and how the site is stored.
         costs: sizes before and after.
@@ -78,6 +80,7 @@ def build_report(
         "evaluation": evaluation,
         "calibration": dict(calibration),
         "search": None if search is None else dict(search),
+        "repair": [dict(step) for step in repair],
         "groups": plan.groups,
         "sites": sites,
         "stages": dict(stages),

@@ -4,10 +4,12 @@ from rankwise.stages.bases import collect_statistics, decompose_sites, load_basi
 from rankwise.stages.factors import put_factors, store_factors
 from rankwise.stages.finish import score, write
 from rankwise.stages.ranks import Chosen, check_budget, choose_ranks, judging, objective_key, select_samples
+from rankwise.stages.repair import Repairing, judge, prepare_repair, repair
 from rankwise.stages.work import Texts, Work, begin, device_of, read_sequences, read_texts
 
 __all__ = [
     "Chosen",
+    "Repairing",
     "Texts",
     "Work",
     "begin",
@@ -16,12 +18,15 @@ __all__ = [
     "collect_statistics",
     "decompose_sites",
     "device_of",
+    "judge",
     "judging",
     "load_basis",
     "objective_key",
+    "prepare_repair",
     "put_factors",
     "read_sequences",
     "read_texts",
+    "repair",
     "score",
     "select_samples",
     "store_factors",

@@ -19,11 +19,12 @@ from rankwise.errors import RankwiseError
 from rankwise.evaluation import Cost, Perplexity, perplexity
 from rankwise.reports import build_report, can_draw, draw_plan, draw_trials, model_card
 from rankwise.stages.ranks import Chosen
+from rankwise.stages.repair import Repairing
 from rankwise.stages.work import Work, calibration_key, model_key
 from rankwise.version import __version__
 
 
-def score(work: Work, what: str, plan: RankPlan | None = None) -> Perplexity | None:
+def score(work: Work, what: str, plan: RankPlan | None = None, repairing: Repairing | None = None) -> Perplexity | None:
     """Perplexity of the model as it stands, kept as a stage; None when the recipe asks for none."""
     settings, texts = work.recipe.evaluation, work.texts.evaluation
     if settings is None or texts is None:
@@ -41,6 +42,8 @@ def score(work: Work, what: str, plan: RankPlan | None = None) -> Perplexity | N
             "method": work.recipe.method.model_dump(),
             **calibration_key(work),
         }
+    if repairing is not None:
+        key["repaired"] = repairing.key
     stage = work.run.stage(f"score-{what}", key)
     if not stage.done:
         found = perplexity(
@@ -71,6 +74,7 @@ def write(
     work: Work,
     chosen: Chosen,
     losses: Mapping[str, Mapping[str, Any]],
+    repairing: Repairing | None,
     costs: tuple[Cost, Cost],
     scores: tuple[Perplexity | None, Perplexity | None],
 ) -> dict[str, Any]:
@@ -91,6 +95,7 @@ def write(
         fingerprint=work.fingerprint,
         plan=chosen.plan,
         search=chosen.search,
+        repair=[] if repairing is None else repairing.facts,
         roles={site.name: (site.block, site.role) for site in work.sites},
         losses=losses,
         costs=costs,

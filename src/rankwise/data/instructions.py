@@ -1,0 +1,168 @@
+"""Instruction data in Alpaca's form, and examples to train on.
+
+A line is a JSON object with `instruction`, `output` and perhaps `input`; or, as in Alpaca's seed tasks, `instruction`
+and `instances`, a list of objects with `input` and `output`. `PROMPT` is what the model reads before the output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.data.sequences import choose, windows
+from rankwise.data.sources import Source
+from rankwise.errors import DataError
+
+PROMPT = "### Instruction:\n{instruction}\n\n{given}### Response:\n"
+GIVEN = "### Input:\n{input}\n\n"
+IGNORED = -100
+"""The label of a token that is not learned from."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Token sequences with labels; equal lengths for plain text, each its own for instructions.
+
+    Attributes:
+        ids: by example, shape `[tokens]`, int64.
+        labels: the same, with `IGNORED` where nothing is learned.
+        source: as written.
+        shortened: examples longer than the length allowed, of which the end was cut.
+    """
+
+    ids: list[Tensor]
+    labels: list[Tensor]
+    source: str
+    shortened: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are learned from."""
+        return sum(int((labels != IGNORED).sum()) for labels in self.labels)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of ids and labels."""
+        digest = hashlib.sha256()
+        for each in (*self.ids, *self.labels):
+            digest.update(repr(len(each)).encode() + each.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def prompt_of(record: dict[str, str]) -> str:
+    """The text before the output."""
+    given = GIVEN.format(input=record["input"]) if record["input"].strip() else ""
+    return PROMPT.format(instruction=record["instruction"], given=given)
+
+
+def read_instructions(path: Path) -> Iterator[dict[str, str]]:
+    """Records with `instruction`, `input` and `output`, in order.
+
+    Raises:
+        DataError: when there is no such file; naming the first line that is not of the form.
+    """
+    if not path.is_file():
+        raise DataError("There is no such file.", where=str(path), remedy="check the path given for the data")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as problem:
+                raise DataError("A line is not JSON.", where=where, remedy=str(problem)) from None
+            if not isinstance(row, dict):
+                raise DataError("A line is no JSON object.", where=where, remedy="write one object a line")
+            instances = row.get("instances", [row])
+            if not isinstance(instances, list) or not all(isinstance(each, dict) for each in instances):
+                raise DataError("A line's 'instances' is no list of objects.", where=where, remedy="see the docs")
+            for instance in instances:
+                record = {"input": "", **row, **instance}
+                for field in ("instruction", "input", "output"):
+                    if not isinstance(record.get(field), str):
+                        raise DataError(
+                            f"A line has no text field {field!r}.",
+                            where=where,
+                            remedy=f"this line has: {', '.join(sorted(record))}; Alpaca's form is instruction, "
+                            "input (may be left out), output",
+                        )
+                yield {field: record[field] for field in ("instruction", "input", "output")}
+
+
+def _instruction_examples(source: Source, tokenizer: Any, length: int, output_only: bool) -> Examples:
+    if tokenizer is None:
+        raise DataError(
+            "The model has no tokenizer, so text cannot be used.", where=str(source), remedy="use a tokens: source"
+        )
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    all_ids, all_labels, shortened = [], [], 0
+    for record in read_instructions(Path(source.target)):
+        prompt, output = encode(prompt_of(record)), encode(record["output"]) + end
+        ids = prompt + output
+        labels = ([IGNORED] * len(prompt) if output_only else prompt) + output
+        shortened += len(ids) > length
+        ids, labels = ids[:length], labels[:length]
+        # The first token is predicted from nothing; an example whose output was cut away teaches nothing.
+        if any(label != IGNORED for label in labels[1:]):
+            all_ids.append(torch.tensor(ids))
+            all_labels.append(torch.tensor(labels))
+    if not all_ids:
+        raise DataError("The source holds no example to learn from.", where=str(source), remedy="give more data")
+    return Examples(all_ids, all_labels, str(source), shortened)
+
+
+def load_examples(
+    source: Source,
+    tokenizer: Any,
+    vocabulary: int,
+    *,
+    length: int,
+    count: int | None = None,
+    seed: int | None = None,
+    output_only: bool = False,
+) -> Examples:
+    """Examples from instructions (`alpaca:`) or from any other source, packed.
+
+    Args:
+        source: where they are.
+        tokenizer: the model's.
+        vocabulary: size of the model's vocabulary.
+        length: most tokens an example.
+        count: how many; None for all.
+        seed: draws `count` of them; None takes the first.
+        output_only: learn from the output alone; for instructions.
+
+    Raises:
+        DataError: naming the first bad line, or when there is nothing to learn from.
+    """
+    if source.kind == "alpaca":
+        found = _instruction_examples(source, tokenizer, length, output_only)
+        if count is not None and count < len(found):
+            order = choose(torch.arange(len(found)), count, seed).tolist()
+            ids, labels = [found.ids[i] for i in order], [found.labels[i] for i in order]
+            return Examples(ids, labels, found.source, found.shortened)
+        return found
+    if output_only:
+        raise DataError(
+            "Plain text has no outputs to learn from alone.", where=str(source), remedy="use alpaca:FILE.jsonl"
+        )
+    ready_made = source.kind == "tokens"
+    packed, _ = windows(source, tokenizer, vocabulary, None if ready_made else length)
+    shortened = len(packed) if packed.shape[1] > length else 0
+    rows = list(choose(packed[:, :length], count, seed))
+    return Examples(rows, rows, str(source), shortened)

@@ -1,0 +1,33 @@
+"""Repair: what makes a compressed model's own parameters give back what compression took. One way a file."""
+
+from rankwise.recovery.blocks import Blocks, block_parameters, train_block
+from rankwise.recovery.factors import FullFactors
+from rankwise.recovery.lora import Lora, attach_lora, merge_lora
+from rankwise.recovery.original import Original
+from rankwise.recovery.parameters import trainable
+from rankwise.recovery.refit import Refit, refit_block
+from rankwise.recovery.runner import BlockRunner, allocate
+from rankwise.recovery.subspace import Subspace, attach_subspace, merge_subspace
+from rankwise.recovery.training import Teacher, Training, train
+
+__all__ = [
+    "BlockRunner",
+    "Blocks",
+    "FullFactors",
+    "Lora",
+    "Original",
+    "Refit",
+    "Subspace",
+    "Teacher",
+    "Training",
+    "allocate",
+    "attach_lora",
+    "attach_subspace",
+    "block_parameters",
+    "merge_lora",
+    "merge_subspace",
+    "refit_block",
+    "train",
+    "train_block",
+    "trainable",
+]

@@ -1,0 +1,123 @@
+"""Low-rank adapters by peft on the compressed layers, and two honest ways to merge them.
+
+A site of rank r with an adapter of rank a is the map L R + s B A. Merged by growing it is stored at rank r + a, and the
+budget is counted again; merged by truncation it is cut back to rank r, and what that loses is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from rankwise.errors import MissingPackageError
+from rankwise.factors import Factors
+from rankwise.layers import LowRankLinear, read_factors, substitute
+from rankwise.recovery.training import Training
+from rankwise.sites import Site
+
+
+class Lora(Training):
+    """How adapters are trained and merged.
+
+    Attributes:
+        rank: a, of each adapter.
+        alpha: the adapter's product is scaled by alpha / rank.
+        merge: `grow` keeps everything and raises the rank; `truncate` keeps the rank.
+    """
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    relative: bool = False
+    loss: Literal["kl", "lm"] = "lm"
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[int, Field(ge=1)] = 16
+    merge: Literal["grow", "truncate"] = "truncate"
+
+
+def attach_lora(model: Any, sites: Sequence[Site], settings: Lora, seed: int) -> dict[str, nn.Parameter]:
+    """Put a peft adapter on every factored site.
+
+    Returns:
+        What is trained, by name.
+
+    Raises:
+        MissingPackageError: when peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora.layer import LoraLayer
+    except ImportError:
+        raise MissingPackageError("LoRA needs peft.", remedy="pip install 'rankwise[train]'") from None
+
+    adapter = "rankwise"
+
+    class AdaptedLowRank(nn.Module, LoraLayer):
+        """peft's adapter around a low-rank layer: base(x) + s B (A x)."""
+
+        def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:
+            nn.Module.__init__(self)
+            LoraLayer.__init__(self, base_layer)
+            self._active_adapter = adapter_name
+            self.update_layer(adapter_name, options["r"], lora_alpha=options["lora_alpha"], config=options["config"])
+
+        def forward(self, x: Tensor) -> Tensor:
+            down, up = self.lora_A[adapter], self.lora_B[adapter]
+            base: Tensor = self.base_layer(x)
+            return base + (self.scaling[adapter] * up(down(x))).to(base.dtype)
+
+    factored = [site.name for site in sites if isinstance(site.module(model), LowRankLinear)]
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=factored, bias="none"
+    )
+    config._register_custom_module({LowRankLinear: AdaptedLowRank})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model, adapter_name=adapter)
+    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+def truncated(factors: Factors, rank: int) -> tuple[Factors, float]:
+    """The best product of a lower rank, and the share of the squared norm it loses.
+
+    Args:
+        factors: L `[m, k]`, R `[k, n]` and a bias, which stays.
+        rank: wanted, at most k.
+    """
+    q_left, t_left = torch.linalg.qr(factors.left.double())
+    q_right, t_right = torch.linalg.qr(factors.right.double().T)
+    u, s, v = torch.linalg.svd(t_left @ t_right.T, full_matrices=False)
+    root = s[:rank].sqrt()
+    lost = float(s[rank:].square().sum() / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny))
+    return Factors(q_left @ (u[:, :rank] * root), (root[:, None] * v[:rank]) @ q_right.T, factors.bias), lost
+
+
+def merge_lora(model: Any, sites: Sequence[Site], merge: Literal["grow", "truncate"]) -> dict[str, float]:
+    """Bring the adapters into the factors and remove them.
+
+    Returns:
+        By site name, the share of the squared norm of the product that truncation lost; 0 for `grow`.
+    """
+    lost = {}
+    for site in sites:
+        adapted = site.module(model)
+        base = getattr(adapted, "base_layer", None)
+        if not isinstance(base, LowRankLinear):
+            continue
+        (name,) = adapted.lora_A.keys()
+        old = read_factors(base)
+        scale = adapted.scaling[name]
+        whole = Factors(
+            torch.cat([old.left, scale * adapted.lora_B[name].weight.detach().double().cpu()], 1),
+            torch.cat([old.right, adapted.lora_A[name].weight.detach().double().cpu()]),
+            old.bias,
+        )
+        if merge == "truncate" or whole.rank > min(site.m, site.n):
+            whole, lost[site.name] = truncated(whole, old.rank if merge == "truncate" else min(site.m, site.n))
+        else:
+            lost[site.name] = 0.0
+        model.set_submodule(site.name, base)
+        substitute(model, site, whole, base.left.weight.dtype)
+    return lost

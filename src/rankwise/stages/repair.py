@@ -1,0 +1,271 @@
+"""Repair: steps after the factors, each a stage, judged by the validation objective and undone where they harm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rankwise.budget import RankPlan
+from rankwise.data import Examples, load_examples, parse_source
+from rankwise.evaluation import Objective
+from rankwise.recovery import (
+    BlockRunner,
+    Original,
+    Training,
+    allocate,
+    attach_subspace,
+    block_parameters,
+    merge_subspace,
+    refit_block,
+    train,
+    train_block,
+    trainable,
+)
+from rankwise.stages.ranks import objective_key, select_samples
+from rankwise.stages.work import Work, sequence_length
+
+
+@dataclass
+class Repairing:
+    """What the steps of a repair share.
+
+    Attributes:
+        original: the dense modules and norms.
+        objective: judges the model as it stands.
+        key: all that the factors depend on, step by step.
+        facts: what each step did, for the report.
+    """
+
+    original: Original
+    objective: Objective
+    key: dict[str, Any]
+    facts: list[dict[str, Any]] = field(default_factory=list)
+
+
+def prepare_repair(work: Work, bases: Path, plan: RankPlan) -> Repairing | None:
+    """Remember the original, while the model is still dense; None when nothing is to be repaired."""
+    if not work.recipe.repair.steps:
+        return None
+    samples = select_samples(work, bases)
+    objective = Objective(
+        work.loaded.model, samples, work.recipe.objective, lambda _ranks: None, work.recipe.validation.batch_size
+    )
+    key = {**objective_key(work, samples), "plan": plan.ranks, "method": work.recipe.method.model_dump(), "steps": []}
+    return Repairing(Original.of(work.loaded.model, work.sites), objective, key)
+
+
+def judge(work: Work, repairing: Repairing) -> float:
+    """The validation objective of the model as it stands, factors in float32 where they are."""
+    dtype = work.loaded.model.get_input_embeddings().weight.dtype
+    device = work.loaded.model.device.type
+    with nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype):
+        return repairing.objective({})[0]
+
+
+def repair(work: Work, repairing: Repairing, step: str) -> None:
+    """Carry out one step, or take it from a finished stage.
+
+    Args:
+        work: the run; its sites hold factors.
+        repairing: what `prepare_repair` returned; the facts of this step are added to it.
+        step: `refit`, `blocks`, `subspace` or `factors`.
+
+    Raises:
+        ModelError: when the architecture's blocks cannot be run alone.
+        NotFiniteError: naming the site or the step.
+        DataError: when the data to learn from cannot be read.
+    """
+    settings = getattr(work.recipe.repair, step)
+    trains = step in ("subspace", "factors")
+    examples = _examples(work) if trains else None
+    repairing.key["steps"].append([step, settings.model_dump(), examples.fingerprint if examples else None])
+    stage = work.run.stage(f"repair-{step}", repairing.key)
+    if stage.done:
+        for file in sorted(stage.folder.glob("*.safetensors")):
+            _load(work, file)
+        repairing.facts.append(json.loads((stage.folder / "facts.json").read_text()))
+        return
+    started = time.monotonic()
+    with stage.making() as folder:
+        if trains:
+            assert examples is not None
+            facts = _train_whole(work, repairing, step, settings, examples, folder)
+        else:
+            facts = _by_block(work, repairing, step, settings, folder)
+        facts = {"step": step, **facts, "seconds": round(time.monotonic() - started, 1)}
+        (folder / "facts.json").write_text(json.dumps(facts))
+        for scratch in ("hidden", "trainer"):
+            shutil.rmtree(folder / scratch, ignore_errors=True)
+    repairing.facts.append(facts)
+
+
+def _save(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    fresh = path.with_suffix(".new")
+    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, fresh)
+    fresh.replace(path)
+
+
+def _load(work: Work, path: Path) -> None:
+    model = work.loaded.model
+    for name, values in load_file(path).items():
+        model.get_parameter(name).data.copy_(values)
+
+
+def _snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def _restore(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.data.copy_(values[name])
+
+
+def _by_block(work: Work, repairing: Repairing, step: str, settings: Any, folder: Path) -> dict[str, Any]:
+    """Refit or refine block after block, in forward order; finished blocks of a killed run are taken from `folder`."""
+    model, recipe = work.loaded.model, work.recipe
+    runner = BlockRunner(model, work.texts.calibration.ids, settings.batch_size)
+    with repairing.original.in_place(model):
+        runner.check()
+    scratch, most = folder / "hidden", int(settings.memory * 1e9 / 4)
+    embedded = runner.embed()
+    shape = tuple(embedded.shape)
+    # What the original's next block reads, and what the compressed model's does.
+    dense, output, ahead_output, compressed = (allocate(shape, scratch, f"hidden-{i}", most) for i in range(4))
+    dense.copy_(embedded)
+    compressed.copy_(embedded)
+    del embedded
+    count = len(runner.blocks)
+    rows: list[dict[str, Any]] = []
+    start = before = judge(work, repairing)
+    with work.reporter.counting(f"repair, {step}", total=count) as advance:
+        for index in range(count):
+            sites = [site for site in work.sites if site.block == index]
+            file = folder / f"block-{index:04d}.safetensors"
+            norms = step == "blocks" and settings.norms
+            parameters = block_parameters(model, index, work.sites, norms)
+            with repairing.original.in_place(model, sites):
+                runner.forward_all(index, dense, output)
+            if file.exists():
+                _load(work, file)
+                rows.append(json.loads(file.with_suffix(".json").read_text()))
+            elif parameters:
+                old = _snapshot(parameters)
+                row: dict[str, Any] = {"block": index, "objective_before": before}
+                if step == "refit":
+                    refit_block(runner, index, sites, repairing.original, dense, compressed, settings, scratch)
+                else:
+                    ahead = _ahead(work, repairing, runner, index, output, ahead_output) if settings.lookahead else None
+                    losses = train_block(
+                        runner, index, parameters, compressed, output, settings, recipe.seed, ahead, lambda _loss: None
+                    )
+                    row |= {"loss_first": losses[0], "loss_last": losses[-1], "steps": len(losses)}
+                after = judge(work, repairing)
+                # Not `after >= before`: an objective that is not a number is refused too.
+                row |= {"objective_after": after, "accepted": after < before}
+                if not row["accepted"]:
+                    _restore(parameters, old)
+                file.with_suffix(".json").write_text(json.dumps(row))
+                _save(file, parameters)
+                rows.append(row)
+            if rows and rows[-1]["block"] == index:
+                before = rows[-1]["objective_after"] if rows[-1]["accepted"] else rows[-1]["objective_before"]
+            runner.forward_all(index, compressed, compressed)
+            dense, output = output, dense
+            advance(f"repair, {step}: objective {before:.5g}, at the start {start:.5g}")
+    refused = [row["block"] for row in rows if not row["accepted"]]
+    if refused:
+        work.reporter.note(
+            f"repair {step}: undone in block{'s' if len(refused) > 1 else ''} {', '.join(map(str, refused))}, where "
+            "the validation objective rose"
+        )
+    return {"objective_before": start, "objective_after": before, "accepted": before < start, "blocks": rows}
+
+
+def _ahead(
+    work: Work, repairing: Repairing, runner: BlockRunner, index: int, output: Tensor, ahead_output: Tensor
+) -> Any:
+    """The original's next block with its output, for the look-ahead loss; None after the last."""
+    if index + 1 == len(runner.blocks):
+        return None
+    sites = [site for site in work.sites if site.block == index + 1]
+    place = repairing.original.in_place(work.loaded.model, sites)
+    with place:
+        runner.forward_all(index + 1, output, ahead_output)
+    return (lambda: repairing.original.in_place(work.loaded.model, sites)), ahead_output
+
+
+def _examples(work: Work) -> Examples:
+    settings, calibration = work.recipe.repair, work.texts.calibration
+    if settings.data is None:
+        rows = list(calibration.ids)
+        return Examples(rows, rows, calibration.source)
+    length = (
+        settings.length or sequence_length(work.recipe.calibration, work.loaded.context) or calibration.ids.shape[1]
+    )
+    found = load_examples(
+        parse_source(settings.data),
+        work.loaded.tokenizer,
+        work.loaded.vocabulary,
+        length=length,
+        output_only=settings.output_only,
+    )
+    if found.shortened:
+        work.reporter.note(f"{found.shortened} of {len(found)} examples were longer than {length} tokens and were cut")
+    return found
+
+
+def _train_whole(
+    work: Work, repairing: Repairing, step: str, settings: Training, examples: Examples, folder: Path
+) -> dict[str, Any]:
+    """Train all factors, or diagonals that are then merged into them, on the whole model."""
+    model = work.loaded.model
+    factors = trainable(model, work.sites, getattr(settings, "norms", False))
+    start = judge(work, repairing)
+    old = _snapshot(factors)
+    parameters = attach_subspace(model, work.sites, settings) if step == "subspace" else factors  # type: ignore[arg-type]
+
+    def teacher(ids: Tensor, mask: Tensor) -> Tensor:
+        with repairing.original.in_place(model):
+            return model(input_ids=ids, attention_mask=None if bool(mask.all()) else mask, use_cache=False).logits
+
+    steps = max(1, round(settings.epochs * len(examples) / settings.batch_size))
+    with work.reporter.counting(f"repair, {step}", total=steps) as advance:
+        history = train(
+            model,
+            parameters,
+            examples,
+            settings,
+            teacher=teacher,
+            folder=folder / "trainer",
+            seed=work.recipe.seed,
+            step_done=lambda done, total, loss: advance(f"repair, {step}: loss {loss:.4g}"),
+        )
+    if step == "subspace":
+        merge_subspace(model, work.sites)
+    after = judge(work, repairing)
+    accepted = after < start
+    if not accepted:
+        _restore(factors, old)
+        work.reporter.note(
+            f"repair {step} was undone: the validation objective rose from {start:.5g} to {after:.5g}; a lower "
+            f"repair.{step}.lr may help"
+        )
+    _save(folder / "factors.safetensors", factors)
+    return {
+        "objective_before": start,
+        "objective_after": after,
+        "accepted": accepted,
+        "examples": {"source": examples.source, "count": len(examples), "tokens": examples.tokens},
+        "trained_parameters": sum(p.numel() for p in parameters.values()),
+        "history": history,
+    }
