@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 
 def best_device() -> torch.device:
     """A GPU when PyTorch sees one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def computing(model: Any) -> AbstractContextManager[Any]:
+    """Autocast for a model that computes in less than float32 while its factors are held in float32."""
+    dtype = model.get_input_embeddings().weight.dtype
+    return nullcontext() if dtype == torch.float32 else torch.autocast(model.device.type, dtype)
 
 
 def describe(device: torch.device) -> str:

@@ -37,6 +37,22 @@ class Factors:
         """L R, shape `[m, n]`."""
         return self.left @ self.right
 
+    def reduced(self, rank: int) -> tuple[Factors, float]:
+        """The nearest product of a lower rank, its components ordered and balanced, in float64.
+
+        Args:
+            rank: wanted; at most the present one, which only orders.
+
+        Returns:
+            The factors, with the same bias, and the share of the squared norm that they lose.
+        """
+        q_left, t_left = torch.linalg.qr(self.left.double())
+        q_right, t_right = torch.linalg.qr(self.right.double().T)
+        u, s, v = torch.linalg.svd(t_left @ t_right.T, full_matrices=False)
+        root = s[:rank].sqrt()
+        lost = float(s[rank:].square().sum() / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny))
+        return Factors(q_left @ (u[:, :rank] * root), (root[:, None] * v[:rank]) @ q_right.T, self.bias), lost
+
 
 @dataclass(frozen=True)
 class Basis:

@@ -8,7 +8,7 @@ from rankwise.recovery.parameters import trainable
 from rankwise.recovery.refit import Refit, refit_block
 from rankwise.recovery.runner import BlockRunner, allocate
 from rankwise.recovery.subspace import Subspace, attach_subspace, merge_subspace
-from rankwise.recovery.training import Teacher, Training, train
+from rankwise.recovery.training import Teacher, Training, mean_loss, train
 
 __all__ = [
     "BlockRunner",
@@ -24,6 +24,7 @@ __all__ = [
     "attach_lora",
     "attach_subspace",
     "block_parameters",
+    "mean_loss",
     "merge_lora",
     "merge_subspace",
     "refit_block",

@@ -6,6 +6,7 @@ budget is counted again; merged by truncation it is cut back to rank r, and what
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -73,25 +74,12 @@ def attach_lora(model: Any, sites: Sequence[Site], settings: Lora, seed: int) ->
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=factored, bias="none"
     )
     config._register_custom_module({LowRankLinear: AdaptedLowRank})
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft warns of every layer type that is not its own.
+        warnings.simplefilter("ignore", UserWarning)
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=adapter)
     return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
-
-
-def truncated(factors: Factors, rank: int) -> tuple[Factors, float]:
-    """The best product of a lower rank, and the share of the squared norm it loses.
-
-    Args:
-        factors: L `[m, k]`, R `[k, n]` and a bias, which stays.
-        rank: wanted, at most k.
-    """
-    q_left, t_left = torch.linalg.qr(factors.left.double())
-    q_right, t_right = torch.linalg.qr(factors.right.double().T)
-    u, s, v = torch.linalg.svd(t_left @ t_right.T, full_matrices=False)
-    root = s[:rank].sqrt()
-    lost = float(s[rank:].square().sum() / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny))
-    return Factors(q_left @ (u[:, :rank] * root), (root[:, None] * v[:rank]) @ q_right.T, factors.bias), lost
 
 
 def merge_lora(model: Any, sites: Sequence[Site], merge: Literal["grow", "truncate"]) -> dict[str, float]:
@@ -115,7 +103,7 @@ def merge_lora(model: Any, sites: Sequence[Site], merge: Literal["grow", "trunca
             old.bias,
         )
         if merge == "truncate" or whole.rank > min(site.m, site.n):
-            whole, lost[site.name] = truncated(whole, old.rank if merge == "truncate" else min(site.m, site.n))
+            whole, lost[site.name] = whole.reduced(old.rank if merge == "truncate" else min(site.m, site.n))
         else:
             lost[site.name] = 0.0
         model.set_submodule(site.name, base)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.device import computing
 from rankwise.errors import ModelError
 from rankwise.sites import decoder_blocks
 
@@ -71,12 +71,6 @@ class BlockRunner:
     def blocks(self) -> nn.ModuleList:
         return decoder_blocks(self.model)[1]
 
-    def computing(self) -> Any:
-        """Autocast where the model computes in less than float32 and factors are kept in float32 for training."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
-
     def batches(self) -> Iterator[slice]:
         """Slices of the sequences, the last one maybe smaller."""
         for start in range(0, len(self.ids), self.batch_size):
@@ -123,7 +117,7 @@ class BlockRunner:
         blocks = self.blocks
         handles = [block.register_forward_pre_hook(keep(i), with_kwargs=True) for i, block in enumerate(blocks)]
         try:
-            with self.computing():
+            with computing(self.model):
                 self.model(input_ids=self.ids[:size].to(self.device), use_cache=False)
         finally:
             for handle in handles:
@@ -142,7 +136,7 @@ class BlockRunner:
         size = hidden.shape[0]
         self.learn(size)
         positional, named = self._arguments[index, size]
-        with self.computing():
+        with computing(self.model):
             found = self.blocks[index](hidden.to(self.device, self.dtype), *positional, **named)
         return first_of(found).float()
 
@@ -170,7 +164,7 @@ class BlockRunner:
         seen: list[Tensor] = []
         handle = self.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(first_of(out).float()))
         try:
-            with self.computing():
+            with computing(self.model):
                 self.model(input_ids=self.ids[:size].to(self.device), use_cache=False)
         finally:
             handle.remove()

@@ -93,6 +93,31 @@ def token_losses(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) 
     return nn.functional.kl_div(logs, goal, reduction="sum", log_target=True)
 
 
+@torch.no_grad()
+def mean_loss(model: Any, examples: Any, settings: Training, teacher: Teacher | None) -> float:
+    """The loss a token over all examples, as training counts it.
+
+    Args:
+        model: the model.
+        examples: `rankwise.data.Examples`.
+        settings: say which loss, and how many examples at a time.
+        teacher: the original's predictions; needed for `kl`.
+    """
+    rows = _Rows(examples.ids, examples.labels)
+    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    for start in range(0, len(rows), settings.micro_batch):
+        batch = _collate([rows[i] for i in range(start, min(start + settings.micro_batch, len(rows)))])
+        batch = {key: value.to(device) for key, value in batch.items()}
+        goal = (
+            None if settings.loss == "lm" or teacher is None else teacher(batch["input_ids"], batch["attention_mask"])
+        )
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        total += float(token_losses(logits, batch["labels"], goal))
+        count += int((batch["labels"][:, 1:] != IGNORED).sum())
+    return total / max(1, count)
+
+
 def train(
     model: Any,
     parameters: dict[str, nn.Parameter],

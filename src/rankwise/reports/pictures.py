@@ -49,6 +49,29 @@ def _save(figure: Any, path: Path) -> None:
         ) from None
 
 
+def draw_losses(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """Draw loss a token over steps of training, each curve named at its end.
+
+    Args:
+        path: file to write; its suffix says the format.
+        curves: name -> rows with `step` and `loss`.
+
+    Raises:
+        MissingPackageError: when matplotlib is absent.
+        OutputError: when the file cannot be written.
+    """
+    figure, axes = _figure(6.0, 3.2)
+    for name, rows in curves.items():
+        if rows:
+            (line,) = axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1.2)
+            axes.annotate(
+                f" {name}", (rows[-1]["step"], rows[-1]["loss"]), color=line.get_color(), fontsize=8, va="center"
+            )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss a token (nats)")
+    _save(figure, path)
+
+
 def draw_plan(path: Path, plan: RankPlan) -> None:
     """Draw the fraction every site keeps: blocks from left to right, roles from top to bottom.
 

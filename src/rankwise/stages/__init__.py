@@ -1,7 +1,7 @@
 """What each line of `compress` does, in the same order. Every stage is keyed by all that its result depends on."""
 
 from rankwise.stages.bases import collect_statistics, decompose_sites, load_basis
-from rankwise.stages.factors import put_factors, store_factors
+from rankwise.stages.factors import put_factors, store, store_factors
 from rankwise.stages.finish import score, write
 from rankwise.stages.ranks import Chosen, check_budget, choose_ranks, judging, objective_key, select_samples
 from rankwise.stages.repair import Repairing, judge, prepare_repair, repair
@@ -29,6 +29,7 @@ __all__ = [
     "repair",
     "score",
     "select_samples",
+    "store",
     "store_factors",
     "write",
 ]

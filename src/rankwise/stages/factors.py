@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rankwise.budget import RankPlan, pivots
+from rankwise.checkpoints import LoadedModel
 from rankwise.layers import LowRankLinear, fold_orders, read_factors, substitute, substitute_pivoted
 from rankwise.linalg import pivot
+from rankwise.progress import Reporter
+from rankwise.sites import Site
 from rankwise.stages.bases import load_basis
 from rankwise.stages.work import Work
 
@@ -51,28 +55,54 @@ def store_factors(work: Work, plan: RankPlan, losses: Mapping[str, Mapping[str, 
     Returns:
         By site name: the losses, its storage and, where it is pivoted, the largest entry of the map.
     """
-    model, stored = work.loaded.model, work.loaded.stored_dtypes
-    factored = [site for site in work.sites if isinstance(site.module(model), LowRankLinear)]
-    found: dict[str, dict[str, Any]] = {}
-    for site in work.reporter.track(factored, "storage", total=len(factored)):
+    probe = work.texts.calibration.ids[:1, :64]
+    dtypes = {site.name: work.loaded.stored_dtypes[f"{site.name}.weight"] for site in work.sites if site.name in losses}
+    found = store(work.loaded, work.sites, plan, dtypes, probe, work.reporter)
+    return {name: {**facts, **found[name]} for name, facts in losses.items()}
+
+
+def store(
+    loaded: LoadedModel,
+    sites: Sequence[Site],
+    plan: RankPlan,
+    dtypes: Mapping[str, torch.dtype],
+    probe: Tensor,
+    reporter: Reporter,
+) -> SiteFacts:
+    """What `store_factors` does, for any model whose factored sites hold `LowRankLinear`.
+
+    Args:
+        loaded: the model.
+        sites: its sites, dense or not.
+        plan: says how factors are stored.
+        dtypes: what they are stored in, by site name.
+        probe: a short token sequence, shape `[1, tokens]`.
+        reporter: told about progress, and about sites that fall back to two factors.
+
+    Returns:
+        By name of each factored site: its storage and, where it is pivoted, the largest entry of the map.
+    """
+    model = loaded.model
+    factored = [site for site in sites if isinstance(site.module(model), LowRankLinear)]
+    found: SiteFacts = {}
+    for site in reporter.track(factored, "storage", total=len(factored)):
         factors = read_factors(site.module(model))
-        dtype = stored[f"{site.name}.weight"]
         found[site.name] = {"storage": "two_factor"}
         if pivots((site.m, site.n), factors.rank, plan.storage):
             device = model.device if model.device.type == "cuda" else torch.device("cpu")
             pivoted = pivot(factors.left.to(device), factors.right.to(device))
             found[site.name]["largest_pivot_entry"] = pivoted.largest
             if math.isfinite(pivoted.largest) and pivoted.largest <= _ILL_CONDITIONED:
-                substitute_pivoted(model, site, pivoted, factors.bias, dtype)
+                substitute_pivoted(model, site, pivoted, factors.bias, dtypes[site.name])
                 found[site.name]["storage"] = "pivoted"
                 continue
             extra = factors.rank * (site.m + site.n) - plan.cost(site.name)
-            work.reporter.note(
+            reporter.note(
                 f"{site.name} is stored as two factors, {extra} numbers more than planned: its pivots are "
                 f"ill-conditioned (an entry of {pivoted.largest:.3g})"
             )
-        substitute(model, site, factors, dtype)
-    work.loaded.to_stored_dtypes()
-    work.loaded.to_compute_dtypes()
-    fold_orders(model, work.sites, work.texts.calibration.ids[:1, :64].to(model.device))
-    return {name: {**facts, **found[name]} for name, facts in losses.items()}
+        substitute(model, site, factors, dtypes[site.name])
+    loaded.to_stored_dtypes()
+    loaded.to_compute_dtypes()
+    fold_orders(model, sites, probe.to(model.device))
+    return found

@@ -17,7 +17,7 @@ from rankwise.checkpoints import REPORT_FILE, save_dense, save_low_rank, writing
 from rankwise.device import describe
 from rankwise.errors import RankwiseError
 from rankwise.evaluation import Cost, Perplexity, perplexity
-from rankwise.reports import build_report, can_draw, draw_plan, draw_trials, model_card
+from rankwise.reports import build_report, can_draw, draw_losses, draw_plan, draw_trials, model_card
 from rankwise.stages.ranks import Chosen
 from rankwise.stages.repair import Repairing
 from rankwise.stages.work import Work, calibration_key, model_key
@@ -125,6 +125,9 @@ def write(
                 (folder / "trials.jsonl").write_text("".join(json.dumps(t) + "\n" for t in chosen.trials))
                 if can_draw():
                     draw_trials(folder / "trials.svg", chosen.trials)
+            curves = {step["step"]: step["history"] for step in report["repair"] if "history" in step}
+            if curves and can_draw():
+                draw_losses(folder / "repair.svg", curves)
             if can_draw():
                 draw_plan(folder / "plan.svg", chosen.plan)
             (folder / "README.md").write_text(model_card(report))

@@ -6,17 +6,16 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rankwise.budget import RankPlan
 from rankwise.data import Examples, load_examples, parse_source
+from rankwise.device import computing
 from rankwise.evaluation import Objective
 from rankwise.recovery import (
     BlockRunner,
@@ -66,9 +65,7 @@ def prepare_repair(work: Work, bases: Path, plan: RankPlan) -> Repairing | None:
 
 def judge(work: Work, repairing: Repairing) -> float:
     """The validation objective of the model as it stands, factors in float32 where they are."""
-    dtype = work.loaded.model.get_input_embeddings().weight.dtype
-    device = work.loaded.model.device.type
-    with nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype):
+    with computing(work.loaded.model):
         return repairing.objective({})[0]
 
 

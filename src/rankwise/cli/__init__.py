@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json as json_module
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from rankwise import __version__
+from rankwise.cli.common import Device, Json, Precision, Quiet, Trust, print_json, reporter_for
+from rankwise.cli.files import plan_app, recipes_app
+from rankwise.cli.finetuning import finetune
 from rankwise.errors import RankwiseError, RecipeError
 from rankwise.options import read_fractions, split_assignment, use_plan
-
-if TYPE_CHECKING:
-    from rankwise.progress import Reporter
 
 app = typer.Typer(
     help="Make a Hugging Face causal language model smaller, and know what was lost.",
@@ -23,16 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-recipes_app = typer.Typer(help="Ready recipes: whole runs as YAML.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
-plan_app = typer.Typer(help="Plans: the rank of every site, as a file.", no_args_is_help=True)
 app.add_typer(plan_app, name="plan")
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Precision = Annotated[str, typer.Option(help="auto (float32 on a CPU), stored, or float32.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint ships.")]
+app.command()(finetune)
 
 
 def _version(wanted: bool) -> None:
@@ -48,16 +40,6 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-def _reporter(quiet: bool) -> Reporter:
-    from rankwise.progress import Reporter
-
-    return Reporter(show=False if quiet else None)
-
-
-def _print_json(value: Any) -> None:
-    print(json_module.dumps(value, indent=2))
 
 
 @app.command()
@@ -144,9 +126,9 @@ def compress(
 
     from rankwise.compress import compress as run
 
-    result = run(valid, run_directory=run_dir, reporter=_reporter(quiet))
+    result = run(valid, run_directory=run_dir, reporter=reporter_for(quiet))
     if json:
-        _print_json(result.report)
+        print_json(result.report)
     elif not quiet:
         from rich.console import Console
 
@@ -204,10 +186,10 @@ def sensitivity(
         fractions=FRACTIONS if fractions is None else read_fractions(fractions),
         site_fraction=site_fraction,
         run_directory=run_dir,
-        reporter=_reporter(quiet),
+        reporter=reporter_for(quiet),
     )
     if json:
-        _print_json(found)
+        print_json(found)
         return
     print(f"perplexity of the original: {found['dense_perplexity']:.4f}")
     worst = sorted(
@@ -218,61 +200,6 @@ def sensitivity(
         shown = "not finite" if point["perplexity"] is None else f"{point['perplexity']:.4f}"
         print(f"block {point['block']} {point['role']} alone at {point['keep']:g}: {shown}")
     print(f"written to {output}")
-
-
-@plan_app.command("show")
-def plan_show(
-    file: Annotated[Path, typer.Argument(help="plan.json")],
-    picture: Annotated[Path | None, typer.Option(help="Also draw it: FILE.svg or FILE.png.")] = None,
-    json: Json = False,
-) -> None:
-    """Print what a plan was made for, and the rank of every block and role."""
-    from rankwise.budget import RankPlan
-
-    plan = RankPlan.load(file)
-    if picture is not None:
-        from rankwise.reports import draw_plan
-
-        draw_plan(picture, plan)
-    if json:
-        _print_json({**plan.model_dump(mode="json"), "kept": plan.kept, "kept_parameters": plan.kept_parameters})
-        return
-    from rich.console import Console
-
-    from rankwise.reports import plan_facts, plan_table
-
-    for label, text in plan_facts(plan):
-        print(f"{label:<14} {text}")
-    print()
-    table = plan_table(plan)
-    Console(width=None if sys.stdout.isatty() else 24 * len(table.columns)).print(table)
-
-
-@plan_app.command("diff")
-def plan_diff(
-    first: Annotated[Path, typer.Argument(help="plan.json")],
-    second: Annotated[Path, typer.Argument(help="Another plan.json")],
-    json: Json = False,
-) -> None:
-    """Print the sites whose rank differs between two plans. Exit status 1 when any does."""
-    from rankwise.budget import RankPlan, same_shapes
-
-    one, other = RankPlan.load(first), RankPlan.load(second)
-    same_shapes(one, other, str(first), str(second))
-    differing = [name for name in one.ranks if one.ranks[name] != other.ranks[name]]
-    if json:
-        _print_json({name: [one.ranks[name], other.ranks[name]] for name in differing})
-    elif not differing:
-        print("the plans are the same")
-    else:
-        from rich.console import Console
-
-        from rankwise.reports import plan_difference
-
-        Console(width=None if sys.stdout.isatty() else 120).print(plan_difference(one, other))
-        print(f"{len(differing)} of {len(one.ranks)} sites differ; kept {one.kept:.4f} and {other.kept:.4f}")
-    if differing:
-        raise typer.Exit(1)
 
 
 @app.command()
@@ -316,9 +243,9 @@ def evaluate(
     assert recipe.evaluation is not None
     loaded = load_model(model, precision=precision, device=device_of(recipe), trust_remote_code=trust_remote_code)
     read = read_sequences(recipe.evaluation, loaded, seed, skip)
-    found = perplexity(loaded.model, read.ids, stride=stride, batch_size=batch_size, reporter=_reporter(quiet))
+    found = perplexity(loaded.model, read.ids, stride=stride, batch_size=batch_size, reporter=reporter_for(quiet))
     if json:
-        _print_json({**asdict(found), "source": text, "model": model, "available_sequences": read.available})
+        print_json({**asdict(found), "source": text, "model": model, "available_sequences": read.available})
     else:
         print(f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens of {text}")
         print(f"({found.windows:,} windows of {found.length}, stride {found.stride})")
@@ -355,48 +282,7 @@ def quickstart(
     """Compress the bundled model and show what was saved and lost. Needs no network."""
     from rankwise.quickstart import run
 
-    run(output, keep, _reporter(quiet))
-
-
-@recipes_app.command("ls")
-def recipes_ls() -> None:
-    """List the ready recipes."""
-    from rankwise.recipe import ready_recipes
-
-    for name, text in ready_recipes().items():
-        first = text.splitlines()[0].removeprefix("#").strip()
-        print(f"{name:<24} {first}")
-
-
-@recipes_app.command("show")
-def recipes_show(name: Annotated[str, typer.Argument(help="A ready recipe, or a YAML file.")]) -> None:
-    """Print a recipe with every default filled in, as YAML."""
-    import yaml
-
-    from rankwise.recipe import read_recipe, recipe_from
-
-    valid = recipe_from({"model": "MODEL", **read_recipe(name)}, origin=name)
-    print(yaml.safe_dump(valid.model_dump(mode="json"), sort_keys=False), end="")
-
-
-@recipes_app.command("validate")
-def recipes_validate(
-    files: Annotated[list[str], typer.Argument(help="YAML files, or names of ready recipes.")],
-) -> None:
-    """Check recipes; the first problem of each goes to standard error."""
-    from rankwise.recipe import read_recipe, recipe_from
-
-    bad = False
-    for name in files:
-        try:
-            # The model may be left to the command line.
-            recipe_from({"model": "MODEL", **read_recipe(name)}, origin=name)
-            print(f"{name}: valid")
-        except RankwiseError as problem:
-            bad = True
-            print(f"error: {problem}", file=sys.stderr)
-    if bad:
-        raise typer.Exit(2)
+    run(output, keep, reporter_for(quiet))
 
 
 def _quiet_libraries() -> None:
@@ -418,7 +304,3 @@ def main() -> NoReturn:
         print("stopped; the same command continues from the stages that are finished", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,29 @@
+"""What the commands share: options of one meaning, progress, and JSON on standard output."""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rankwise.progress import Reporter
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Precision = Annotated[str, typer.Option(help="auto (float32 on a CPU), stored, or float32.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint ships.")]
+
+
+def reporter_for(quiet: bool) -> Reporter:
+    """Progress and notes on standard error, unless quiet."""
+    from rankwise.progress import Reporter
+
+    return Reporter(show=False if quiet else None)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    print(json_module.dumps(value, indent=2))

@@ -1,0 +1,111 @@
+"""Commands about files: plans and ready recipes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankwise.cli.common import Json, print_json
+from rankwise.errors import RankwiseError
+
+recipes_app = typer.Typer(help="Ready recipes: whole runs as YAML.", no_args_is_help=True)
+plan_app = typer.Typer(help="Plans: the rank of every site, as a file.", no_args_is_help=True)
+
+
+@plan_app.command("show")
+def plan_show(
+    file: Annotated[Path, typer.Argument(help="plan.json")],
+    picture: Annotated[Path | None, typer.Option(help="Also draw it: FILE.svg or FILE.png.")] = None,
+    json: Json = False,
+) -> None:
+    """Print what a plan was made for, and the rank of every block and role."""
+    from rankwise.budget import RankPlan
+
+    plan = RankPlan.load(file)
+    if picture is not None:
+        from rankwise.reports import draw_plan
+
+        draw_plan(picture, plan)
+    if json:
+        print_json({**plan.model_dump(mode="json"), "kept": plan.kept, "kept_parameters": plan.kept_parameters})
+        return
+    from rich.console import Console
+
+    from rankwise.reports import plan_facts, plan_table
+
+    for label, text in plan_facts(plan):
+        print(f"{label:<14} {text}")
+    print()
+    table = plan_table(plan)
+    Console(width=None if sys.stdout.isatty() else 24 * len(table.columns)).print(table)
+
+
+@plan_app.command("diff")
+def plan_diff(
+    first: Annotated[Path, typer.Argument(help="plan.json")],
+    second: Annotated[Path, typer.Argument(help="Another plan.json")],
+    json: Json = False,
+) -> None:
+    """Print the sites whose rank differs between two plans. Exit status 1 when any does."""
+    from rankwise.budget import RankPlan, same_shapes
+
+    one, other = RankPlan.load(first), RankPlan.load(second)
+    same_shapes(one, other, str(first), str(second))
+    differing = [name for name in one.ranks if one.ranks[name] != other.ranks[name]]
+    if json:
+        print_json({name: [one.ranks[name], other.ranks[name]] for name in differing})
+    elif not differing:
+        print("the plans are the same")
+    else:
+        from rich.console import Console
+
+        from rankwise.reports import plan_difference
+
+        Console(width=None if sys.stdout.isatty() else 120).print(plan_difference(one, other))
+        print(f"{len(differing)} of {len(one.ranks)} sites differ; kept {one.kept:.4f} and {other.kept:.4f}")
+    if differing:
+        raise typer.Exit(1)
+
+
+@recipes_app.command("ls")
+def recipes_ls() -> None:
+    """List the ready recipes."""
+    from rankwise.recipe import ready_recipes
+
+    for name, text in ready_recipes().items():
+        first = text.splitlines()[0].removeprefix("#").strip()
+        print(f"{name:<24} {first}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help="A ready recipe, or a YAML file.")]) -> None:
+    """Print a recipe with every default filled in, as YAML."""
+    import yaml
+
+    from rankwise.recipe import read_recipe, recipe_from
+
+    valid = recipe_from({"model": "MODEL", **read_recipe(name)}, origin=name)
+    print(yaml.safe_dump(valid.model_dump(mode="json"), sort_keys=False), end="")
+
+
+@recipes_app.command("validate")
+def recipes_validate(
+    files: Annotated[list[str], typer.Argument(help="YAML files, or names of ready recipes.")],
+) -> None:
+    """Check recipes; the first problem of each goes to standard error."""
+    from rankwise.recipe import read_recipe, recipe_from
+
+    bad = False
+    for name in files:
+        try:
+            # The model may be left to the command line.
+            recipe_from({"model": "MODEL", **read_recipe(name)}, origin=name)
+            print(f"{name}: valid")
+        except RankwiseError as problem:
+            bad = True
+            print(f"error: {problem}", file=sys.stderr)
+    if bad:
+        raise typer.Exit(2)

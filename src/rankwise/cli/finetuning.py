@@ -1,0 +1,87 @@
+"""The command that trains a compressed checkpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from rankwise.cli.common import Device, Json, Precision, Quiet, Trust, print_json, reporter_for
+from rankwise.errors import RecipeError, nearest
+from rankwise.options import split_assignment
+
+
+def finetune(
+    model: Annotated[str, typer.Argument(help="Directory that rankwise compress wrote.")],
+    data: Annotated[str, typer.Option(help="Text source; alpaca:FILE.jsonl for instructions.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Directory to write.")],
+    method: Annotated[str, typer.Option(help="subspace (Bolaco, Eq. 9), lora, or full-factors.")] = "full-factors",
+    loss: Annotated[str | None, typer.Option(help="lm, or kl to the original model.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Step size; for full-factors relative to each tensor.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
+    merge: Annotated[str | None, typer.Option(help="For lora: grow (the rank rises) or truncate (it stays).")] = None,
+    original: Annotated[str | None, typer.Option(help="The model that was compressed, if it moved.")] = None,
+    length: Annotated[int | None, typer.Option(help="Most tokens an example.")] = None,
+    output_only: Annotated[bool, typer.Option("--output-only", help="Learn from outputs alone.")] = False,
+    held_out: Annotated[int, typer.Option(help="Examples at the end to judge by.")] = 16,
+    evaluation: Annotated[str | None, typer.Option(help="Text source to score before and after.")] = None,
+    seed: Annotated[int, typer.Option(help="For everything drawn.")] = 0,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method: --set rank=16")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew, whatever was begun for this output.")] = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train what compression left, and write it as a checkpoint of the same kind."""
+    from pydantic import ValidationError
+
+    from rankwise.data import parse_source
+    from rankwise.finetune import METHODS, FineTune
+    from rankwise.finetune import finetune as run
+
+    if method not in METHODS:
+        raise RecipeError(f"There is no method {method!r}.", where="--method", remedy=nearest(method, METHODS))
+    parse_source(data)
+    settings: dict[str, Any] = {"loss": loss, "epochs": epochs, "lr": lr, "batch_size": batch_size, "merge": merge}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    settings |= dict(split_assignment(assignment) for assignment in set_ or [])
+    for key in settings:
+        if key not in METHODS[method].model_fields:
+            raise RecipeError(
+                f"{method} has no setting {key!r}.", where="finetune", remedy=nearest(key, METHODS[method].model_fields)
+            )
+    try:
+        wanted = FineTune(
+            model=model,
+            data=data,
+            output=output,
+            method=method,
+            settings=METHODS[method](**settings),
+            length=length,
+            output_only=output_only,
+            original=original,
+            held_out=held_out,
+            evaluation=evaluation,
+            seed=seed,
+            device=device,
+            precision=precision,
+            trust_remote_code=trust_remote_code,
+        )
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"{where}: {first['msg']} (given: {first['input']!r}).", where="finetune") from None
+    report = run(wanted, restart=restart, reporter=reporter_for(quiet))
+    facts = report["finetune"][-1]
+    if json:
+        print_json(report)
+    elif not quiet:
+        judged = f"{facts['examples']['held_out']} examples held out"
+        print(f"loss a token on {judged}: {facts['loss_before']:.4f} before, {facts['loss_after']:.4f} after")
+        if facts["before"] is not None:
+            print(f"perplexity: {facts['before']['perplexity']:.3f} before, {facts['after']['perplexity']:.3f} after")
+        print(f"{facts['trained_parameters']:,} parameters trained on {facts['examples']['tokens']:,} tokens")
+        print(f"written to {output}")
