@@ -19,6 +19,7 @@ from rankwise.errors import ModelError
 from rankwise.layers import low_rank, pivoted, replace
 
 MODULE_NAME = "modeling_rankwise"
+_GENERATED = "rankwise_generated_"
 
 _TEMPLATE = '''"""{base} with low-rank linear layers.
 
@@ -98,6 +99,13 @@ def modeling_source(config_class: type, base_class: type, causal_class: type) ->
     )
 
 
+def base_classes(model: Any) -> tuple[type, type, type]:
+    """The original config, decoder and causal classes of a model, whether it was loaded dense or compressed."""
+    found = (type(model.config), type(model.base_model), type(model))
+    generated = found[2].__module__.startswith(_GENERATED)
+    return tuple(each.__bases__[0] for each in found) if generated else found  # type: ignore[return-value]
+
+
 def auto_map(config_class: type, base_class: type, causal_class: type) -> dict[str, str]:
     """The config's `auto_map` entry."""
     return {
@@ -134,7 +142,7 @@ def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
         ) from None
     source = modeling_source(config_class, base_class, causal_class)
     # Under one name in sys.modules, so that pickling and inspection of the classes work.
-    module = ModuleType(f"rankwise_generated_{base_type}")
+    module = ModuleType(f"{_GENERATED}{base_type}")
     sys.modules[module.__name__] = module
     exec(compile(source, module.__name__, "exec"), module.__dict__)
     # One class of each layer in this process, so that isinstance finds them.

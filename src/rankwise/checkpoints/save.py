@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.checkpoints.load import CHECKPOINT_KEY, LoadedModel
-from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, model_type_for, modeling_source
+from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, base_classes, model_type_for, modeling_source
 from rankwise.errors import ModelError, OutputError, is_disk_full
 from rankwise.layers import FACTORED, LowRankLinear, PivotedLinear
 from rankwise.sites import Site
@@ -141,10 +141,10 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
         ModelError: when the architecture does not ship with transformers.
     """
     model = loaded.model
-    classes = (type(model.config), type(model.base_model), type(model))
+    classes = base_classes(model)
     source = modeling_source(*classes)
     config = json.loads(model.config.to_json_string(use_diff=False))
-    base_type = config["model_type"]
+    base_type = classes[0].model_type  # type: ignore[attr-defined]
     config.update(
         model_type=model_type_for(base_type),
         architectures=[f"Rankwise{classes[2].__name__}"],
