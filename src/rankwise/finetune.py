@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rankwise.recovery import Teacher
     from rankwise.sites import Site
 
+_SETTINGS = "settings.json"
+
 METHODS: dict[str, type[Subspace | Lora | FullFactors]] = {
     "subspace": Subspace,
     "lora": Lora,
@@ -123,7 +125,8 @@ def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | No
             )
         learned = Examples(examples.ids[: -wanted.held_out], examples.labels[: -wanted.held_out], examples.source)
         judged = Examples(examples.ids[-wanted.held_out :], examples.labels[-wanted.held_out :], examples.source)
-        _same_settings(folder, {**wanted.model_dump(mode="json"), "examples": examples.fingerprint}, restart)
+        settings = {**wanted.model_dump(mode="json"), "examples": examples.fingerprint}
+        _same_settings(folder, settings, restart)
         sites = sites_of(loaded, plan)
         before = measure_cost(loaded.model, sites, loaded.stored_dtypes)
         dtypes = _open_factors(loaded, sites)
@@ -134,7 +137,9 @@ def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | No
         with computing(loaded.model):
             start = mean_loss(loaded.model, judged, wanted.settings, teacher)
     with reporter.stage(f"train {wanted.method}"):
-        facts = _train(wanted, loaded, sites, learned, teacher, folder, reporter)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _SETTINGS).write_text(json.dumps(settings, indent=2))
+        facts = _train(wanted, loaded, sites, plan, learned, teacher, folder, reporter)
         with computing(loaded.model):
             after = mean_loss(loaded.model, judged, wanted.settings, teacher)
         facts |= {"loss_before": start, "loss_after": after, "accepted": after < start}
@@ -180,7 +185,7 @@ def _report_of(source: Path, name: str) -> dict[str, Any]:
 
 def _same_settings(folder: Path, settings: Mapping[str, Any], restart: bool) -> None:
     """Refuse to go on with a training that was begun with other settings."""
-    file = folder / "settings.json"
+    file = folder / _SETTINGS
     if restart:
         shutil.rmtree(folder, ignore_errors=True)
     if file.exists():
@@ -192,8 +197,6 @@ def _same_settings(folder: Path, settings: Mapping[str, Any], restart: bool) -> 
                 where=str(folder),
                 remedy="use the same settings to go on, add --restart to begin anew, or give another --output",
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=2))
 
 
 def sites_of(loaded: LoadedModel, plan: RankPlan) -> list[Site]:
@@ -270,12 +273,14 @@ def _train(
     wanted: FineTune,
     loaded: LoadedModel,
     sites: list[Site],
+    plan: RankPlan,
     examples: Any,
     teacher: Teacher | None,
     folder: Path,
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Attach, train, merge. The facts hold `undo`, which puts the factors back as they were."""
+    from rankwise.budget import Budget
     from rankwise.layers import LowRankLinear, read_factors, substitute
     from rankwise.recovery import attach_lora, attach_subspace, merge_lora, merge_subspace, train, trainable
 
@@ -317,7 +322,10 @@ def _train(
     if isinstance(settings, Subspace):
         merge_subspace(model, sites)
     elif isinstance(settings, Lora):
-        facts["norm_lost_in_merging"] = merge_lora(model, sites, settings.merge)
+        # A site grows no further than to where the dense weight would be the smaller one.
+        budget = Budget(keep=None, rank_multiple=1, storage=plan.storage)
+        limits = {site.name: budget.largest_rank(site) for site in sites}
+        facts["norm_lost_in_merging"] = merge_lora(model, sites, settings.merge, limits)
     return facts
 
 

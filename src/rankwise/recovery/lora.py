@@ -1,13 +1,14 @@
 """Low-rank adapters by peft on the compressed layers, and two honest ways to merge them.
 
-A site of rank r with an adapter of rank a is the map L R + s B A. Merged by growing it is stored at rank r + a, and the
-budget is counted again; merged by truncation it is cut back to rank r, and what that loses is measured.
+A site of rank r with an adapter of rank a is the map L R + s B A. Merged by growing it is stored at rank r + a (or the
+largest rank that is smaller than the dense weight), and the budget is counted again; merged by truncation it is cut
+back to rank r. What either loses is measured.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -82,11 +83,19 @@ def attach_lora(model: Any, sites: Sequence[Site], settings: Lora, seed: int) ->
     return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
 
 
-def merge_lora(model: Any, sites: Sequence[Site], merge: Literal["grow", "truncate"]) -> dict[str, float]:
+def merge_lora(
+    model: Any, sites: Sequence[Site], merge: Literal["grow", "truncate"], limits: Mapping[str, int]
+) -> dict[str, float]:
     """Bring the adapters into the factors and remove them.
 
+    Args:
+        model: with adapters; changed in place.
+        sites: all sites.
+        merge: `grow` or `truncate`.
+        limits: by site name, the rank beyond which a site does not grow.
+
     Returns:
-        By site name, the share of the squared norm of the product that truncation lost; 0 for `grow`.
+        By site name, the share of the squared norm of the product that is lost; 0 where a site could grow.
     """
     lost = {}
     for site in sites:
@@ -102,10 +111,10 @@ def merge_lora(model: Any, sites: Sequence[Site], merge: Literal["grow", "trunca
             torch.cat([old.right, adapted.lora_A[name].weight.detach().double().cpu()]),
             old.bias,
         )
-        if merge == "truncate" or whole.rank > min(site.m, site.n):
-            whole, lost[site.name] = whole.reduced(old.rank if merge == "truncate" else min(site.m, site.n))
-        else:
-            lost[site.name] = 0.0
+        most = old.rank if merge == "truncate" else max(old.rank, limits[site.name])
+        lost[site.name] = 0.0
+        if whole.rank > most:
+            whole, lost[site.name] = whole.reduced(most)
         model.set_submodule(site.name, base)
         substitute(model, site, whole, base.left.weight.dtype)
     return lost
