@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from rankwise import cli, compress
+from rankwise import cli, compress, recovery
 from rankwise import finetune as finetune_flow
-from rankwise import recovery
 from rankwise.budget import Budget, RankPlan
 from rankwise.checkpoints import REPORT_FILE, load_model
 from rankwise.data import load_examples, parse_source
