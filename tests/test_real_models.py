@@ -17,7 +17,13 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scores(
-    shared: Path, run_directory: Path, method: Any, keep: float, allocation: Any = "uniform"
+    shared: Path,
+    run_directory: Path,
+    method: Any,
+    keep: float,
+    allocation: Any = "uniform",
+    storage: str = "two_factor",
+    repair: Any = (),
 ) -> tuple[float, float, float]:
     tokens = f"tokens:{shared}/data/stories260k.tokens.safetensors"
     values: dict[str, Any] = {
@@ -25,7 +31,8 @@ def scores(
         "method": method,
         "allocation": allocation,
         "validation": {"source": tokens, "skip": 192, "sequences": 32, "sample": "first"},
-        "budget": {"keep": keep, "rank_multiple": 1},
+        "budget": {"keep": keep, "rank_multiple": 1, "storage": storage},
+        "repair": dict(repair),
         "calibration": {"source": tokens, "sequences": 192, "sample": "first"},
         "evaluation": {"source": tokens, "skip": 224},
     }
@@ -65,6 +72,32 @@ def test_a_plan_by_estimated_loss_does_what_the_prototype_did(shared: Path, run_
         _, small, kept = scores(shared, run_directory, method, keep, "spectral")
         assert small < expected
         assert keep - 0.002 < kept <= keep
+
+
+def test_pivoted_storage_does_what_the_prototype_did(shared: Path, run_directory: Path) -> None:
+    method = {"name": "two_sided", "damping": 0.01}
+    for keep, expected in zip((0.9, 0.8, 0.7), (3.85, 5.5, 16.5), strict=True):
+        _, small, kept = scores(shared, run_directory, method, keep, "spectral", "pivoted")
+        assert small < expected
+        assert keep - 0.002 < kept <= keep
+
+
+@pytest.mark.parametrize(("factors", "most"), [("left", 12), ("both", 9)])
+def test_a_refit_takes_back_a_good_part_of_the_loss(
+    factors: str, most: float, shared: Path, run_directory: Path
+) -> None:
+    repair = {"steps": "refit", "refit": {"factors": factors}}
+    _, small, _ = scores(shared, run_directory, "two_sided", 0.7, "spectral", "pivoted", repair)
+    assert 3.57 < small < most
+
+
+@pytest.mark.slow
+def test_refined_blocks_do_what_the_prototypes_did(shared: Path, run_directory: Path) -> None:
+    for keep, expected in ((0.8, 4.25), (0.7, 5.6)):
+        repair = {"steps": "blocks"}
+        _, small, kept = scores(shared, run_directory, "two_sided", keep, "spectral", "pivoted", repair)
+        assert 3.57 < small < expected
+        assert kept <= keep
 
 
 @pytest.mark.slow

@@ -181,3 +181,36 @@ def test_the_dense_format_multiplies_pivoted_layers_back(settings: Any, tmp_path
     torch.testing.assert_close(
         result.model(input_ids=ids).logits, plain.model(input_ids=ids).logits, atol=1e-3, rtol=1e-3
     )
+
+
+def test_in_bfloat16_the_storages_differ_by_less_than_a_fifth_of_a_percent(bundled: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "model": str(bundled),
+        "method": "bolaco",
+        "budget": {"keep": 0.7, "rank_multiple": 1},
+        "calibration": {"source": "bundled:train", "sequences": 32, "length": 128},
+        "evaluation": {"source": "bundled:heldout", "sequences": 32, "length": 128},
+    }
+    two = compress(recipe_from(values), run_directory=tmp_path / "run")
+    plan = two.plan.model_copy(update={"storage": "pivoted", "keep": None})
+    (tmp_path / "plan.json").write_text(plan.model_dump_json())
+    values["budget"] = {"keep": None, "rank_multiple": 1, "storage": "pivoted"}
+    values["allocation"] = {"name": "plan", "file": str(tmp_path / "plan.json")}
+    pivoted = compress(recipe_from(values), run_directory=tmp_path / "run")
+    assert {str(p.dtype) for p in pivoted.model.parameters()} == {"torch.bfloat16"}
+    factored = [name for name, facts in pivoted.report["sites"].items() if facts.get("storage") == "pivoted"]
+    assert len(factored) == len(pivoted.plan.ranks)
+    expected, found = (result.report["evaluation"]["compressed"]["perplexity"] for result in (two, pivoted))
+    assert found == pytest.approx(expected, rel=0.002)
+    assert found != expected
+
+
+def test_files_are_as_large_as_the_arithmetic_says(settings: Any, tmp_path: Path) -> None:
+    for storage in ("two_factor", "pivoted", "auto"):
+        output = tmp_path / storage
+        result = compress(recipe_from(settings(output=str(output), budget=budget(storage))))
+        after, file = result.report["after"], (output / "model.safetensors").stat().st_size
+        header = int.from_bytes((output / "model.safetensors").read_bytes()[:8], "little")
+        assert file == 8 + header + after["bytes"]
+        assert after["linear_parameters"] <= 0.7 * result.report["before"]["linear_parameters"]
+        assert result.report["bytes_on_disk"] == file

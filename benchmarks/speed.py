@@ -1,0 +1,206 @@
+"""What storage costs and saves in time: dense, two factors and pivot rows at Llama-2-7B's layer shapes.
+
+python benchmarks/speed.py
+
+On a CPU one block in float32; on a GPU, which is used when there is one, the whole shape in bfloat16 (under 8 minutes).
+Rounds take turns, and every figure is a ratio to the dense model within its round. Beside each stand the ratios of
+floating-point operations and of bytes, below which no time can fall for long.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from common import markdown_table, write_result
+from rankwise.budget import Budget
+from rankwise.layers import LowRankLinear, PivotedLinear
+from rankwise.sites import Site, find_sites
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DTYPE = torch.bfloat16 if GPU else torch.float32
+LAYERS = 32 if GPU else 1
+CONTEXT = 512
+KEEPS = (0.8, 0.5)
+ROUNDS = 9 if GPU else 5
+MODES = {
+    "prefill 1 x 512": (1, 512),
+    "prefill 8 x 512": (8, 512),
+    "decode, batch 1": (1, 1),
+    "decode, batch 8": (8, 1),
+}
+
+
+def dense_model() -> Any:
+    """Llama-2-7B's shapes with random weights: all of it on a GPU, one block and a small vocabulary on a CPU."""
+    config = LlamaConfig(num_hidden_layers=LAYERS, vocab_size=32000 if GPU else 256, max_position_embeddings=4096)
+    with torch.device(DEVICE):
+        model: Any = LlamaForCausalLM(config)
+    return model.to(DTYPE).eval().requires_grad_(False)
+
+
+def layer_of(site: Site, rank: int, storage: str, folded: bool) -> nn.Module:
+    """A factored layer with random weights of a sensible size."""
+    with torch.device(DEVICE):
+        if storage == "two_factor":
+            layer: Any = LowRankLinear(site.n, site.m, rank, True)
+        else:
+            layer = PivotedLinear(site.n, site.m, rank, True, order=not folded)
+            if not folded:
+                order = torch.randperm(site.m, generator=torch.Generator().manual_seed(rank))
+                layer.place = order.to(DEVICE, torch.int32)
+    return layer.to(DTYPE).eval().requires_grad_(False)
+
+
+@contextmanager
+def factored(model: Any, keep: float, storage: str, ranks_of: str) -> Iterator[tuple[float, list[nn.Module]]]:
+    """A model with factored layers for as long as the block runs; up keeps the order of its storage, as in checkpoints.
+
+    Args:
+        model: changed in place and back.
+        keep: fraction kept by the storage `ranks_of`.
+        storage: what is built.
+        ranks_of: whose ranks are taken.
+
+    Yields:
+        Numbers in the factored layers, and the layers.
+    """
+    sites = find_sites(model)
+    budget = Budget(keep=keep, storage=ranks_of)
+    own = Budget(storage=storage)
+    originals = {site.name: site.module(model) for site in sites}
+    total, layers = 0, []
+    for site in sites:
+        rank = budget.round_rank(site, budget.rank_at(site, keep))
+        assert rank is not None
+        total += own.cost(site, rank)
+        layers.append(layer_of(site, rank, storage, folded=site.role == "up"))
+        model.set_submodule(site.name, layers[-1])
+    try:
+        yield float(total), layers
+    finally:
+        for name, module in originals.items():
+            model.set_submodule(name, module)
+
+
+class Runner:
+    """Times one forward pass in each mode; a decode step has a context of 512 tokens behind it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        source = torch.Generator().manual_seed(0)
+        vocabulary = model.config.vocab_size
+        self.ids = {
+            mode: torch.randint(0, vocabulary, shape, generator=source).to(DEVICE) for mode, shape in MODES.items()
+        }
+        self.filled: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    @torch.inference_mode()
+    def seconds(self, mode: str) -> float:
+        """One pass, or the mean of as many as make up a tenth of a second."""
+        decode = mode.startswith("decode")
+        repeats, spent = 0, 0.0
+        cache = self._cache(MODES[mode][0]) if decode else None
+        while spent < 0.1 or repeats < (3 if decode else 1):
+            if cache is not None:
+                cache.crop(CONTEXT)
+            spent += clock(self._pass, self.ids[mode], cache)
+            repeats += 1
+        return spent / repeats
+
+    def _cache(self, batch: int) -> Any:
+        cache = DynamicCache(config=self.model.config)
+        ids = self.ids["prefill 8 x 512"][:batch]
+        self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        self._pass(self.ids[f"decode, batch {batch}"], cache)
+        return cache
+
+    def _pass(self, ids: Tensor, cache: Any) -> None:
+        self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+
+
+def clock(work: Callable[..., Any], *arguments: Any) -> float:
+    """Seconds, waiting for a GPU before and after."""
+    if GPU:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work(*arguments)
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def limits(model: Any, mode: str, linear: float) -> tuple[float, float]:
+    """Floating-point operations and bytes of one pass with `linear` numbers in the decoder's linear layers."""
+    config, (batch, length) = model.config, MODES[mode]
+    head = config.vocab_size * config.hidden_size
+    behind = CONTEXT if mode.startswith("decode") else 0
+    seen = length * behind + length * (length + 1) / 2
+    attention = 4 * batch * seen * config.hidden_size * config.num_hidden_layers
+    operations = 2 * batch * length * (linear + head) + attention
+    cached = 2 * batch * (behind + length) * config.hidden_size * config.num_hidden_layers
+    return operations, DTYPE.itemsize * (linear + head + cached)
+
+
+def compare() -> tuple[list[list[str]], list[dict[str, Any]]]:
+    """Every storage at equal keep and at equal rank, in turns with the dense model."""
+    model = dense_model()
+    runner = Runner(model)
+    dense_numbers = float(sum(site.parameters for site in find_sites(model)))
+    variants = [("two factors", "two_factor", "two_factor"), ("pivoted", "pivoted", "pivoted")]
+    variants.append(("pivoted, ranks of two factors", "pivoted", "two_factor"))
+    rows, figures = [], []
+    for keep in KEEPS:
+        for label, storage, ranks_of in variants:
+            ratios: dict[str, list[float]] = {mode: [] for mode in MODES}
+            absolute: dict[str, list[float]] = {mode: [] for mode in MODES}
+            for _ in range(ROUNDS):
+                dense = {mode: runner.seconds(mode) for mode in MODES}
+                with factored(model, keep, storage, ranks_of) as (numbers, _layers):
+                    for mode in MODES:
+                        absolute[mode].append(runner.seconds(mode))
+                        ratios[mode].append(absolute[mode][-1] / dense[mode])
+            cells = [f"{label}, keep {keep}" if storage == ranks_of else f"{label} at {keep}"]
+            for mode in MODES:
+                before, after = limits(model, mode, dense_numbers), limits(model, mode, numbers)
+                bound = tuple(b / a for a, b in zip(before, after, strict=True))
+                time_ratio = statistics.median(ratios[mode])
+                cells.append(f"{time_ratio:.2f} ({bound[0]:.2f} / {bound[1]:.2f})")
+                figures.append(
+                    {
+                        "variant": label,
+                        "keep": keep,
+                        "mode": mode,
+                        "ratio": time_ratio,
+                        "all": ratios[mode],
+                        "seconds": statistics.median(absolute[mode]),
+                        "operations_ratio": bound[0],
+                        "bytes_ratio": bound[1],
+                    }
+                )
+            rows.append(cells)
+            print(*cells, sep=" | ", flush=True)
+    return rows, figures
+
+
+def main() -> None:
+    rows, figures = compare()
+    what = "the whole shape, bfloat16" if GPU else "one block, float32"
+    body = (
+        f"Llama-2-7B's shapes, {what}: seconds over the dense model's, median of {ROUNDS} rounds; in brackets the "
+        "ratios of operations and of bytes.\n\n"
+    )
+    body += markdown_table(["", *MODES], rows)
+    write_result(f"speed-{'gpu' if GPU else 'cpu'}", "Speed of storage", "python benchmarks/speed.py", body, figures)
+
+
+if __name__ == "__main__":
+    main()
