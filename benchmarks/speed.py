@@ -13,10 +13,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from common import markdown_table, write_result
@@ -30,6 +32,7 @@ DTYPE = torch.bfloat16 if GPU else torch.float32
 LAYERS = 32 if GPU else 1
 CONTEXT = 512
 KEEPS = (0.8, 0.5)
+TOKENS = (1, 8, 512, 4096)
 ROUNDS = 9 if GPU else 5
 MODES = {
     "prefill 1 x 512": (1, 512),
@@ -191,15 +194,77 @@ def compare() -> tuple[list[list[str]], list[dict[str, Any]]]:
     return rows, figures
 
 
+def separate(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """One product a weight."""
+    return [linear(x, weight) for weight in weights]
+
+
+@torch.inference_mode()
+def parts() -> tuple[list[list[str]], list[dict[str, Any]]]:
+    """What one pivoted layer [4096, 4096] does beside its two products, and ways to do it; milliseconds."""
+    m = n = 4096
+    budget = Budget(keep=0.5, storage="pivoted")
+    rank = round(budget.rank_at(Site("", "q", 0, m, n, False, False, ""), 0.5))
+    first, rest = (torch.randn(shape, device=DEVICE, dtype=DTYPE) for shape in ((rank, n), (m - rank, rank)))
+    place = torch.randperm(m, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.int32)
+    stacked = torch.cat([first, first, first])
+    figures: list[dict[str, Any]] = []
+    for tokens in TOKENS:
+        x, ready = (torch.randn(tokens, n, device=DEVICE, dtype=DTYPE) for _ in range(2))
+
+        def in_place(x: Tensor = x) -> Tensor:
+            out = x.new_empty(len(x), m)
+            torch.mm(x, first.T, out=out[:, :rank])
+            torch.mm(out[:, :rank], rest.T, out=out[:, rank:])
+            return out
+
+        def products(x: Tensor = x) -> Tensor:
+            return linear(linear(x, first), rest)
+
+        def joined(x: Tensor = x) -> Tensor:
+            code = linear(x, first)
+            return torch.cat([code, linear(code, rest)], -1)
+
+        def by_gather(ready: Tensor = ready) -> Tensor:
+            return ready.gather(-1, place.long().expand(ready.shape))
+
+        ways: dict[str, Callable[[], Any]] = {
+            "the two products": products,
+            "products and joining": joined,
+            "products into one buffer": in_place,
+            "order by indexing": partial(ready.__getitem__, (..., place)),
+            "order by index_select": partial(ready.index_select, -1, place),
+            "order by gather": by_gather,
+            "three first factors": partial(separate, x, [first] * 3),
+            "three first factors as one": partial(linear, x, stacked),
+        }
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(ROUNDS):
+            for name, way in ways.items():
+                repeats, spent = 0, 0.0
+                while spent < 0.05 or repeats < 2:
+                    spent += clock(way)
+                    repeats += 1
+                found[name].append(1000 * spent / repeats)
+        figures.append({"tokens": tokens, "milliseconds": {k: statistics.median(v) for k, v in found.items()}})
+    names = list(figures[0]["milliseconds"])
+    return [[name, *(f"{f['milliseconds'][name]:.3g}" for f in figures)] for name in names], figures
+
+
 def main() -> None:
     rows, figures = compare()
+    part_rows, part_figures = parts()
     what = "the whole shape, bfloat16" if GPU else "one block, float32"
     body = (
         f"Llama-2-7B's shapes, {what}: seconds over the dense model's, median of {ROUNDS} rounds; in brackets the "
         "ratios of operations and of bytes.\n\n"
     )
     body += markdown_table(["", *MODES], rows)
-    write_result(f"speed-{'gpu' if GPU else 'cpu'}", "Speed of storage", "python benchmarks/speed.py", body, figures)
+    body += "\n\nParts of one pivoted layer [4096, 4096] at keep 0.5, and other ways to do them, milliseconds:\n\n"
+    body += markdown_table(["tokens", *map(str, TOKENS)], part_rows)
+    everything = {"models": figures, "parts": part_figures}
+    name = f"speed-{'gpu' if GPU else 'cpu'}"
+    write_result(name, "Speed of storage", "python benchmarks/speed.py", body, everything)
 
 
 if __name__ == "__main__":

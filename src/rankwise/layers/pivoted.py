@@ -36,8 +36,10 @@ class PivotedLinear(nn.Module):
         code = self.first(x)
         first = code if self.first_bias is None else code + self.first_bias
         outputs = torch.cat([first, self.rest(code)], dim=-1)
-        # Indexing is several times faster than index_select along the last dimension on a CPU.
-        return outputs if self.place is None else outputs[..., self.place]
+        if self.place is None:
+            return outputs
+        # On a CPU several times faster than indexing, and never slower (benchmarks/results/speed-cpu.md).
+        return outputs.gather(-1, self.place.long().expand(outputs.shape))
 
     def dense_weight(self) -> Tensor:
         """The matrix it stands for, shape `[m, n]`, float64."""
