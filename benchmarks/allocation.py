@@ -88,7 +88,7 @@ def measure(model: str, shared: Path, run_directory: Path, **changes: Any) -> di
     seconds = time.monotonic() - started
     return {
         "kept": result.plan.kept,
-        "perplexity": {text: score(result.model, recipe.model, settings) for text, settings in texts.items()},
+        "perplexity": {text: score(result.model.float(), recipe.model, settings) for text, settings in texts.items()},
         "seconds": seconds,
         "search": result.report["search"],
     }

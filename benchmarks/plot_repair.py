@@ -23,7 +23,7 @@ LINES = [
     ("allocation", "bolaco, bayesian:5x4", "Bolaco's search, 5x4", "tab:orange", ":"),
     ("repair", "two-factor, spectral", "estimated loss (default)", "tab:blue", "--"),
     ("repair", "pivoted, spectral", "and pivoted storage", "tab:blue", "-"),
-    ("repair", "pivoted, spectral, blocks, factors on 3 MB", "and repair", "black", "-"),
+    ("repair", "1024 sequences: pivoted, spectral, blocks, factors", "and repair", "black", "-"),
 ]
 
 

@@ -10,12 +10,13 @@ then goes on after a stop.
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from allocation import LOW_DAMPING, Kept, score, validation
+from allocation import Kept, score, validation
 from common import markdown_table, shared_directory, write_result
 from methods import protocols
 from rankwise import compress
@@ -27,11 +28,16 @@ from rankwise.recipe import recipe_from
 KEEPS = {"stories260k": (0.9, 0.8, 0.7), "wiki-llama-8m": (0.6, 0.4, 0.25, 0.15)}
 SEARCH = "bayesian:spectral"
 
-# Name of the row, method, allocation, storage, steps of the repair, settings of the repair.
+LOW_DAMPING = {"name": "two_sided", "damping": 0.01}
+REFIT_BOTH = {"refit": {"factors": "both"}}
+# Four times the text, and as many steps on it.
+MORE_TEXT = {"calibration": {"sequences": 1024}, "repair": {"blocks": {"epochs": 2}, "factors": {"epochs": 1}}}
+
+# Name of the row, method, allocation, storage, steps of the repair, further keys of the recipe.
 Row = tuple[str, Any, str, str, str, dict[str, Any]]
 
 
-def rows(model: str, shared: Path) -> list[Row]:
+def rows(model: str) -> list[Row]:
     """Every combination that is measured on a model."""
     two_sided = "two_sided"
     plain: list[Row] = [
@@ -40,39 +46,46 @@ def rows(model: str, shared: Path) -> list[Row]:
         ("pivoted, spectral", two_sided, "spectral", "pivoted", "", {}),
         ("pivoted, search", two_sided, SEARCH, "pivoted", "", {}),
     ]
-    both = {"refit": {"factors": "both"}}
-    if model == "stories260k":
-        return [
-            *plain,
-            ("pivoted, spectral (damping 0.1)", LOW_DAMPING, "spectral", "pivoted", "", {}),
-            ("pivoted, search (damping 0.1)", LOW_DAMPING, SEARCH, "pivoted", "", {}),
-            ("pivoted, spectral, refit", two_sided, "spectral", "pivoted", "refit", {}),
-            ("pivoted, spectral, refit of both factors", two_sided, "spectral", "pivoted", "refit", both),
-            ("pivoted, spectral, subspace", two_sided, "spectral", "pivoted", "subspace", {}),
-            ("pivoted, spectral, blocks", two_sided, "spectral", "pivoted", "blocks", {}),
-            ("pivoted, spectral, factors", two_sided, "spectral", "pivoted", "factors", {}),
-            ("pivoted, spectral, blocks, factors", two_sided, "spectral", "pivoted", "blocks,factors", {}),
-            ("pivoted, search, blocks", two_sided, SEARCH, "pivoted", "blocks", {}),
-            ("pivoted, search, factors", two_sided, SEARCH, "pivoted", "factors", {}),
-            ("pivoted, search, blocks, factors", two_sided, SEARCH, "pivoted", "blocks,factors", {}),
-        ]
-    more = {"data": f"text:{shared}/data/mix.calibration.txt", "length": 256}
-    return [
-        *plain,
+    repaired: list[Row] = [
         ("pivoted, spectral, refit", two_sided, "spectral", "pivoted", "refit", {}),
+        ("pivoted, spectral, refit of both factors", two_sided, "spectral", "pivoted", "refit", {"repair": REFIT_BOTH}),
         ("pivoted, spectral, subspace", two_sided, "spectral", "pivoted", "subspace", {}),
         ("pivoted, spectral, blocks", two_sided, "spectral", "pivoted", "blocks", {}),
         ("pivoted, spectral, factors", two_sided, "spectral", "pivoted", "factors", {}),
         ("pivoted, spectral, blocks, factors", two_sided, "spectral", "pivoted", "blocks,factors", {}),
         ("pivoted, search, blocks, factors", two_sided, SEARCH, "pivoted", "blocks,factors", {}),
-        ("pivoted, spectral, blocks, factors on 3 MB", two_sided, "spectral", "pivoted", "blocks,factors", more),
-        ("pivoted, search, blocks, factors on 3 MB", two_sided, SEARCH, "pivoted", "blocks,factors", more),
+    ]
+    if model == "stories260k":
+        longer = {"repair": {"factors": {"epochs": 8}}}
+        return [
+            *plain,
+            ("pivoted, spectral (damping 0.01)", LOW_DAMPING, "spectral", "pivoted", "", {}),
+            ("pivoted, search (damping 0.01)", LOW_DAMPING, SEARCH, "pivoted", "", {}),
+            *repaired,
+            ("pivoted, spectral, factors, 8 epochs", two_sided, "spectral", "pivoted", "factors", longer),
+            ("pivoted, search, blocks", two_sided, SEARCH, "pivoted", "blocks", {}),
+            ("pivoted, search, factors", two_sided, SEARCH, "pivoted", "factors", {}),
+        ]
+    return [
+        *plain,
+        *repaired,
+        ("1024 sequences: pivoted, spectral", two_sided, "spectral", "pivoted", "", MORE_TEXT),
+        ("1024 sequences: pivoted, spectral, blocks", two_sided, "spectral", "pivoted", "blocks", MORE_TEXT),
+        (
+            "1024 sequences: pivoted, spectral, blocks, factors",
+            two_sided,
+            "spectral",
+            "pivoted",
+            "blocks,factors",
+            MORE_TEXT,
+        ),
+        ("1024 sequences: pivoted, search, blocks, factors", two_sided, SEARCH, "pivoted", "blocks,factors", MORE_TEXT),
     ]
 
 
 def measure(model: str, shared: Path, run_directory: Path, row: Row, keep: float) -> dict[str, Any]:
     """Compress once and score on every text; only `infeasible` when nothing fits."""
-    _, method, allocation, storage, steps, settings = row
+    _, method, allocation, storage, steps, changes = row
     calibration, texts = protocols(model, shared)
     recipe = recipe_from(
         {
@@ -80,9 +93,9 @@ def measure(model: str, shared: Path, run_directory: Path, row: Row, keep: float
             "method": method,
             "allocation": allocation,
             "budget": {"keep": keep, "rank_multiple": 1, "storage": storage},
-            "calibration": calibration,
+            "calibration": {**calibration, **changes.get("calibration", {})},
             "validation": validation(model, shared),
-            "repair": {"steps": steps, **settings} if steps else {},
+            "repair": {"steps": steps, **changes.get("repair", {})},
         }
     )
     started = time.monotonic()
@@ -96,7 +109,7 @@ def measure(model: str, shared: Path, run_directory: Path, row: Row, keep: float
     ]
     return {
         "kept": result.plan.kept,
-        "perplexity": {text: score(result.model, recipe.model, at) for text, at in texts.items()},
+        "perplexity": {text: score(result.model.float(), recipe.model, at) for text, at in texts.items()},
         "seconds": time.monotonic() - started,
         "repair": repairs,
         "repair_seconds": sum(step["seconds"] for step in repairs),
@@ -108,16 +121,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=sorted(KEEPS))
     parser.add_argument("--run-dir", type=Path)
-    parser.add_argument("--only", default="", help="measure only rows whose name holds this")
+    parser.add_argument("--only", default="", help="measure only rows whose name matches this regular expression")
+    parser.add_argument("--keeps", type=float, nargs="*", help="measure only these fractions")
     parser.add_argument("--write", action="store_true", help="only write the table of what is finished in --run-dir")
     arguments = parser.parse_args()
     model, shared = arguments.model, shared_directory()
     folder = arguments.run_dir or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     kept = Kept(folder / f"repair-{model}.json")
-    table = rows(model, shared)
+    table = rows(model)
     for row in [] if arguments.write else table:
-        for keep in KEEPS[model] if arguments.only in row[0] else ():
+        for keep in arguments.keeps or KEEPS[model] if re.search(arguments.only, row[0]) else ():
             label = {"row": row[0], "keep": keep}
             if kept.get(label) is None:
                 kept.add({**label, **measure(model, shared, folder / "run", row, keep)})
@@ -135,8 +149,8 @@ def main() -> None:
     timed = [row for row in table if row[4]]
     cells = [[row[0], *(seconds(kept, row[0], keep) for keep in KEEPS[model])] for row in timed]
     parts.append(markdown_table(header, cells) + "\n")
-    parts.append("One seed. Rank multiple 1, 50 trials a search. A repair learns from the calibration sequences alone")
-    parts[-1] += ", unless the row says more." if model != "stories260k" else "."
+    parts.append("One seed. Rank multiple 1, 50 trials a search. A repair learns from the calibration sequences alone:")
+    parts[-1] += " 192." if model == "stories260k" else " 256, unless the row says more. A dash was not measured."
     title = f"Storage and repair, {model}"
     command = f"python benchmarks/repair.py {model}"
     write_result(f"repair-{model}", title, command, "\n".join(parts), {"dense": dense, "runs": kept.figures})

@@ -63,32 +63,37 @@ def layer_of(site: Site, rank: int, storage: str, folded: bool) -> nn.Module:
     return layer.to(DTYPE).eval().requires_grad_(False)
 
 
-@contextmanager
-def factored(model: Any, keep: float, storage: str, ranks_of: str) -> Iterator[tuple[float, list[nn.Module]]]:
-    """A model with factored layers for as long as the block runs; up keeps the order of its storage, as in checkpoints.
+def factored(model: Any, keep: float, storage: str, ranks_of: str) -> tuple[float, dict[str, nn.Module]]:
+    """Factored layers for every site; up keeps the order of its storage, as in checkpoints.
 
     Args:
-        model: changed in place and back.
+        model: the dense model.
         keep: fraction kept by the storage `ranks_of`.
         storage: what is built.
         ranks_of: whose ranks are taken.
 
-    Yields:
-        Numbers in the factored layers, and the layers.
+    Returns:
+        Numbers in the layers, and the layers by name.
     """
-    sites = find_sites(model)
-    budget = Budget(keep=keep, storage=ranks_of)
-    own = Budget(storage=storage)
-    originals = {site.name: site.module(model) for site in sites}
-    total, layers = 0, []
-    for site in sites:
+    budget = Budget.model_validate({"keep": keep, "storage": ranks_of})
+    own = Budget.model_validate({"storage": storage})
+    total, layers = 0, {}
+    for site in find_sites(model):
         rank = budget.round_rank(site, budget.rank_at(site, keep))
         assert rank is not None
         total += own.cost(site, rank)
-        layers.append(layer_of(site, rank, storage, folded=site.role == "up"))
-        model.set_submodule(site.name, layers[-1])
+        layers[site.name] = layer_of(site, rank, storage, folded=site.role == "up")
+    return float(total), layers
+
+
+@contextmanager
+def in_place(model: Any, layers: dict[str, nn.Module]) -> Iterator[None]:
+    """Exchange layers of a model for as long as the block runs."""
+    originals = {name: model.get_submodule(name) for name in layers}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
     try:
-        yield float(total), layers
+        yield
     finally:
         for name, module in originals.items():
             model.set_submodule(name, module)
@@ -165,9 +170,10 @@ def compare() -> tuple[list[list[str]], list[dict[str, Any]]]:
         for label, storage, ranks_of in variants:
             ratios: dict[str, list[float]] = {mode: [] for mode in MODES}
             absolute: dict[str, list[float]] = {mode: [] for mode in MODES}
+            numbers, layers = factored(model, keep, storage, ranks_of)
             for _ in range(ROUNDS):
                 dense = {mode: runner.seconds(mode) for mode in MODES}
-                with factored(model, keep, storage, ranks_of) as (numbers, _layers):
+                with in_place(model, layers):
                     for mode in MODES:
                         absolute[mode].append(runner.seconds(mode))
                         ratios[mode].append(absolute[mode][-1] / dense[mode])
@@ -212,7 +218,7 @@ def parts() -> tuple[list[list[str]], list[dict[str, Any]]]:
     for tokens in TOKENS:
         x, ready = (torch.randn(tokens, n, device=DEVICE, dtype=DTYPE) for _ in range(2))
 
-        def in_place(x: Tensor = x) -> Tensor:
+        def one_buffer(x: Tensor = x) -> Tensor:
             out = x.new_empty(len(x), m)
             torch.mm(x, first.T, out=out[:, :rank])
             torch.mm(out[:, :rank], rest.T, out=out[:, rank:])
@@ -231,7 +237,7 @@ def parts() -> tuple[list[list[str]], list[dict[str, Any]]]:
         ways: dict[str, Callable[[], Any]] = {
             "the two products": products,
             "products and joining": joined,
-            "products into one buffer": in_place,
+            "products into one buffer": one_buffer,
             "order by indexing": partial(ready.__getitem__, (..., place)),
             "order by index_select": partial(ready.index_select, -1, place),
             "order by gather": by_gather,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from rankwise.recovery.training import Training
 
 
@@ -12,4 +16,6 @@ class FullFactors(Training):
         norms: whether the norms of the blocks are trained too.
     """
 
+    epochs: Annotated[float, Field(gt=0)] = 4
+    lr: Annotated[float, Field(gt=0)] = 0.005
     norms: bool = False
