@@ -2,9 +2,9 @@
 
 python benchmarks/gpu.py
 
-Needs torch and transformers, the package on the path (PYTHONPATH=src will do) and 40 GB of GPU memory; no models or data.
-Writes results/speed-gpu.md (storage, the whole of Llama-2-7B's shape) and results/trials-gpu.md (a search's trial against
-a bare forward pass, 8 of its layers).
+Needs torch, transformers and BoTorch, the package on the path (PYTHONPATH=src will do) and 40 GB of GPU memory; no
+models or data. Writes results/speed-gpu.md (storage, the whole of Llama-2-7B's shape) and results/trials-gpu.md (a
+search's trial against a bare forward pass, 8 of its layers).
 """
 
 from __future__ import annotations

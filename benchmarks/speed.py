@@ -119,7 +119,7 @@ class Runner:
         cache = self._cache(MODES[mode][0]) if decode else None
         while spent < 0.1 or repeats < (3 if decode else 1):
             if cache is not None:
-                cache.crop(CONTEXT)
+                cache.crop(-1)
             spent += clock(self._pass, self.ids[mode], cache)
             repeats += 1
         return spent / repeats
