@@ -121,7 +121,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=sorted(KEEPS))
     parser.add_argument("--run-dir", type=Path)
-    parser.add_argument("--only", default="", help="measure only rows whose name matches this regular expression")
+    parser.add_argument(
+        "--only", default="", help="measure only rows that match this regular expression, and write no table"
+    )
     parser.add_argument("--keeps", type=float, nargs="*", help="measure only these fractions")
     parser.add_argument("--write", action="store_true", help="only write the table of what is finished in --run-dir")
     arguments = parser.parse_args()
@@ -136,6 +138,8 @@ def main() -> None:
             if kept.get(label) is None:
                 kept.add({**label, **measure(model, shared, folder / "run", row, keep)})
                 print(label, kept.figures[-1].get("perplexity", "infeasible"), flush=True)
+    if arguments.only and not arguments.write:
+        return
     _, texts = protocols(model, shared)
     source = str(shared / "models" / model)
     dense = {text: score(load_model(source).model, source, settings) for text, settings in texts.items()}
