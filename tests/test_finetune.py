@@ -171,7 +171,7 @@ def test_a_killed_training_is_refused_with_other_settings_and_goes_on_with_the_s
     monkeypatch.setattr(recovery, "train", whole)
     folder = compressed.with_name(".tuned.training")
     assert list(folder.glob("checkpoint-*"))
-    failed(finetune(*words, "--lr", 0.002), "other settings: settings", "--restart")
+    failed(finetune(*words, "--lr", 0.002), "begun with other settings: lr.", "--restart")
     status, _, err = finetune(*words)
     assert status == 0, err
     found = load_model(str(compressed.with_name("tuned"))).model

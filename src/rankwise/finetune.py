@@ -125,7 +125,9 @@ def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | No
             )
         learned = Examples(examples.ids[: -wanted.held_out], examples.labels[: -wanted.held_out], examples.source)
         judged = Examples(examples.ids[-wanted.held_out :], examples.labels[-wanted.held_out :], examples.source)
-        settings = {**wanted.model_dump(mode="json"), "examples": examples.fingerprint}
+        # Flat, so that a difference can be named: --lr rather than "settings".
+        settings = wanted.model_dump(mode="json", exclude={"settings"}) | wanted.settings.model_dump(mode="json")
+        settings["contents of the data"] = examples.fingerprint
         _same_settings(folder, settings, restart)
         sites = sites_of(loaded, plan)
         before = measure_cost(loaded.model, sites, loaded.stored_dtypes)
