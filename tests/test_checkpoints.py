@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import tiny_llama
 from rankwise import compress
-from rankwise.checkpoints import REPORT_FILE, load_model
+from rankwise.checkpoints import REPORT_FILE, fingerprint, load_model
 from rankwise.errors import OutputError
 from rankwise.evaluation import measure_cost
 from rankwise.layers import LowRankLinear
@@ -175,3 +175,12 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_finished_stages(
         compress(recipe_from(settings(output=str(output), budget={"keep": 0.5, "rank_multiple": 1})))
     assert (output / REPORT_FILE).read_bytes() == before
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_the_precision_a_model_computes_in_does_not_change_its_fingerprint(bundled: Path) -> None:
+    found = {
+        precision: fingerprint(loaded.model, loaded.stored_dtypes)
+        for precision in ("auto", "stored")
+        for loaded in [load_model(str(bundled), precision=precision)]
+    }
+    assert found["auto"] == found["stored"]

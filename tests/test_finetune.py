@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from conftest import tiny_llama
 from rankwise import cli, compress, recovery
 from rankwise import finetune as finetune_flow
 from rankwise.budget import Budget, RankPlan
@@ -22,6 +24,7 @@ from rankwise.data.instructions import IGNORED, prompt_of, read_instructions
 from rankwise.errors import DataError
 from rankwise.recipe import recipe_from
 from rankwise.sites import Site
+from rankwise.stages import tuning
 from test_checkpoints import _ELSEWHERE, IDS
 
 Run = Callable[..., tuple[int, str, str]]
@@ -146,7 +149,7 @@ def test_a_diverging_training_is_rolled_back_and_said(
     assert "from 1 to 1.5" in err
     ids = torch.tensor([IDS])
     one, other = (load_model(str(compressed.with_name(name))).model for name in ("small", "tuned"))
-    torch.testing.assert_close(one(input_ids=ids).logits, other(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
+    assert torch.equal(one(input_ids=ids).logits, other(input_ids=ids).logits)
 
 
 def test_a_killed_training_is_refused_with_other_settings_and_goes_on_with_the_same(
@@ -157,7 +160,7 @@ def test_a_killed_training_is_refused_with_other_settings_and_goes_on_with_the_s
     assert status == 0
     expected = load_model(str(compressed.with_name("tuned"))).model
     shutil.rmtree(compressed.with_name("tuned"))
-    whole = recovery.train
+    whole = tuning.train
 
     def killed(*arguments: Any, **named: Any) -> Any:
         def told(step: int, steps: int, loss: float) -> None:
@@ -166,12 +169,19 @@ def test_a_killed_training_is_refused_with_other_settings_and_goes_on_with_the_s
 
         return whole(*arguments, **{**named, "step_done": told})
 
-    monkeypatch.setattr(recovery, "train", killed)
+    monkeypatch.setattr(tuning, "train", killed)
     assert finetune(*words)[0] == 130
-    monkeypatch.setattr(recovery, "train", whole)
+    monkeypatch.setattr(tuning, "train", whole)
     folder = compressed.with_name(".tuned.training")
     assert list(folder.glob("checkpoint-*"))
     failed(finetune(*words, "--lr", 0.002), "begun with other settings: lr.", "--restart")
+    weights = compressed / "model.safetensors"
+    whole_weights = weights.read_bytes()
+    save_file(
+        {n: 2 * t if t.is_floating_point() else t for n, t in load_file(weights).items()}, weights, {"format": "pt"}
+    )
+    failed(finetune(*words), "begun with other settings: weights of the model.")
+    weights.write_bytes(whole_weights)
     status, _, err = finetune(*words)
     assert status == 0, err
     found = load_model(str(compressed.with_name("tuned"))).model
@@ -189,6 +199,9 @@ def test_what_cannot_be_tuned(finetune: Run, compressed: Path, tiny: Path, text:
     failed(finetune(data=f"text:{text}.gone"), "gone")
     failed(finetune("--output-only", data=f"text:{text}"), "no outputs")
     failed(finetune("--loss", "kl", "--original", tmp_path / "nowhere"), "needs the original", "--original")
+    failed(finetune("--evaluation", text), "evaluation: ")
+    tiny_llama(vocab_size=1000).save_pretrained(tmp_path / "other")
+    failed(finetune("--loss", "kl", "--original", tmp_path / "other"), "predicts 1000 tokens")
     report = json.loads((compressed / REPORT_FILE).read_text())
     (compressed / "plan.json").write_text(
         json.dumps({**json.loads((compressed / "plan.json").read_text()), "ranks": dict.fromkeys(report["sites"])})
@@ -211,6 +224,11 @@ def test_the_first_bad_line_is_named(line: str, message: str, finetune: Run, ins
     lines = instructions.read_text().splitlines()
     instructions.write_text("\n".join([*lines[:3], line, *lines[3:], "also bad"]))
     failed(finetune(), message, f"{instructions}, line 4")
+
+
+def test_a_line_in_another_encoding_is_named(finetune: Run, instructions: Path) -> None:
+    instructions.write_bytes('{"instruction": "café", "output": "a"}'.encode("latin-1") + b"\n")
+    failed(finetune(), "not JSON", "line 1")
 
 
 def test_examples_longer_than_the_length_are_cut_and_counted(finetune: Run, instructions: Path) -> None:
@@ -248,4 +266,9 @@ def test_the_flow_is_there_for_python_too(compressed: Path, instructions: Path, 
     wanted = finetune_flow.FineTune(
         model=str(compressed), data=f"alpaca:{instructions}", output=str(tmp_path / "mine"), length=32, held_out=5
     )
-    assert finetune_flow.finetune(wanted)["finetune"][0]["settings"]["method"] == "full-factors"
+    report = finetune_flow.finetune(wanted)
+    assert report["finetune"][0]["settings"]["method"] == "full-factors"
+    assert report["finetune"][0]["settings"]["settings"]["epochs"] == 4
+    assert type(wanted.model_copy(update={"method": "lora"}).training).__name__ == "Lora"
+    with pytest.raises(ValueError, match="not those of lora"):
+        finetune_flow.FineTune(**{**wanted.model_dump(), "method": "lora", "settings": recovery.Subspace()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import tiny_llama
 from rankwise import compress
@@ -37,12 +39,13 @@ from rankwise.recovery import (
     merge_lora,
     merge_subspace,
     refit_block,
+    steps_of,
     train,
     train_block,
     trainable,
 )
 from rankwise.recovery.refit import refit_both, refit_left
-from rankwise.recovery.training import mean_loss, token_losses
+from rankwise.recovery.training import _micro, mean_loss, token_losses
 from rankwise.sites import Site, find_sites
 
 Settings = Callable[..., dict[str, Any]]
@@ -122,7 +125,7 @@ def test_a_refit_brings_a_block_nearer_to_the_original(factors: Any) -> None:
     model, sites, original = factored_llama()
     runner = BlockRunner(model, IDS, 4)
     inside = [site for site in sites if site.block == 0]
-    embedded = runner.embed()
+    embedded = runner.embed(torch.empty(runner.shape))
     target = torch.empty_like(embedded)
     with original.in_place(model, inside):
         runner.forward_all(0, embedded, target)
@@ -141,7 +144,7 @@ def test_blocks_run_one_by_one_give_what_the_model_gives() -> None:
     model, _, original = factored_llama(num_hidden_layers=3)
     runner = BlockRunner(model, IDS, 4)
     runner.check()
-    hidden = runner.embed()
+    hidden = runner.embed(torch.empty(runner.shape))
     for index in range(3):
         runner.forward_all(index, hidden, hidden)
     with torch.no_grad():
@@ -157,7 +160,7 @@ def test_blocks_run_one_by_one_give_what_the_model_gives() -> None:
 def test_a_block_learns_its_originals_output_and_nothing_else_changes(norms: bool) -> None:
     model, sites, original = factored_llama()
     runner = BlockRunner(model, IDS, 4)
-    embedded = runner.embed()
+    embedded = runner.embed(torch.empty(runner.shape))
     target, ahead = torch.empty_like(embedded), torch.empty_like(embedded)
     with original.in_place(model):
         runner.forward_all(0, embedded, target)
@@ -446,3 +449,75 @@ def test_the_original_comes_back_even_when_something_breaks() -> None:
     with original.in_place(model):
         torch.testing.assert_close(logits(model), logits(tiny_llama()))
     assert torch.equal(logits(model), changed)
+
+
+@given(size=st.integers(1, 70), micro=st.integers(1, 20), count=st.integers(1, 200), epochs=st.integers(1, 5))
+def test_epochs_are_passes_and_batches_have_the_size_asked_for(size: int, micro: int, count: int, epochs: int) -> None:
+    settings = FullFactors(batch_size=size, micro_batch=micro, epochs=epochs)
+    memory, accumulate = _micro(settings)
+    assert memory <= micro
+    assert memory * accumulate == size
+    assert steps_of(settings, count) == epochs * math.ceil(math.ceil(count / memory) / accumulate)
+
+
+def test_a_block_that_is_told_the_tokens_cannot_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = factored_llama()
+    layer = type(model.model.layers[0])
+    whole, tokens = layer.forward, []
+
+    def forward(self: Any, hidden: Tensor, *rest: Any, extra: Tensor | None = None, **named: Any) -> Any:
+        return whole(self, hidden if extra is None else hidden + extra, *rest, **named)
+
+    def hand_over(_module: Any, positional: Any, named: Any) -> Any:
+        return positional, {**named, "extra": model.model.embed_tokens(tokens[-1])} if "extra" not in named else named
+
+    monkeypatch.setattr(layer, "forward", forward)
+    model.register_forward_pre_hook(lambda _m, _a, named: tokens.append(named["input_ids"]), with_kwargs=True)
+    # Registered by the model before any hook of the runner, as if the model itself passed it.
+    for block in model.model.layers:
+        block.register_forward_pre_hook(hand_over, with_kwargs=True)
+    with pytest.raises(RankwiseError, match="run one by one, differ"):
+        BlockRunner(model, IDS, 4).check()
+
+
+def test_training_leaves_no_mark_and_counts_no_first_token(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=2048, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    torch.manual_seed(0)
+    model: Any = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    sites = find_sites(model)
+    for site in sites:
+        u, s, v = torch.linalg.svd(site.weight(model).double(), full_matrices=False)
+        substitute(model, site, Factors(u[:, :8] * s[:8], v[:8], site.bias(model)))
+    rows = examples(4)
+    settings = FullFactors(loss="lm", epochs=1, batch_size=4, lr=1e-6)
+    expected = mean_loss(model, rows, settings, None)
+    parameters = trainable(model, sites, norms=False)
+    history = train(model, parameters, rows, settings, teacher=None, folder=tmp_path, seed=0)
+    assert history[0]["loss"] == pytest.approx(expected, rel=1e-3)
+    assert model.config.use_cache is True
+
+
+def test_a_model_that_computes_in_bfloat16_is_repaired_too(repairing: Settings) -> None:
+    values = repairing("blocks,factors", precision="stored", repair={"blocks": {"norms": True}})
+    result = compress(recipe_from(values))
+    assert [step["step"] for step in result.report["repair"]] == ["blocks", "factors"]
+
+
+def test_nothing_to_repair_is_said(repairing: Settings) -> None:
+    budget = {"keep": 1, "rank_multiple": 1}
+    result = compress(recipe_from(repairing("refit,blocks,subspace,factors", budget=budget)))
+    assert result.report["repair"] == []
+    assert sum("nothing to do" in note for note in result.report["notes"]) == 4
+
+
+def test_learning_from_the_text_that_judges_is_said(repairing: Settings, text: Path) -> None:
+    result = compress(recipe_from(repairing("subspace", repair={"data": f"text:{text}", "length": 5000})))
+    assert any("judged by" in note for note in result.report["notes"])
+    assert any("context of 64" in note for note in result.report["notes"])
+
+
+def test_a_refit_without_enough_text_says_what_to_do(repairing: Settings) -> None:
+    calibration = {"source": "bundled", "sequences": 1, "length": 8}
+    refit = {"factors": "both", "damping": 1e-18}
+    with pytest.raises(NotFiniteError, match=r"refit\.damping"):
+        compress(recipe_from(repairing("refit", method="svd", calibration=calibration, repair={"refit": refit})))

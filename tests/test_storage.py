@@ -95,10 +95,11 @@ class Scaled(nn.Module):
         return nn.functional.silu(x) * self.scales
 
 
-def test_an_order_is_kept_where_the_channels_are_not_interchangeable() -> None:
+@pytest.mark.parametrize("spread", [0.02, 2])
+def test_an_order_is_kept_where_the_channels_are_not_interchangeable(spread: float) -> None:
     model = tiny_llama()
     sites = pivot_all(model)
-    scales = torch.linspace(0.1, 3, 80)
+    scales = torch.linspace(1, 1 + spread, 80)
     for block in model.model.layers:
         block.mlp.act_fn = Scaled(scales)
     ids = torch.tensor([IDS])

@@ -200,5 +200,7 @@ def fingerprint(model: nn.Module, stored_dtypes: dict[str, torch.dtype]) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(json.dumps([name, list(parameter.shape), str(stored_dtypes.get(name))]).encode())
-        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        # As stored: what it computes in does not change which model it is.
+        values = parameter.detach().to("cpu", stored_dtypes.get(name, parameter.dtype)).contiguous()
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -73,7 +73,8 @@ def finetune(
     except ValidationError as problem:
         first = problem.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"{where}: {first['msg']} (given: {first['input']!r}).", where="finetune") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{where}: {message} (given: {first['input']!r}).", where="finetune") from None
     report = run(wanted, restart=restart, reporter=reporter_for(quiet))
     facts = report["finetune"][-1]
     if json:

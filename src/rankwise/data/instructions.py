@@ -73,7 +73,7 @@ def read_instructions(path: Path) -> Iterator[dict[str, str]]:
     """
     if not path.is_file():
         raise DataError("There is no such file.", where=str(path), remedy="check the path given for the data")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

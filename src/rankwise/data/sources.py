@@ -145,7 +145,7 @@ def _text(source: Source) -> Iterator[str]:
 
 
 def _jsonl(source: Source) -> Iterator[str]:
-    with _existing(source).open(encoding="utf-8") as lines:
+    with _existing(source).open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

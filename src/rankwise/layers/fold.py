@@ -17,8 +17,9 @@ from rankwise.layers.low_rank import LowRankLinear
 from rankwise.layers.pivoted import PivotedLinear
 from rankwise.sites import Site
 
-_TOLERANCE = 0.05
-"""Far above what another order of summation changes in bfloat16, far below what wrongly paired channels do."""
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_COARSE_TOLERANCE = 0.05
+"""Above what another order of summation changes in that dtype, below what wrongly paired channels do."""
 
 
 def _set(changes: list[tuple[Any, str, Any]], owner: Any, name: str, value: Any) -> None:
@@ -89,7 +90,8 @@ def fold_orders(model: Any, sites: Sequence[Site], probe: Tensor) -> int:
         _permute_inputs(changes, modules["down"], order)
         folded += 1
     after = model(input_ids=probe, use_cache=False).logits.float()
-    if float((after - before).norm()) <= _TOLERANCE * float(before.norm()):
+    tolerance = _TOLERANCE.get(model.get_input_embeddings().weight.dtype, _COARSE_TOLERANCE)
+    if float((after - before).norm()) <= tolerance * float(before.norm()):
         return folded
     for owner, name, value in reversed(changes):
         setattr(owner, name, value)

@@ -8,7 +8,7 @@ from rankwise.recovery.parameters import trainable
 from rankwise.recovery.refit import Refit, refit_block
 from rankwise.recovery.runner import BlockRunner, allocate
 from rankwise.recovery.subspace import Subspace, attach_subspace, merge_subspace
-from rankwise.recovery.training import Teacher, Training, mean_loss, train
+from rankwise.recovery.training import Teacher, Training, mean_loss, steps_of, train
 
 __all__ = [
     "BlockRunner",
@@ -28,6 +28,7 @@ __all__ = [
     "merge_lora",
     "merge_subspace",
     "refit_block",
+    "steps_of",
     "train",
     "train_block",
     "trainable",

@@ -53,6 +53,12 @@ def block_parameters(model: nn.Module, index: int, sites: Sequence[Site], norms:
     return trainable(model, [site for site in sites if site.block == index], norms)
 
 
+def _variance(hidden: Tensor) -> float:
+    """Mean over channels of the variance over tokens, sequence by sequence: hidden states may be larger than memory."""
+    mean = torch.stack([row.mean(0) for row in hidden]).mean(0)
+    return float(torch.stack([(row - mean).square().mean() for row in hidden]).mean())
+
+
 def train_block(
     runner: BlockRunner,
     index: int,
@@ -80,8 +86,10 @@ def train_block(
     Returns:
         The loss at each step: squared error relative to the targets' variance over tokens.
     """
-    scale = float((targets - targets.mean((0, 1))).square().mean())
-    later_scale = 1.0 if ahead is None else float((ahead[1] - ahead[1].mean((0, 1))).square().mean())
+    scale = _variance(targets)
+    later_scale = 1.0 if ahead is None else _variance(ahead[1])
+    # A mean over so many numbers has gradients below float16's range.
+    raised = float(targets[0].numel() * min(settings.batch_size, len(inputs))) if runner.dtype == torch.float16 else 1.0
     size = min(settings.batch_size, len(inputs))
     steps = max(1, round(settings.epochs * len(inputs) / size))
     steering, schedule = optimiser(parameters.values(), settings.lr, steps)
@@ -103,7 +111,11 @@ def train_block(
                 error = (later - ahead[1][rows].to(later)).square().mean()
                 loss = loss + settings.lookahead * error / later_scale
             steering.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss, inputs=list(parameters.values()))
+            torch.autograd.backward(raised * loss, inputs=list(parameters.values()))
+            if raised != 1:
+                for parameter in parameters.values():
+                    if parameter.grad is not None:
+                        parameter.grad /= raised
             steering.step()
             schedule.step()
             losses.append(float(loss.detach()))

@@ -49,7 +49,7 @@ class Original:
         vectors = {
             name: parameters[name].data.clone()
             for name, value in self.vectors.items()
-            if not torch.equal(parameters[name].data, value)
+            if parameters[name].dtype != value.dtype or not torch.equal(parameters[name].data, value)
         }
         for name in names:
             model.set_submodule(name, self.modules[name])

@@ -52,6 +52,8 @@ def trainable(model: nn.Module, sites: Sequence[Site], norms: bool) -> dict[str,
         owned = tuple(f"{site.name}." for site in sites)
         for name, parameter in model.named_parameters():
             if name.startswith(blocks) and not name.startswith(owned) and parameter.ndim == 1:
+                # Like the factors in float32: a step is lost in less.
+                parameter.data = parameter.data.float()
                 found[name] = parameter
     return found
 

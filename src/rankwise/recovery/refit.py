@@ -225,10 +225,17 @@ def refit_block(
             biased = layer.left.bias is not None
             cross, new, mean, mean_new = joint.covariances(biased)
             old = Factors(layer.left.weight.double(), layer.right.weight.double())
-            if settings.factors == "left":
-                found = refit_left(weight, old, cross, new, settings.damping)
-            else:
-                found = refit_both(weight, old.rank, cross, new, settings.damping)
+            try:
+                if settings.factors == "left":
+                    found = refit_left(weight, old, cross, new, settings.damping)
+                else:
+                    found = refit_both(weight, old.rank, cross, new, settings.damping)
+            except torch.linalg.LinAlgError as problem:
+                raise NotFiniteError(
+                    f"The refit failed: {str(problem).splitlines()[0]}",
+                    where=site.name,
+                    remedy="raise repair.refit.damping, or use more calibration text",
+                ) from None
             if not (torch.isfinite(found.left).all() and torch.isfinite(found.right).all()):
                 raise NotFiniteError("The refit gave NaN or an infinity.", where=site.name, remedy="raise the damping")
             layer.left.weight.data.copy_(found.left)

@@ -65,7 +65,6 @@ class BlockRunner:
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
         self.dtype = self.model.get_input_embeddings().weight.dtype
-        self.width = 0
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -76,15 +75,23 @@ class BlockRunner:
         for start in range(0, len(self.ids), self.batch_size):
             yield slice(start, min(start + self.batch_size, len(self.ids)))
 
-    @torch.no_grad()
-    def embed(self) -> Tensor:
-        """What the first block reads, shape `[sequences, length, d]`, float32 on the CPU."""
-        rows = []
-        for part in self.batches():
-            rows.append(self._inputs(self.ids[part]).float().cpu())
-        self.width = rows[0].shape[-1]
-        return torch.cat(rows)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the hidden states: sequences, length, d."""
+        sequences, length = self.ids.shape
+        return sequences, length, self._inputs(self.ids[:1]).shape[-1]
 
+    def embed(self, out: Tensor) -> Tensor:
+        """What the first block reads.
+
+        Args:
+            out: filled and returned, of `shape`.
+        """
+        for part in self.batches():
+            out[part] = self._inputs(self.ids[part]).cpu()
+        return out
+
+    @torch.no_grad()
     def _inputs(self, ids: Tensor) -> Tensor:
         seen: list[Tensor] = []
 
@@ -161,15 +168,19 @@ class BlockRunner:
             ModelError: for an architecture whose blocks exchange more than hidden states.
         """
         size = min(self.batch_size, len(self.ids), 2)
+        # What blocks are handed beside hidden states must not depend on the tokens: learned from one text, checked on
+        # another.
+        self.learn(size)
+        others = self.ids[:size].flip(-1)
         seen: list[Tensor] = []
         handle = self.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(first_of(out).float()))
         try:
             with computing(self.model):
-                self.model(input_ids=self.ids[:size].to(self.device), use_cache=False)
+                self.model(input_ids=others.to(self.device), use_cache=False)
         finally:
             handle.remove()
         try:
-            hidden = self._inputs(self.ids[:size])
+            hidden = self._inputs(others)
             for index in range(len(self.blocks)):
                 hidden = self.run(index, hidden)
             difference = float((hidden - seen[0]).norm() / seen[0].norm())

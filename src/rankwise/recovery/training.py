@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rankwise.data.instructions import IGNORED
-from rankwise.errors import MissingPackageError, NotFiniteError
+from rankwise.device import computing
+from rankwise.errors import MissingPackageError, NotFiniteError, RecipeError
 from rankwise.recovery.parameters import relative_groups
 
 Teacher = Callable[[Tensor, Tensor], Tensor]
@@ -51,6 +52,19 @@ class Training(BaseModel):
     loss: Literal["kl", "lm"] = "kl"
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.05
     save_every: Annotated[int, Field(ge=1)] = 100
+
+
+def steps_of(settings: Training, count: int) -> int:
+    """Steps of the optimiser for a training on `count` examples; the last step of an epoch may be a short one."""
+    micro, accumulate = _micro(settings)
+    return max(1, round(settings.epochs * math.ceil(math.ceil(count / micro) / accumulate)))
+
+
+def _micro(settings: Training) -> tuple[int, int]:
+    """Examples in memory at a time, and how many times that make up `batch_size` exactly."""
+    size = settings.batch_size
+    accumulate = next(a for a in range(math.ceil(size / settings.micro_batch), size + 1) if size % a == 0)
+    return size // accumulate, accumulate
 
 
 @dataclass(frozen=True)
@@ -149,15 +163,20 @@ def train(
         NotFiniteError: when the loss is no longer finite.
     """
     try:
-        import accelerate  # noqa: F401
+        import accelerate
     except ImportError:
         raise MissingPackageError("Training needs accelerate.", remedy="pip install 'rankwise[train]'") from None
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    accumulate = max(1, math.ceil(settings.batch_size / settings.micro_batch))
-    micro = math.ceil(settings.batch_size / accumulate)
-    steps = max(1, round(settings.epochs * len(examples) / settings.batch_size))
+    micro, accumulate = _micro(settings)
+    steps = steps_of(settings, len(examples))
     device = next(model.parameters()).device
+    if device.index not in (None, 0):
+        raise RecipeError(
+            f"Training runs on the first GPU, not on {device}.",
+            where="device",
+            remedy=f"set CUDA_VISIBLE_DEVICES={device.index} and use --device cuda",
+        )
     half = model.get_input_embeddings().weight.dtype if device.type != "cpu" else torch.float32
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -184,6 +203,9 @@ def train(
         log_level="error",
     )
 
+    # One device, the model's: several GPUs would each take a batch, and make more of one step than was asked for.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+
     class Told(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
@@ -204,11 +226,12 @@ def train(
             labels, ids, mask = inputs["labels"], inputs["input_ids"], inputs["attention_mask"]
             whole = bool(mask.all())
             goal = None
-            if settings.loss == "kl":
-                assert teacher is not None
-                with torch.no_grad():
-                    goal = teacher(ids, mask)
-            logits = model(input_ids=ids, attention_mask=None if whole else mask, use_cache=False).logits
+            with computing(model):
+                if settings.loss == "kl":
+                    assert teacher is not None
+                    with torch.no_grad():
+                        goal = teacher(ids, mask)
+                logits = model(input_ids=ids, attention_mask=None if whole else mask, use_cache=False).logits
             count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORED).sum()
             loss = token_losses(logits, labels, goal) / count
             return (loss, logits) if return_outputs else loss
@@ -229,6 +252,7 @@ def train(
         groups = [{"params": list(parameters.values()), "lr": settings.lr}]
     for parameter in parameters.values():
         parameter.requires_grad_(True)
+    use_cache = getattr(model.config, "use_cache", None)
     try:
         trainer = Recovery(
             model=model,
@@ -239,6 +263,8 @@ def train(
             optimizers=(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0), None),
         )
         trainer.model_accepts_loss_kwargs = True
+        # Whatever the model's own loss does, ours does not count the first token, which is predicted from nothing.
+        trainer._loss_shifts_labels = True
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
                 trainer.remove_callback(callback)
@@ -254,6 +280,11 @@ def train(
             parameter.requires_grad_(False)
             parameter.grad = None
         model.eval()
+        # The Trainer leaves marks on the model: a setting that would be saved, and on a GPU a wrapped forward.
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        if hasattr(model, "_original_forward"):
+            accelerate.utils.extract_model_from_parallel(model, keep_fp32_wrapper=False)
     return history
 
 

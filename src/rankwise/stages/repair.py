@@ -17,6 +17,7 @@ from rankwise.budget import RankPlan
 from rankwise.data import Examples, load_examples, parse_source
 from rankwise.device import computing
 from rankwise.evaluation import Objective
+from rankwise.layers import LowRankLinear
 from rankwise.recovery import (
     BlockRunner,
     Original,
@@ -26,6 +27,7 @@ from rankwise.recovery import (
     block_parameters,
     merge_subspace,
     refit_block,
+    steps_of,
     train,
     train_block,
     trainable,
@@ -83,6 +85,9 @@ def repair(work: Work, repairing: Repairing, step: str) -> None:
         DataError: when the data to learn from cannot be read.
     """
     settings = getattr(work.recipe.repair, step)
+    if not any(isinstance(site.module(work.loaded.model), LowRankLinear) for site in work.sites):
+        work.reporter.note(f"repair {step} has nothing to do: every site is dense")
+        return
     trains = step in ("subspace", "factors")
     examples = _examples(work) if trains else None
     repairing.key["steps"].append([step, settings.model_dump(), examples.fingerprint if examples else None])
@@ -134,13 +139,10 @@ def _by_block(work: Work, repairing: Repairing, step: str, settings: Any, folder
     with repairing.original.in_place(model):
         runner.check()
     scratch, most = folder / "hidden", int(settings.memory * 1e9 / 4)
-    embedded = runner.embed()
-    shape = tuple(embedded.shape)
+    shape = runner.shape
     # What the original's next block reads, and what the compressed model's does.
     dense, output, ahead_output, compressed = (allocate(shape, scratch, f"hidden-{i}", most) for i in range(4))
-    dense.copy_(embedded)
-    compressed.copy_(embedded)
-    del embedded
+    compressed.copy_(runner.embed(dense))
     count = len(runner.blocks)
     rows: list[dict[str, Any]] = []
     start = before = judge(work, repairing)
@@ -206,9 +208,11 @@ def _examples(work: Work) -> Examples:
     if settings.data is None:
         rows = list(calibration.ids)
         return Examples(rows, rows, calibration.source)
-    length = (
-        settings.length or sequence_length(work.recipe.calibration, work.loaded.context) or calibration.ids.shape[1]
-    )
+    context = work.loaded.context
+    length = settings.length or sequence_length(work.recipe.calibration, context) or calibration.ids.shape[1]
+    if context is not None and length > context:
+        work.reporter.note(f"examples are cut to the context of {context} tokens, not {length}")
+        length = context
     found = load_examples(
         parse_source(settings.data),
         work.loaded.tokenizer,
@@ -218,6 +222,11 @@ def _examples(work: Work) -> Examples:
     )
     if found.shortened:
         work.reporter.note(f"{found.shortened} of {len(found)} examples were longer than {length} tokens and were cut")
+    if settings.data == (work.recipe.validation.source or calibration.source):
+        work.reporter.note(
+            "the repair learns from the text it is judged by, so that it will be found better than it is: give "
+            "--validation another text"
+        )
     return found
 
 
@@ -235,7 +244,7 @@ def _train_whole(
         with repairing.original.in_place(model):
             return model(input_ids=ids, attention_mask=None if bool(mask.all()) else mask, use_cache=False).logits
 
-    steps = max(1, round(settings.epochs * len(examples) / settings.batch_size))
+    steps = steps_of(settings, len(examples))
     with work.reporter.counting(f"repair, {step}", total=steps) as advance:
         history = train(
             model,
