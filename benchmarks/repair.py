@@ -30,8 +30,8 @@ SEARCH = "bayesian:spectral"
 
 LOW_DAMPING = {"name": "two_sided", "damping": 0.01}
 REFIT_BOTH = {"refit": {"factors": "both"}}
-# Four times the text, and as many steps on it.
-MORE_TEXT = {"calibration": {"sequences": 1024}, "repair": {"blocks": {"epochs": 2}, "factors": {"epochs": 1}}}
+# Four times the text: as many steps a block, twice as many for all factors.
+MORE_TEXT = {"calibration": {"sequences": 1024}, "repair": {"blocks": {"epochs": 2}, "factors": {"epochs": 2}}}
 
 # Name of the row, method, allocation, storage, steps of the repair, further keys of the recipe.
 Row = tuple[str, Any, str, str, str, dict[str, Any]]

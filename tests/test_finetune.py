@@ -125,6 +125,7 @@ def test_every_method_gives_a_checkpoint_that_stands_alone(
     )
     assert done.returncode == 0, done.stderr
     assert not tuned.with_name(".tuned.training").exists()
+    assert f"- fine-tuned with `{words[0]}` on 20 examples" in (tuned / "README.md").read_text()
 
 
 def test_a_tuned_checkpoint_can_be_tuned_again(finetune: Run, compressed: Path, text: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -46,6 +48,7 @@ from rankwise.recovery import (
 )
 from rankwise.recovery.refit import refit_both, refit_left
 from rankwise.recovery.training import _micro, mean_loss, token_losses
+from rankwise.reports import closing_table
 from rankwise.sites import Site, find_sites
 
 Settings = Callable[..., dict[str, Any]]
@@ -342,6 +345,10 @@ def test_every_repair_in_one_run(repairing: Settings, tmp_path: Path) -> None:
         assert later["objective_before"] == pytest.approx(reached, rel=1e-4)
     assert len(steps[-1]["history"]) == 5
     assert (tmp_path / "out" / "repair.svg").exists()
+    assert (tmp_path / "out" / "README.md").read_text().count("- repair `") == 4
+    printed = Console(width=120, file=io.StringIO())
+    printed.print(closing_table(result.report))
+    assert "objective, blocks" in printed.file.getvalue()
     plain = compress(recipe_from({**values, "repair": {}, "output": None}), run_directory=tmp_path / "run")
     assert result.report["after"] == plain.report["after"]
     assert any(isinstance(m, PivotedLinear) for m in result.model.modules())

@@ -36,6 +36,15 @@ Made by rankwise {{ machine.rankwise }} from `{{ source }}` (`{{ architecture }}
 {%- if biases_added %}
 - {{ "{:,}".format(biases_added) }} biases were added to make up for the mean of what was dropped
 {%- endif %}
+{%- for step in repair %}
+- repair `{{ step.step }}`: objective on validation samples {{ "%.4g" | format(step.objective_before) }} before, \
+{{ "%.4g" | format(step.objective_after) }} after{% if not step.accepted %}; undone{% endif %}
+{%- endfor %}
+{%- for step in finetune | default([]) %}
+- fine-tuned with `{{ step.settings.method }}` on {{ step.examples.count }} examples of `{{ step.settings.data }}`: \
+loss a token on {{ step.examples.held_out }} held out {{ "%.4f" | format(step.loss_before) }} before, \
+{{ "%.4f" | format(step.loss_after) }} after{% if not step.accepted %}; undone{% endif %}
+{%- endfor %}
 {%- for note in notes %}
 - {{ note }}
 {%- endfor %}

@@ -35,6 +35,9 @@ def closing_table(report: dict[str, Any]) -> Table:
     if search:
         value = f"{search['objective']['value']:.4g}"
         table.add_row(f"objective, {search['trials']} trials", "", value, f"in trial {search['best_trial'] + 1}")
+    for step in report.get("repair", []):
+        before_step, after_step = (f"{step[key]:.4g}" for key in ("objective_before", "objective_after"))
+        table.add_row(f"objective, {step['step']}", before_step, after_step, "" if step["accepted"] else "undone")
     table.add_section()
     for name, stage in report["stages"].items():
         table.add_row(name, f"{stage['seconds']:.1f} s", f"peak {_bytes(stage['peak_memory_bytes'])}", "")
