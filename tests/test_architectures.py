@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from rankwise import compress
 from rankwise.checkpoints import load_model
+from rankwise.finetune import FineTune, finetune
 from rankwise.recipe import recipe_from
 
 SMALL: dict[str, Any] = {
@@ -104,3 +105,33 @@ def test_both_formats_load_and_agree(name: str, tokens: str, tmp_path: Path) -> 
     scale = expected.abs().max()
     assert (loaded(input_ids=ids).logits - expected).abs().max() < 1e-4 * scale
     assert (original - expected).abs().max() > 1e-3 * scale
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pivoted_storage_repair_and_fine_tuning(name: str, tokens: str, tmp_path: Path) -> None:
+    config = getattr(transformers, f"{name}Config")(**CASES[name])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    values = {
+        "model": str(tmp_path / "dense"),
+        "output": str(tmp_path / "small"),
+        "budget": {"keep": 0.6, "rank_multiple": 1, "storage": "pivoted"},
+        "calibration": {"source": tokens, "sequences": 16},
+        "validation": {"sequences": 8},
+        "repair": {"steps": "refit,blocks,subspace,factors", "blocks": {"epochs": 1}, "factors": {"epochs": 1}},
+    }
+    small = compress(recipe_from(values))
+    assert [step["step"] for step in small.report["repair"]] == ["refit", "blocks", "subspace", "factors"]
+    assert {facts["storage"] for facts in small.report["sites"].values() if facts["rank"]} == {"pivoted"}
+    ids = torch.arange(32).view(2, 16)
+    with torch.no_grad():
+        trusted = AutoModelForCausalLM.from_pretrained(values["output"], trust_remote_code=True)
+        assert torch.equal(trusted(input_ids=ids).logits, small.model(input_ids=ids).logits)
+    wanted = FineTune(model=values["output"], data=tokens, output=str(tmp_path / "tuned"), held_out=4)
+    report = finetune(wanted)
+    assert report["finetune"][0]["trained_parameters"] > 0
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", trust_remote_code=True)
+    with torch.no_grad():
+        found, expected = tuned(input_ids=ids).logits, trusted(input_ids=ids).logits
+        assert torch.equal(load_model(str(tmp_path / "tuned")).model(input_ids=ids).logits, found)
+    assert torch.equal(found, expected) != report["finetune"][0]["accepted"]
