@@ -26,6 +26,7 @@ from rankwise.data import Examples
 from rankwise.errors import NotFiniteError, RankwiseError, RecipeError
 from rankwise.factors import Factors
 from rankwise.layers import LowRankLinear, PivotedLinear, read_factors, substitute
+from rankwise.linalg import OutputMetric
 from rankwise.recipe import recipe_from
 from rankwise.recovery import (
     BlockRunner,
@@ -98,16 +99,22 @@ def test_the_refitted_left_factor_is_the_least_squares_one(m: int, n: int, noise
     torch.testing.assert_close(held.left, old.left, rtol=1e-5, atol=1e-5)
 
 
-@given(m=st.integers(2, 8), n=st.integers(2, 8), noise=st.floats(0, 1), data=st.data())
-def test_no_map_of_its_rank_beats_the_anchored_refit(m: int, n: int, noise: float, data: st.DataObject) -> None:
+@given(m=st.integers(2, 8), n=st.integers(2, 8), noise=st.floats(0, 1), weighed=st.booleans(), data=st.data())
+def test_no_map_of_its_rank_beats_the_anchored_refit(
+    m: int, n: int, noise: float, weighed: bool, data: st.DataObject
+) -> None:
     rank = data.draw(st.integers(1, min(m, n)))
     torch.manual_seed(100 * m + n)
     weight = torch.randn(m, n).double()
     x, new, cross, moment = moments(n, 60, noise)
-    found = refit_both(weight, rank, cross, moment, 1e-12)
+    spread = torch.randn(m, m).double()
+    curvature = spread @ spread.T + 0.1 * torch.eye(m)
+    metric = OutputMetric.of(curvature.unsqueeze(0), 0.0) if weighed else None
+    found = refit_both(weight, rank, cross, moment, 1e-12, metric)
 
     def error(candidate: Tensor) -> float:
-        return float((x @ weight.T - new @ candidate.T).square().mean())
+        wrong = x @ weight.T - new @ candidate.T
+        return float((wrong @ curvature * wrong).mean() if weighed else wrong.square().mean())
 
     best = error(found.reconstruct())
     other = Factors(torch.randn(m, rank).double(), torch.randn(rank, n).double())
@@ -118,7 +125,8 @@ def test_no_map_of_its_rank_beats_the_anchored_refit(m: int, n: int, noise: floa
         )
         assert best <= error(nudged.reconstruct()) + 1e-9
     if noise == 0:
-        s = torch.linalg.svdvals(weight @ torch.linalg.cholesky(moment + 1e-12 * torch.eye(n)))
+        root = torch.linalg.cholesky(moment + 1e-12 * torch.eye(n))
+        s = torch.linalg.svdvals((weight if metric is None else metric.weigh(weight)) @ root)
         least = float(s[rank:].square().sum())
         assert abs(best * m - least) < 1e-6 * max(1.0, float(s.square().sum()))
 

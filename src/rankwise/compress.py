@@ -83,7 +83,7 @@ def compress(
         with reporter.stage("ranks"):
             chosen = stages.choose_ranks(work, bases)
         with reporter.stage("factors"):
-            repairing = stages.prepare_repair(work, bases, chosen.plan)
+            repairing = stages.prepare_repair(work, store, bases, chosen.plan)
             losses = stages.put_factors(work, bases, chosen.plan)
         if repairing is not None:
             for step in recipe.repair.steps:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from rankwise.factors import Basis
-from rankwise.linalg import Decomposition
+from rankwise.linalg import Decomposition, OutputMetric
 from rankwise.statistics import Request, SiteStatistics
 
 
@@ -32,6 +32,14 @@ class Method(BaseModel, ABC):
     def requests(self) -> tuple[Request, ...]:
         """Statistics that have to be collected first."""
         return ()
+
+    def output_metric(self, statistics: SiteStatistics) -> OutputMetric | None:
+        """What errors of a site's outputs are weighed by; None when all weigh the same.
+
+        Args:
+            statistics: what was collected at this site.
+        """
+        return None
 
     @abstractmethod
     def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:

@@ -43,9 +43,12 @@ class TwoSided(Method):
         curvature = Request(Need.CURVATURE, labels=self.labels, curvature_gb=self.curvature_gb)
         return (Request(Need.MOMENTS), curvature)
 
+    def output_metric(self, statistics: SiteStatistics) -> OutputMetric:
+        return OutputMetric.of(statistics.curvature(), self.damping)
+
     def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
         seen = statistics.covariance()
-        metric = OutputMetric.of(statistics.curvature(), self.damping)
+        metric = self.output_metric(statistics)
         found = decompose(weight, inputs=seen.inputs, outputs=seen.outputs, metric=metric)
         found = replace(found, energy=found.energy * metric.undamped_share(found.left))
         return make_basis(found, seen.mean_output if self.bias else None, metric.damping)

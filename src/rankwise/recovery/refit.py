@@ -2,12 +2,13 @@
 
 With x the original's input at a site and x' what the compressed model, repaired up to there, feeds it, the site should
 give W x. For z = R x' the best left factor is Cov(W x, z) (Cov(z) + damping)^{-1}, and the bias follows from the means.
-The anchored form chooses both factors anew: W' = SVD_r(W C S^{-T}) S^{-1} with S S^T = Cov(x'), C = Cov(x, x').
+The anchored form chooses both factors anew: W' = P^{-T} SVD_r(P^T W C S^{-T}) S^{-1} with S S^T = Cov(x'),
+C = Cov(x, x') and P P^T the method's metric on outputs. (For the left factor alone no such metric changes the answer.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from rankwise.errors import NotFiniteError
 from rankwise.factors import Factors
 from rankwise.layers import LowRankLinear
+from rankwise.linalg import OutputMetric
 from rankwise.recovery.original import Original
 from rankwise.recovery.runner import BlockRunner, allocate
 from rankwise.sites import Site
@@ -94,7 +96,9 @@ def refit_left(weight: Tensor, old: Factors, cross: Tensor, new: Tensor, damping
     return Factors(old.left + torch.linalg.solve(codes, residual, left=False), old.right)
 
 
-def refit_both(weight: Tensor, rank: int, cross: Tensor, new: Tensor, damping: float) -> Factors:
+def refit_both(
+    weight: Tensor, rank: int, cross: Tensor, new: Tensor, damping: float, metric: OutputMetric | None = None
+) -> Factors:
     """Both factors of the best W' of a rank for W x ~ W' x'.
 
     Args:
@@ -103,16 +107,19 @@ def refit_both(weight: Tensor, rank: int, cross: Tensor, new: Tensor, damping: f
         cross: Cov(x, x'), shape `[n, n]`.
         new: Cov(x'), shape `[n, n]`.
         damping: ridge relative to the mean variance of x'.
+        metric: weighs errors of the outputs; None for all alike.
     """
     ridge = damping * new.diagonal().mean()
     eye = torch.eye(len(new), dtype=new.dtype, device=new.device)
     factor = torch.linalg.cholesky(new + ridge * eye)
     # The ridge is added on both sides, so that W' = W is the answer where x' = x.
     target = torch.linalg.solve_triangular(factor, (weight @ (cross + ridge * eye)).T, upper=False).T
-    u, s, v = torch.linalg.svd(target, full_matrices=False)
+    weighed = target if metric is None else metric.weigh(target)
+    u, s, v = torch.linalg.svd(weighed, full_matrices=False)
     root = s[:rank].sqrt()
+    left = u[:, :rank] * root
     right = torch.linalg.solve_triangular(factor.T, (root[:, None] * v[:rank]).T, upper=True).T
-    return Factors(u[:, :rank] * root, right)
+    return Factors(left if metric is None else metric.undo(left), right)
 
 
 def input_groups(runner: BlockRunner, index: int, hidden: Tensor, sites: Sequence[Site]) -> list[list[Site]]:
@@ -182,6 +189,7 @@ def refit_block(
     compressed: Tensor,
     settings: Refit,
     scratch: Path | None = None,
+    metric_of: Callable[[Site], OutputMetric | None] = lambda site: None,
 ) -> None:
     """Refit every factored site of a block in the order they run.
 
@@ -194,6 +202,7 @@ def refit_block(
         compressed: the compressed model's, same shape.
         settings: how.
         scratch: folder for the original's inputs at every site, when they are too many for memory.
+        metric_of: what errors of a site's outputs are weighed by, for `both`; in float64 on the CPU.
 
     Raises:
         NotFiniteError: naming the site.
@@ -229,7 +238,9 @@ def refit_block(
                 if settings.factors == "left":
                     found = refit_left(weight, old, cross, new, settings.damping)
                 else:
-                    found = refit_both(weight, old.rank, cross, new, settings.damping)
+                    # On the CPU, where bases are made too: decompositions in float64 are slow on most GPUs.
+                    parts = (weight.cpu(), old.rank, cross.cpu(), new.cpu())
+                    found = refit_both(*parts, settings.damping, metric_of(site))
             except torch.linalg.LinAlgError as problem:
                 raise NotFiniteError(
                     f"The refit failed: {str(problem).splitlines()[0]}",
@@ -242,4 +253,5 @@ def refit_block(
             layer.right.weight.data.copy_(found.right)
             if biased:
                 own = 0 if original.bias is None else original.bias.double()
-                layer.left.bias.data.copy_(own + weight @ mean - found.left @ (found.right @ mean_new))
+                shift = weight @ mean - (found.left @ (found.right @ mean_new.to(found.right))).to(weight)
+                layer.left.bias.data.copy_(own + shift)

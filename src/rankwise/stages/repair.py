@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rankwise.data import Examples, load_examples, parse_source
 from rankwise.device import computing
 from rankwise.evaluation import Objective
 from rankwise.layers import LowRankLinear
+from rankwise.linalg import OutputMetric
 from rankwise.recovery import (
     BlockRunner,
     Original,
@@ -32,8 +33,10 @@ from rankwise.recovery import (
     train_block,
     trainable,
 )
+from rankwise.sites import Site
 from rankwise.stages.ranks import objective_key, select_samples
 from rankwise.stages.work import Work, sequence_length
+from rankwise.statistics import SiteStatistics, Store
 
 
 @dataclass
@@ -44,16 +47,18 @@ class Repairing:
         original: the dense modules and norms.
         objective: judges the model as it stands.
         key: all that the factors depend on, step by step.
+        metric_of: the method's metric on a site's outputs, or None.
         facts: what each step did, for the report.
     """
 
     original: Original
     objective: Objective
     key: dict[str, Any]
+    metric_of: Callable[[Site], OutputMetric | None]
     facts: list[dict[str, Any]] = field(default_factory=list)
 
 
-def prepare_repair(work: Work, bases: Path, plan: RankPlan) -> Repairing | None:
+def prepare_repair(work: Work, store: Store, bases: Path, plan: RankPlan) -> Repairing | None:
     """Remember the original, while the model is still dense; None when nothing is to be repaired."""
     if not work.recipe.repair.steps:
         return None
@@ -62,7 +67,15 @@ def prepare_repair(work: Work, bases: Path, plan: RankPlan) -> Repairing | None:
         work.loaded.model, samples, work.recipe.objective, lambda _ranks: None, work.recipe.validation.batch_size
     )
     key = {**objective_key(work, samples), "plan": plan.ranks, "method": work.recipe.method.model_dump(), "steps": []}
-    return Repairing(Original.of(work.loaded.model, work.sites), objective, key)
+    original = Original.of(work.loaded.model, work.sites)
+
+    def metric_of(site: Site) -> OutputMetric | None:
+        dense: Any = original.modules[site.name]
+        weight = (dense.weight.T if site.transposed else dense.weight).double().cpu()
+        bias = None if dense.bias is None else dense.bias.cpu()
+        return work.recipe.method.output_metric(SiteStatistics(site, weight, bias, store))
+
+    return Repairing(original, objective, key, metric_of)
 
 
 def judge(work: Work, repairing: Repairing) -> float:
@@ -161,7 +174,8 @@ def _by_block(work: Work, repairing: Repairing, step: str, settings: Any, folder
                 old = _snapshot(parameters)
                 row: dict[str, Any] = {"block": index, "objective_before": before}
                 if step == "refit":
-                    refit_block(runner, index, sites, repairing.original, dense, compressed, settings, scratch)
+                    parts = (repairing.original, dense, compressed, settings, scratch, repairing.metric_of)
+                    refit_block(runner, index, sites, *parts)
                 else:
                     ahead = _ahead(work, repairing, runner, index, output, ahead_output) if settings.lookahead else None
                     losses = train_block(

@@ -17,7 +17,7 @@ from rankwise.recipe import Calibration, Evaluation, Recipe, Validation
 from rankwise.runs import Run
 from rankwise.sites import Site, find_sites, fused_expert_parameters, share_inputs
 
-_STAGE_FORMAT = 3
+_STAGE_FORMAT = 4
 """Raised when the contents or the arithmetic of a stage change, so that old stages are not taken for new ones."""
 
 _DEFAULT_LENGTH = 512
