@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test test-slow lint bench clean
+.PHONY: help setup quickstart test test-slow lint bench bench-gpu clean
 
 help:
 	@echo "make quickstart   set up, compress the bundled model, show the result"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slow    set up, run the tests that take minutes"
 	@echo "make lint         set up, check style, types and import rules"
 	@echo "make bench        set up, measure everything in benchmarks/ (needs the real models)"
+	@echo "make bench-gpu    set up, measure what needs a GPU (needs no models)"
 
 # PyTorch goes first and alone: any later step then finds it installed and fetches no other build.
 $(STAMP): pyproject.toml constraints.txt
@@ -41,9 +42,13 @@ lint: setup
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,plots]' -c constraints.txt
 	cd benchmarks && for each in calibration memory decomposition "methods stories260k" "methods wiki-llama-8m" defaults \
-		"allocation stories260k" "allocation wiki-llama-8m" ablations search; do \
+		"allocation stories260k" "allocation wiki-llama-8m" ablations search "repair stories260k" "repair wiki-llama-8m" \
+		speed; do \
 		set -- $$each; ../$(BIN)/python $$1.py $$2 || exit 1; done
-	cd benchmarks && ../$(BIN)/python plot_methods.py wiki-llama-8m && ../$(BIN)/python plot_allocation.py wiki-llama-8m
+	cd benchmarks && for each in methods allocation repair; do ../$(BIN)/python plot_$$each.py wiki-llama-8m || exit 1; done
+
+bench-gpu: setup
+	cd benchmarks && ../$(BIN)/python gpu.py
 
 clean:
 	rm -rf $(VENV) quickstart-output .quickstart-output.run
