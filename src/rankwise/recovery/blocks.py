@@ -1,7 +1,7 @@
 """Block refinement: the factors of one block trained to give the original's output from the compressed model's input.
 
-Blocks are taken in forward order, so each one also makes up for what those before it still get wrong. In memory are one
-block's factors with their optimiser, and hidden states of the calibration sequences.
+Blocks are taken in forward order, so each one also makes up for what those before it still get wrong. Beside the model,
+memory holds one block's gradients and optimiser, and hidden states of the calibration sequences.
 """
 
 from __future__ import annotations
