@@ -87,7 +87,6 @@ def rows(model: str) -> list[Row]:
             "blocks,factors",
             MORE_TEXT,
         ),
-        ("1024 sequences: pivoted, search, blocks, factors", two_sided, SEARCH, "pivoted", "blocks,factors", MORE_TEXT),
     ]
 
 
