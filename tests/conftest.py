@@ -54,6 +54,16 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
 
 
+def failed(result: tuple[int, str, str], *says: str) -> None:
+    """Assert that a command ended with an error for people, which says this."""
+    status, out, err = result
+    assert status == 2, err
+    assert out == ""
+    assert "Traceback" not in err
+    for each in ("error: ", *says):
+        assert each in err
+
+
 @pytest.fixture(scope="session")
 def _tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
-from conftest import tiny_llama
+from conftest import failed, tiny_llama
 from rankwise import cli
 
 Run = Callable[..., tuple[int, str, str]]
@@ -42,15 +42,6 @@ def compress(rankwise: Run, tiny: Path, text: Path, tmp_path: Path) -> Run:
         return rankwise("compress", model, "--output", tmp_path / "out", "--method", "bolaco", *base, *words)
 
     return run
-
-
-def failed(result: tuple[int, str, str], *says: str) -> None:
-    status, out, err = result
-    assert status == 2, err
-    assert out == ""
-    assert "Traceback" not in err
-    for each in ("error: ", *says):
-        assert each in err
 
 
 def test_compress_evaluate_generate(compress: Run, rankwise: Run, text: Path, tmp_path: Path) -> None:

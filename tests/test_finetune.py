@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import tiny_llama
+from conftest import failed, tiny_llama
 from rankwise import cli, compress, recovery
 from rankwise import finetune as finetune_flow
 from rankwise.budget import Budget, RankPlan
@@ -68,15 +68,6 @@ def finetune(
         return int(stopped.value.code or 0), captured.out, captured.err
 
     return run
-
-
-def failed(result: tuple[int, str, str], *says: str) -> None:
-    status, out, err = result
-    assert status == 2, err
-    assert out == ""
-    assert "Traceback" not in err
-    for each in ("error: ", *says):
-        assert each in err
 
 
 METHODS = [
