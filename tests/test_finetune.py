@@ -195,10 +195,16 @@ def test_what_cannot_be_tuned(finetune: Run, compressed: Path, tiny: Path, text:
     tiny_llama(vocab_size=1000).save_pretrained(tmp_path / "other")
     failed(finetune("--loss", "kl", "--original", tmp_path / "other"), "predicts 1000 tokens")
     report = json.loads((compressed / REPORT_FILE).read_text())
+    whole_plan = json.loads((compressed / "plan.json").read_text())
+    shapes = {**whole_plan["shapes"], "model.layers.1.mlp.up_proj": [88, 32]}
+    (compressed / "plan.json").write_text(json.dumps({**whole_plan, "shapes": shapes}))
+    failed(finetune(), "not those of its plan", "model.layers.1.mlp.up_proj")
     (compressed / "plan.json").write_text(
         json.dumps({**json.loads((compressed / "plan.json").read_text()), "ranks": dict.fromkeys(report["sites"])})
     )
     failed(finetune(), "not those of its plan")
+    (compressed / REPORT_FILE).write_text(json.dumps({"recipe": report["recipe"]}))
+    failed(finetune(), "no directory that rankwise compress wrote")
 
 
 BAD_LINES = [

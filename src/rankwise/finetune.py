@@ -109,6 +109,7 @@ def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | No
     from rankwise.progress import Reporter
     from rankwise.recipe import Recipe
     from rankwise.recovery import mean_loss
+    from rankwise.runs.run import write_atomically
     from rankwise.stages import tuning
 
     reporter = reporter or Reporter(show=False)
@@ -158,7 +159,7 @@ def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | No
             start = mean_loss(loaded.model, judged, wanted.training, teacher)
     with reporter.stage(f"train {wanted.method}"):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / tuning.SETTINGS_FILE).write_text(json.dumps(settings, indent=2))
+        write_atomically(folder / tuning.SETTINGS_FILE, json.dumps(settings, indent=2))
         facts = tuning.train_factors(wanted, loaded, sites, plan, learned, teacher, folder, reporter)
         with computing(loaded.model):
             after = mean_loss(loaded.model, judged, wanted.training, teacher)

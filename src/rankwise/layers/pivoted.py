@@ -38,7 +38,7 @@ class PivotedLinear(nn.Module):
         outputs = torch.cat([first, self.rest(code)], dim=-1)
         if self.place is None:
             return outputs
-        # On a CPU several times faster than indexing, and never slower (benchmarks/results/speed-cpu.md).
+        # 1.4 to 3.8 times faster than indexing on a CPU (benchmarks/results/speed-cpu.md).
         return outputs.gather(-1, self.place.long().expand(outputs.shape))
 
     def dense_weight(self) -> Tensor:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rankwise.finetune import FineTune
 
 SETTINGS_FILE = "settings.json"
+_REPORT_KEYS = {"recipe", "model_fingerprint", "keep", "sites", "notes", "before", "after"}
 
 
 def report_of(source: Path, name: str) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def report_of(source: Path, name: str) -> dict[str, Any]:
     """
     try:
         found = json.loads((source / name).read_text())
-        if isinstance(found, dict) and (source / "plan.json").is_file():
+        if isinstance(found, dict) and set(found) >= _REPORT_KEYS and (source / "plan.json").is_file():
             return found
     except (OSError, ValueError):
         pass
@@ -81,6 +82,14 @@ def same_settings(folder: Path, settings: Mapping[str, Any], restart: bool) -> N
             )
 
 
+def _shape_of(module: Any) -> tuple[int, ...]:
+    """m and n of a layer, dense or factored."""
+    if isinstance(module, FACTORED):
+        return module.out_features, module.in_features
+    shape = tuple(module.weight.shape)
+    return shape[::-1] if isinstance(module, Conv1D) else shape
+
+
 def sites_of(loaded: LoadedModel, plan: RankPlan) -> list[Site]:
     """The sites of a compressed model, from the plan it was made with.
 
@@ -93,7 +102,7 @@ def sites_of(loaded: LoadedModel, plan: RankPlan) -> list[Site]:
             module = loaded.model.get_submodule(name)
         except AttributeError:
             raise ModelError("The model lacks a layer of its plan.", where=f"{loaded.source}: {name}") from None
-        if isinstance(module, FACTORED) == (plan.ranks[name] is None):
+        if isinstance(module, FACTORED) == (plan.ranks[name] is None) or _shape_of(module) != (m, n):
             raise ModelError("The model's layers are not those of its plan.", where=f"{loaded.source}: {name}")
         block, role = place_of(name)
         biased = any(key.endswith("bias") for key, _ in module.named_parameters())
