@@ -74,7 +74,11 @@ def trials(shared: Path, folder: str) -> tuple[list[list[str]], list[dict[str, A
     for form in ("top_k", "head_inputs"):
         settings = ObjectiveSettings(predictions=form)
         with sliced(
-            loaded.model, work.sites, lambda s: kept[s.name], recipe.budget.largest_rank, loaded.stored_dtypes
+            loaded.model,
+            work.sites,
+            lambda s: {None: (None, kept[s.name])},
+            recipe.budget.largest_rank,
+            loaded.stored_dtypes,
         ) as set_ranks:
             objective = Objective(loaded.model, ids, settings, set_ranks)
             for keep in KEEPS:
@@ -192,10 +196,11 @@ def large_trials() -> tuple[list[list[str]], list[dict[str, Any]]]:
     sites = find_sites(model)
     budget = Budget(keep=0.8)
 
-    def basis(site: Site) -> Basis:
+    def basis(site: Site) -> dict[int | None, tuple[torch.Tensor | None, Basis]]:
         k = budget.largest_rank(site)
         scale = (site.m * k) ** -0.25
-        return Basis(torch.randn(site.m, k) * scale, torch.randn(k, site.n) * scale, torch.ones(k))
+        made = Basis(torch.randn(site.m, k) * scale, torch.randn(k, site.n) * scale, torch.ones(k))
+        return {None: (None, made)}
 
     rows, figures = [], []
     ids = torch.randint(0, 32000, (16, 2048))

@@ -1,4 +1,4 @@
-"""The flow: checkpoint -> sites -> statistics -> bases -> ranks -> factors in place -> checkpoint.
+"""The flow: checkpoint -> sites -> statistics -> bases -> ranks -> factors or codes in place -> checkpoint.
 
 Read `compress` from top to bottom; each line is a stage, and no stage reaches back. What the stages do is in
 `stages/`, in the same order.
@@ -82,15 +82,20 @@ def compress(
             bases = stages.decompose_sites(work, store)
         with reporter.stage("ranks"):
             chosen = stages.choose_ranks(work, bases)
-        with reporter.stage("factors"):
-            repairing = stages.prepare_repair(work, store, bases, chosen.plan)
-            losses = stages.put_factors(work, bases, chosen.plan)
-        if repairing is not None:
-            for step in recipe.repair.steps:
-                with reporter.stage(f"repair {step}"):
-                    stages.repair(work, repairing, step)
-        with reporter.stage("storage"):
-            losses = stages.store_factors(work, chosen.plan, losses)
+        repairing = None
+        if recipe.method.quantizes:
+            with reporter.stage("quantisation"):
+                losses = stages.quantize_sites(work, store, chosen.plan)
+        else:
+            with reporter.stage("factors"):
+                repairing = stages.prepare_repair(work, store, bases, chosen.plan)
+                dropped = stages.put_factors(work, bases, chosen.plan)
+            if repairing is not None:
+                for step in recipe.repair.steps:
+                    with reporter.stage(f"repair {step}"):
+                        stages.repair(work, repairing, step)
+            with reporter.stage("storage"):
+                losses = stages.store_factors(work, chosen.plan, dropped)
         cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
         with reporter.stage("evaluate compressed"):
             score = stages.score(work, "compressed", chosen.plan, repairing)

@@ -1,4 +1,4 @@
-"""`Basis` (full-rank factors in order of importance) and `Factors` (what is left of a weight at one rank)."""
+"""`Basis` (full-rank factors in order of importance), `Factors` and `Quantized` (what is left of a weight)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import NotFiniteError
+from rankwise.quantizers import LowRank, Packed, Rotation
 
 
 @dataclass(frozen=True)
@@ -111,3 +112,33 @@ class Basis:
                 where=name,
                 remedy="look at this layer's activations; a float32 run (--set precision=float32) may help",
             )
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """W ~ U^T (Q + L R) V at low precision.
+
+    Attributes:
+        q: Q's codes, or None when there is no Q.
+        low_rank: L and R, or None.
+        rotation: U and V.
+        errors: tr(E H E^T) / tr(W H W^T) after each outer iteration.
+        kept: which of them is this one's.
+        damping: what was added to H, relative to its mean diagonal.
+        fallback: whether H was zero, and the identity stood for it.
+    """
+
+    q: Packed | None
+    low_rank: LowRank | None
+    rotation: Rotation
+    errors: tuple[float, ...]
+    kept: int
+    damping: float
+    fallback: bool
+
+    def reconstruct(self) -> Tensor:
+        """The matrix it stands for, shape `[m, n]`."""
+        parts = [] if self.q is None else [self.q.dense()]
+        if self.low_rank is not None:
+            parts.append(self.low_rank.product())
+        return self.rotation.undo(torch.stack(parts).sum(0))

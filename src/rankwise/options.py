@@ -35,7 +35,10 @@ def use_plan(
         from rankwise.budget import RankPlan
 
         given = RankPlan.load(Path(plan))
-        if not keep_given:
+        if given.q_bits:
+            if "bits" not in values.get("budget", {}):
+                set_value(values, "budget.bits", given.bits)
+        elif not keep_given:
             set_value(values, "budget.keep", given.keep)
         if "rank_multiple" not in values.get("budget", {}):
             set_value(values, "budget.rank_multiple", given.rank_multiple)

@@ -15,7 +15,7 @@ from rankwise.budget import Budget
 from rankwise.data import parse_source
 from rankwise.errors import RankwiseError, RecipeError, nearest
 from rankwise.evaluation import ObjectiveSettings
-from rankwise.methods import METHODS, AnyMethod, TwoSided, method_named
+from rankwise.methods import METHODS, AnyMethod, QuantizingMethod, TwoSided, method_named
 from rankwise.recovery import Blocks, FullFactors, Refit, Subspace
 
 
@@ -161,8 +161,8 @@ class Recipe(_Node):
         model: directory or hub name of the checkpoint.
         output: directory to write; None keeps the result in memory only.
         method: how a weight is factored.
-        allocation: how rank is spread over sites. When it is not given: `spectral` for a method whose energies are in
-            one unit (`two_sided`), else `uniform`.
+        allocation: how rank is spread over sites. When it is not given: `spectral` for `two_sided`, whose energies are
+            in one unit at every site, else `uniform`.
         budget: how much is kept.
         calibration: text for statistics.
         validation: text on which a search judges its plans.
@@ -200,6 +200,27 @@ class Recipe(_Node):
         """Whether validation samples are needed: for a search, or to judge a repair."""
         return self.allocation.searches or bool(self.repair.steps)
 
+    @model_validator(mode="after")
+    def _size_for_method(self) -> Recipe:
+        method, budget = self.method, self.budget
+        if not isinstance(method, QuantizingMethod):
+            if budget.bits is not None:
+                raise ValueError(f"{method.name} counts parameters, not bits: give keep, or the method caldera")
+            return self
+        if self.repair.steps:
+            raise ValueError(f"no repair knows codes: {method.name} is followed by rankwise finetune --method lowrank")
+        if budget.bits is None:
+            missing = [
+                option for option, value in (("q_bits", method.q_bits), ("rank", method.given_rank)) if value is None
+            ]
+            if missing and self.allocation.name != "plan":
+                raise ValueError(f"{method.name} needs {' and '.join(missing)}, or budget.bits to choose by")
+            if self.allocation.name not in ("uniform", "plan"):
+                raise ValueError(f"the allocation {self.allocation.name} spends bits: give budget.bits")
+        elif method.q_bits is not None and method.given_rank:
+            raise ValueError("bits are given beside q_bits and rank: leave one of the three to be chosen")
+        return self
+
     @field_validator("method", mode="before")
     @classmethod
     def _method_by_name(cls, value: Any) -> Any:
@@ -208,11 +229,20 @@ class Recipe(_Node):
     @model_validator(mode="before")
     @classmethod
     def _allocation_for_method(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("allocation") is None:
-            method = values.get("method", TwoSided())
-            name = method if isinstance(method, str) else getattr(method, "name", None) or dict(method).get("name")
-            one_unit = name in METHODS and METHODS[name].one_unit
-            return {**values, "allocation": Spectral() if one_unit else Uniform()}
+        if not isinstance(values, Mapping):
+            return values
+        method = values.get("method", TwoSided())
+        name = method if isinstance(method, str) else getattr(method, "name", None) or dict(method).get("name")
+        kind = METHODS.get(name) if isinstance(name, str) else None
+        if values.get("allocation") is None:
+            spectral = kind is not None and kind.one_unit and not kind.quantizes
+            values = {**values, "allocation": Spectral() if spectral else Uniform()}
+        if kind is not None and kind.quantizes:
+            budget = values.get("budget")
+            if budget is None or (isinstance(budget, Mapping) and "keep" not in budget):
+                values = {**values, "budget": {"keep": None, **(budget or {})}}
+            elif (budget["keep"] if isinstance(budget, Mapping) else budget.keep) is not None:
+                raise ValueError(f"{name} counts bits, not a kept fraction: give bits, or q_bits and rank")
         return values
 
     @field_validator("allocation", mode="before")

@@ -97,6 +97,12 @@ def sensitivity(
                 where="fractions",
                 remedy="use numbers such as 0.2,0.5,0.8",
             )
+    if recipe.method.quantizes:
+        raise RecipeError(
+            f"{recipe.method.name} has no kept fractions to vary.",
+            where="method",
+            remedy="use a method of low-rank factors, such as bolaco or two_sided",
+        )
     reporter = reporter or Reporter(show=False)
     run = Run(Path(run_directory) if run_directory is not None else default_run_directory(recipe.model))
     folder = _output_folder(Path(output))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError
 
 from rankwise.allocation.base import Allocation, Choice, Evidence
-from rankwise.budget import Budget
+from rankwise.budget import BitBudget, Budget
 from rankwise.errors import RecipeError, nearest
 from rankwise.sites import Site
 
@@ -58,11 +58,12 @@ class Manual(Allocation):
                     f"The model has no role {role!r}.", where="allocation.roles", remedy=nearest(role, present)
                 )
         fractions: dict[str, float | None] = {}
+        whole = not isinstance(budget, BitBudget)
         for site in sites:
             fraction = self.roles.get(site.role, "dense")
             # 1 and dense are the same: at the break-even rank the factors cost as much as the matrix.
-            fractions[site.name] = None if fraction == "dense" or fraction == 1 else float(fraction)
-        if budget.keep is not None:
+            fractions[site.name] = None if fraction == "dense" or (whole and fraction == 1) else float(fraction)
+        if budget.sized:
             return Choice.by_role(sites, budget.fill(sites, fractions), budget)
         return Choice.by_role(
             sites,

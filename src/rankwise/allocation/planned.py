@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal, Self
 
 from rankwise.allocation.base import Allocation, Choice, Evidence, note_other_weights
-from rankwise.budget import Budget, RankPlan, kept_by
-from rankwise.errors import RecipeError
+from rankwise.budget import BitBudget, Budget, RankPlan, kept_by
+from rankwise.errors import BudgetError, RecipeError
 from rankwise.sites import Site
 
 
@@ -32,7 +32,21 @@ class Planned(Allocation):
         given = RankPlan.load(Path(self.file))
         ranks = given.fitting(sites, self.file)
         note_other_weights(given, self.file, evidence)
-        if budget.keep is not None and (budget.keep, budget.storage) != (given.keep, given.storage):
+        quantised = isinstance(budget, BitBudget)
+        if quantised != bool(given.q_bits):
+            raise BudgetError(
+                f"The plan was made with the method {given.method}, and its ranks mean nothing to this one.",
+                where=self.file,
+                remedy=f"leave --method away, or use --method {given.method}",
+            )
+        if quantised:
+            if budget.bits is not None and budget.bits != given.bits:
+                ranks = budget.fill(sites, given.fractions())
+                evidence.reporter.note(
+                    f"the plan takes {given.bits_a_weight:.4f} bits a weight; its proportions are scaled to "
+                    f"{budget.asked}"
+                )
+        elif budget.sized and (budget.keep, budget.storage) != (given.keep, given.storage):
             ranks = budget.fill(sites, given.fractions())
             evidence.reporter.note(
                 f"the plan keeps {given.kept:.4f} in {given.storage} storage; its proportions are scaled to "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rankwise.allocation.spectral import Tails, check_smallest
-from rankwise.budget import Budget, Rank, kept_by
+from rankwise.allocation.spectral import check_smallest, tails_for
+from rankwise.budget import BitBudget, Budget, Rank, kept_by
 from rankwise.errors import BudgetError, RecipeError
 from rankwise.sites import Site
 
@@ -125,6 +126,8 @@ def parse_groups(text: str) -> tuple[str, int | None]:
 class GroupSpace(Space):
     """A kept fraction for each group of roles in each group of consecutive blocks (Bolaco, section 3.2).
 
+    On a budget of bits the coordinates are bits a weight, of which Q and the rank take their shares.
+
     Args:
         sites: all sites the budget counts.
         budget: what they may keep.
@@ -148,6 +151,7 @@ class GroupSpace(Space):
         energies: Mapping[str, Tensor],
     ) -> None:
         self.name = f"{grouping}x{'layers' if depths is None else depths}"
+        self._dense_from = math.inf if isinstance(budget, BitBudget) else _AS_GOOD_AS_DENSE
         self.sites, self.budget, self._energies = list(sites), budget, energies
         blocks = sorted({site.block for site in sites})
         depths = len(blocks) if depths is None else depths
@@ -170,11 +174,12 @@ class GroupSpace(Space):
             if site.name in self._group_of:
                 parameters[self._group_of[site.name]] += site.parameters
         whole = sum(site.parameters for site in sites)
-        dense = sum(site.parameters for site in sites if site.name not in self._group_of)
+        dense = sum(budget.cost(site, None) for site in sites if site.name not in self._group_of)
         self.weights = torch.tensor([parameters[label] / whole for label in self.labels], dtype=torch.float64)
         self.total = budget.allowed(sites) / whole - dense / whole
-        self.lower = torch.full_like(self.weights, lowest)
-        self.upper = torch.ones_like(self.weights)
+        least_each, most_each = (lowest, 1.0) if not isinstance(budget, BitBudget) else budget.reach()
+        self.lower = torch.full_like(self.weights, least_each)
+        self.upper = torch.full_like(self.weights, most_each)
         roles_of: dict[str, set[str]] = {label: set() for label in self.labels}
         for site in sites:
             if site.name in self._group_of:
@@ -185,11 +190,11 @@ class GroupSpace(Space):
             staying = sorted({site.role for site in sites if site.name not in self._group_of})
             held = f"{', '.join(staying)} stays dense ({dense / whole:.3f} of the whole) and " if staying else ""
             raise BudgetError(
-                f"No plan of {self.name} keeps only {budget.keep:g}: {held}no group may keep less than {lowest:g}, "
+                f"No plan of {self.name} keeps only {budget.asked}: {held}no group may keep less than {least_each:g}, "
                 f"together at least {least:.3f}.",
                 where="allocation",
-                remedy="raise --keep, use spectral or bayesian:spectral or bayesian:rolesx1 (which compress every "
-                "role), or lower allocation.lowest",
+                remedy=f"raise {budget.option}, use spectral or bayesian:spectral or bayesian:rolesx1 (which compress "
+                "every role), or lower allocation.lowest",
             )
         # The smallest ranks, one step of the multiple each, have to fit too.
         budget.fill(sites, {site.name: 1.0 if site.name in self._group_of else None for site in sites})
@@ -200,7 +205,7 @@ class GroupSpace(Space):
             site.name: None if (label := self._group_of.get(site.name)) is None else at[label] for site in self.sites
         }
         return self.budget.fill(
-            self.sites, {name: None if f is None or f >= _AS_GOOD_AS_DENSE else f for name, f in fractions.items()}
+            self.sites, {name: None if f is None or f >= self._dense_from else f for name, f in fractions.items()}
         )
 
     def labels_of_sites(self) -> dict[str, str]:
@@ -223,13 +228,14 @@ class GroupSpace(Space):
         if plan is not None:
             known = self.given(coordinates)
             found.append(("plan", self._averages(plan) if known is None else self.project(known)))
-        found.append(("uniform", self.project(torch.full_like(self.lower, 0.5))))
+        middle = self.total / float(self.weights.sum())
+        found.append(("uniform", self.project(torch.full_like(self.lower, middle))))
         # LoRD's manual plans: q and k lose half as much again as the rest.
         roles = [set(label.split("@")[0].split("+")) for label in self.labels]
         loss = torch.tensor([1.5 if group & {"q", "k"} else 1.0 for group in roles], dtype=torch.float64)
-        found.append(("manual", self.project(1 - (1 - self.total / float(self.weights.sum())) * loss)))
+        found.append(("manual", self.project(self.upper - (self.upper - middle) * loss)))
         if self._energies:
-            found.append(("spectral", self._averages(Tails(self.sites, self._energies, self.budget).plan())))
+            found.append(("spectral", self._averages(tails_for(self.sites, self._energies, self.budget).plan())))
         return found
 
 
@@ -263,7 +269,7 @@ class MultiplierSpace(Space):
         self.name = "spectral"
         self.sites, self.budget = list(sites), budget
         check_smallest(sites, budget)
-        self._tails = Tails(sites, energies, budget) if energies else None
+        self._tails = tails_for(sites, energies, budget) if energies else None
         roles = list(dict.fromkeys(site.role for site in sites))
         self.labels = [*roles, "slope"]
         self._role = torch.tensor([roles.index(site.role) for site in sites])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rankwise.allocation.base import Allocation, Choice, Evidence, Looks
-from rankwise.budget import Budget, Rank
+from rankwise.budget import BitBudget, Budget, QuantizedRank, Rank
 from rankwise.errors import NotFiniteError, RecipeError
 from rankwise.sites import Site
 
@@ -45,16 +45,9 @@ class Tails:
         self.losses = torch.full(shape, math.inf, dtype=torch.float64)
         self.costs = torch.full(shape, math.inf, dtype=torch.float64)
         for row, (site, count) in enumerate(zip(self.sites, counts, strict=True)):
-            energy = energies[site.name].double().cpu().clamp_min(0)
-            if not torch.isfinite(energy).all():
-                raise NotFiniteError(
-                    "A component's estimated loss is NaN or infinite.",
-                    where=site.name,
-                    remedy="use more calibration text, or another method",
-                )
             ranks = torch.arange(1, count + 1) * budget.rank_multiple
-            tail = torch.cat([energy.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
-            self.losses[row, :count] = tail[ranks.clamp_max(len(energy))]
+            tail = tail_losses(energies[site.name], site)
+            self.losses[row, :count] = tail[ranks.clamp_max(len(tail) - 1)]
             self.costs[row, :count] = torch.tensor(
                 [float(budget.cost(site, int(r))) for r in ranks], dtype=torch.float64
             )
@@ -154,6 +147,70 @@ class Tails:
             chosen[row] = column
 
 
+class BitTails(Tails):
+    """Candidates of a budget of bits: every number of bits of Q with every rank beside it; none stays dense.
+
+    Args and errors as for `Tails`; energies have a row for each number of bits, shape `[choices, k]`.
+    """
+
+    def __init__(self, sites: Sequence[Site], energies: Mapping[str, Tensor], budget: BitBudget) -> None:
+        self.sites, self.budget = list(sites), budget
+        # A rank that is given leaves Q alone to be chosen.
+        first = [0 if budget.rank is None else budget.largest_rank(site) for site in sites]
+        ranks_of = [
+            range(r, budget.largest_rank(s) + 1, budget.rank_multiple) for r, s in zip(first, sites, strict=True)
+        ]
+        self._ranks = ranks_of
+        self._steps, choices = max(len(ranks) for ranks in ranks_of), len(budget.choices)
+        # The last column, which stands for dense elsewhere, stays no candidate.
+        shape = (len(self.sites), self._steps * choices + 1)
+        self.losses = torch.full(shape, math.inf, dtype=torch.float64)
+        self.costs = torch.full(shape, math.inf, dtype=torch.float64)
+        for row, (site, ranks) in enumerate(zip(self.sites, ranks_of, strict=True)):
+            for choice, bits in enumerate(budget.choices):
+                tail = tail_losses(energies[site.name][choice], site)
+                place = slice(choice * self._steps, choice * self._steps + len(ranks))
+                self.losses[row, place] = tail[torch.tensor(ranks).clamp_max(len(tail) - 1)]
+                self.costs[row, place] = torch.tensor(
+                    [float(budget.cost(site, QuantizedRank(r, bits))) for r in ranks], dtype=torch.float64
+                )
+
+    def plan(self, weights: Tensor | None = None) -> dict[str, Rank]:
+        assert isinstance(self.budget, BitBudget)
+        allowed = float(self.budget.allowed(self.sites))
+        self.budget.check_smallest(self.sites, int(self.costs.min(1).values.sum()))
+        losses = self.losses if weights is None else self.losses * weights.double().unsqueeze(1)
+        losses = torch.where(torch.isfinite(self.costs), losses, math.inf)
+        found = self._with_dense(losses, torch.zeros(len(self.sites), dtype=torch.bool), allowed)
+        assert found is not None
+        ranks: dict[str, Rank] = {}
+        for site, of_site, column in zip(self.sites, self._ranks, found[1].tolist(), strict=True):
+            choice, step = divmod(column, self._steps)
+            ranks[site.name] = QuantizedRank(of_site[step], self.budget.choices[choice])
+        return ranks
+
+
+def tails_for(sites: Sequence[Site], energies: Mapping[str, Tensor], budget: Budget) -> Tails:
+    """The candidates of a budget; errors as for `Tails`."""
+    return BitTails(sites, energies, budget) if isinstance(budget, BitBudget) else Tails(sites, energies, budget)
+
+
+def tail_losses(energy: Tensor, site: Site) -> Tensor:
+    """What is lost at each rank 0..k, from the energies of k components.
+
+    Raises:
+        NotFiniteError: naming a site whose energies are not finite.
+    """
+    energy = energy.double().cpu().clamp_min(0)
+    if not torch.isfinite(energy).all():
+        raise NotFiniteError(
+            "A component's estimated loss is NaN or infinite.",
+            where=site.name,
+            remedy="use more calibration text, or another method",
+        )
+    return torch.cat([energy.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+
+
 def check_smallest(sites: Sequence[Site], budget: Budget) -> None:
     """Raise when one step of rank everywhere is already too much.
 
@@ -184,4 +241,4 @@ class Spectral(Allocation):
         check_smallest(sites, budget)
 
     def choose(self, sites: Sequence[Site], budget: Budget, evidence: Evidence) -> Choice:
-        return Choice.by_role(sites, Tails(sites, evidence.energies, budget).plan(), budget)
+        return Choice.by_role(sites, tails_for(sites, evidence.energies, budget).plan(), budget)

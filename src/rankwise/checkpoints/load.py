@@ -21,6 +21,9 @@ from rankwise.errors import ModelError, NotFiniteError
 CHECKPOINT_KEY = "rankwise"
 """The key in a config under which a compressed checkpoint describes its layers."""
 
+CACHE_KEY = "rankwise_cache_dense"
+"""The key in a config that lets quantised layers keep their weight dequantised."""
+
 
 @dataclass
 class LoadedModel:

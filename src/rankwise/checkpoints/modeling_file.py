@@ -1,14 +1,16 @@
 """The self-contained modelling file of a compressed checkpoint, and the class it defines.
 
-The file holds the source of the layers (`layers/low_rank.py`, `pivoted.py`, `replace.py`) and three small subclasses
-of the base architecture. Loading with `trust_remote_code=True` runs it where rankwise is not installed; rankwise itself
-builds the same text afresh and never runs the file it finds in a directory.
+The file holds the source of the layers (`layers/low_rank.py`, `pivoted.py`, `quantized.py`, `replace.py`), of what
+reads codes (`quantizers/codes.py`, `rotation.py`), and three small subclasses of the base architecture. Loading with
+`trust_remote_code=True` runs it where rankwise is not installed; rankwise itself builds the same text afresh and never
+runs the file it finds in a directory.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import sys
 from types import ModuleType
 from typing import Any
@@ -16,14 +18,15 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from rankwise.errors import ModelError
-from rankwise.layers import low_rank, pivoted, replace
+from rankwise.layers import low_rank, pivoted, quantized, replace
+from rankwise.quantizers import codes, rotation
 
 MODULE_NAME = "modeling_rankwise"
 _GENERATED = "rankwise_generated_"
 
-_TEMPLATE = '''"""{base} with low-rank linear layers.
+_TEMPLATE = '''"""{base} with low-rank or quantised linear layers.
 
-Written by rankwise; needs torch and transformers only. The config's `rankwise` entry says which layers are factored.
+Written by rankwise; needs torch and transformers only. The config's `rankwise` entry says which layers are replaced.
 """
 
 {layer_source}
@@ -41,7 +44,7 @@ class Rankwise{base}({base}):
 
     def __init__(self, config):
         super().__init__(config)
-        replace_linears(self, config.rankwise["layers"])
+        replace_linears(self, config.rankwise["layers"], getattr(config, "rankwise_cache_dense", False))
         self.post_init()
 
 
@@ -60,14 +63,30 @@ def model_type_for(base_model_type: str) -> str:
     return f"rankwise_{base_model_type}"
 
 
+_SOURCES = (codes, rotation, low_rank, pivoted, quantized, replace)
+
+
+def _is_heading(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr | ast.ImportFrom | ast.Import)
+
+
 def _layer_source() -> str:
     """Source of the layer files without their docstrings, their imports put together at the head."""
-    parts = []
-    for module in (low_rank, pivoted, replace):
+    parts: list[str] = []
+    whole: set[str] = set()
+    named: dict[str, set[str]] = {}
+    for module in _SOURCES:
         source = inspect.getsource(module)
-        heading = [each for each in ast.parse(source).body if isinstance(each, ast.Expr | ast.ImportFrom | ast.Import)]
+        heading = list(itertools.takewhile(_is_heading, ast.parse(source).body))
+        for each in heading:
+            if isinstance(each, ast.Import):
+                whole |= {name.name for name in each.names}
+            elif isinstance(each, ast.ImportFrom) and not str(each.module).startswith("rankwise"):
+                named.setdefault(str(each.module), set()).update(name.name for name in each.names)
         parts.append("\n".join(source.splitlines()[heading[-1].end_lineno :]).strip())
-    return "import torch\nfrom torch import Tensor, nn\n\n\n" + "\n\n\n".join(parts)
+    imports = [f"import {name}" for name in sorted(whole)]
+    imports += [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(named.items())]
+    return "\n".join(imports) + "\n\n\n" + "\n\n\n".join(parts)
 
 
 def modeling_source(config_class: type, base_class: type, causal_class: type) -> str:
@@ -149,6 +168,8 @@ def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
     module.__dict__.update(
         LowRankLinear=low_rank.LowRankLinear,
         PivotedLinear=pivoted.PivotedLinear,
+        QuantizedLinear=quantized.QuantizedLinear,
+        PackedMatrix=quantized.PackedMatrix,
         replace_linears=replace.replace_linears,
     )
     return getattr(module, f"Rankwise{causal_class.__name__}")

@@ -16,16 +16,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.checkpoints.load import CHECKPOINT_KEY, LoadedModel
+from rankwise.checkpoints.load import CACHE_KEY, CHECKPOINT_KEY, LoadedModel
 from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, base_classes, model_type_for, modeling_source
 from rankwise.errors import ModelError, OutputError, is_disk_full
-from rankwise.layers import FACTORED, LowRankLinear, PivotedLinear
+from rankwise.layers import FACTORED, REPLACED, LowRankLinear, PivotedLinear, QuantizedLinear
 from rankwise.sites import Site
 
 REPORT_FILE = "rankwise_report.json"
 """Every directory that rankwise writes holds this file; only such directories are ever replaced."""
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def _umask() -> int:
@@ -92,7 +92,7 @@ def writing(output: Path) -> Iterator[Path]:
 
 
 def low_rank_layers(model: Any, sites: Sequence[Site]) -> dict[str, dict[str, Any]]:
-    """Forms of the factored layers by path inside the base model, as `replace_linears` takes them."""
+    """Forms of the replaced layers by path inside the base model, as `replace_linears` takes them."""
     prefix = model.base_model_prefix + "."
     layers = {}
     for site in sites:
@@ -104,6 +104,9 @@ def low_rank_layers(model: Any, sites: Sequence[Site]) -> dict[str, dict[str, An
         elif isinstance(module, PivotedLinear):
             form |= {"rank": module.first.out_features, "bias": module.first_bias is not None}
             form |= {"storage": "pivoted", "order": module.place is not None}
+            layers[site.name.removeprefix(prefix)] = form
+        elif isinstance(module, QuantizedLinear):
+            form |= {"bias": module.bias is not None, "storage": "quantized", "form": module.form}
             layers[site.name.removeprefix(prefix)] = form
     return layers
 
@@ -129,11 +132,11 @@ def _write_companions(loaded: LoadedModel, folder: Path) -> None:
 
 
 def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_shard_size: str = "5GB") -> None:
-    """Write a checkpoint whose low-rank layers any transformers can load with `trust_remote_code=True`.
+    """Write a checkpoint whose replaced layers any transformers can load with `trust_remote_code=True`.
 
     Args:
         folder: an empty directory.
-        loaded: the model, its low-rank layers in place, parameters in their stored dtypes.
+        loaded: the model, its new layers in place, parameters in their stored dtypes.
         sites: all sites, dense or not.
         max_shard_size: size at which weights are split over files.
 
@@ -158,14 +161,18 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
             }
         },
     )
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        # A key of its own, so that from_pretrained(..., rankwise_cache_dense=True) sets it.
+        config[CACHE_KEY] = False
     _write_weights(model, folder, max_shard_size)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / f"{MODULE_NAME}.py").write_text(source)
     _write_companions(loaded, folder)
 
 
-def _dense_module(site: Site, old: LowRankLinear | PivotedLinear) -> nn.Module:
-    weight, bias = old.dense_weight().to(next(old.parameters()).dtype), old.dense_bias()
+def _dense_module(site: Site, old: Any, dtype: torch.dtype) -> nn.Module:
+    bias = old.dense_bias()
+    weight = old.dense_weight().to(dtype)
     with torch.device("meta"):
         dense = Conv1D(site.m, site.n) if site.transposed else nn.Linear(site.n, site.m, bias=bias is not None)
     dense.weight = nn.Parameter((weight.T if site.transposed else weight).contiguous(), requires_grad=False)
@@ -190,8 +197,11 @@ def densify(loaded: LoadedModel, sites: Sequence[Site]) -> None:
     model = loaded.model
     for site in sites:
         module = site.module(model)
-        if isinstance(module, FACTORED):
-            model.set_submodule(site.name, _dense_module(site, module))
+        if isinstance(module, REPLACED):
+            # Codes have no dtype of their own; they take that of the embeddings.
+            own = next(module.parameters(), None) if isinstance(module, FACTORED) else None
+            dtype = model.get_input_embeddings().weight.dtype if own is None else own.dtype
+            model.set_submodule(site.name, _dense_module(site, module, dtype))
     have = {name for name, _ in model.named_parameters()}
     if not have <= _parameter_names(model.config):
         for flag in ("attention_bias", "mlp_bias", "use_bias", "bias"):

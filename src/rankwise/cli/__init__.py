@@ -49,7 +49,15 @@ def compress(
     keep: Annotated[
         float | None, typer.Option(help="Fraction of the decoder's linear weights to keep, in (0, 1].")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="svd, fwsvd, asvd, svd_llm, afm, bolaco or two_sided.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="svd, fwsvd, asvd, svd_llm, afm, bolaco, two_sided; quantize or caldera for few bits."),
+    ] = None,
+    bits: Annotated[float | None, typer.Option(help="Bits a linear weight on the average (quantize, caldera).")] = None,
+    q_bits: Annotated[int | None, typer.Option(help="Bits of Q in W ~ Q + L R.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of L R at every site (caldera).")] = None,
+    lr_bits: Annotated[int | None, typer.Option(help="Bits of L and R (caldera); 16 for unquantised.")] = None,
+    codebook: Annotated[str | None, typer.Option(help="Of Q: e8p, uniform or nf.")] = None,
     allocation: Annotated[
         str | None,
         typer.Option(
@@ -95,8 +103,13 @@ def compress(
         "model": model,
         "output": output,
         "budget.keep": keep,
+        "budget.bits": bits,
         "budget.storage": storage,
         "method": method,
+        "method.q_bits": q_bits,
+        "method.rank": rank,
+        "method.lr_bits": lr_bits,
+        "method.codebook": codebook,
         "allocation": allocation,
         "calibration.source": calibration,
         "validation.source": validation,
@@ -115,7 +128,13 @@ def compress(
     for key, value in given.items():
         if value is not None:
             set_value(values, key, value)
-    use_plan(values, plan, trials, keep_given=keep is not None, method_given=method is not None)
+    use_plan(
+        values,
+        plan,
+        trials,
+        keep_given=keep is not None,
+        method_given=any(each is not None for each in (method, q_bits, rank, lr_bits, codebook)),
+    )
     for assignment in set_ or []:
         set_value(values, *split_assignment(assignment))
     if "model" not in values:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rankwise.layers import PackedMatrix, QuantizedLinear
 from rankwise.sites import Site
 
 
@@ -18,7 +19,8 @@ class Cost:
     Attributes:
         parameters: all parameters.
         bytes: their bytes.
-        linear_parameters: weights (or factors) of the decoder's linear layers, biases not counted.
+        linear_parameters: weights (or factors) of the decoder's linear layers, biases not counted. A quantised layer
+            has those of Q, L and R.
         linear_bytes: their bytes.
         linear_biases: biases of those layers.
         linear_indices: integers of those layers that say where outputs belong (pivoted storage); they count among the
@@ -54,9 +56,16 @@ def measure_cost(model: Any, sites: Sequence[Site], stored_dtypes: Mapping[str, 
             else:
                 linear += count
                 linear_bytes += count * width
+    for site in sites:
+        module = site.module(model)
+        if isinstance(module, QuantizedLinear):
+            packed = [part for part in (module.q, module.left, module.right) if isinstance(part, PackedMatrix)]
+            count = sum(part.codes.shape[0] * part.columns for part in packed)
+            parameters, linear = parameters + count, linear + count
     for name, buffer in model.named_buffers():
         if name.startswith(prefixes):
-            indices += buffer.numel()
+            if not name.endswith((".codes", ".scale", ".signs_in", ".signs_out")):
+                indices += buffer.numel()
             size += buffer.numel() * buffer.dtype.itemsize
             linear_bytes += buffer.numel() * buffer.dtype.itemsize
     return Cost(parameters, size, linear, linear_bytes, biases, indices)

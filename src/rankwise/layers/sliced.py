@@ -10,23 +10,67 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rankwise.budget import QuantizedRank
 from rankwise.factors import Basis
 from rankwise.sites import Site
 
 
+class _Slices:
+    """One basis in memory, of which any rank can be taken.
+
+    Args:
+        basis: full-rank factors.
+        most: largest rank that will be asked for.
+        beside: what stands beside L R, shape `[m, n]`, or None.
+        own_bias: the layer's own bias, shape `[m]`, or None.
+        resident: brings values to the device, through the dtype they are stored in.
+    """
+
+    def __init__(
+        self,
+        basis: Basis,
+        most: int,
+        beside: Tensor | None,
+        own_bias: Tensor | None,
+        resident: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.right = resident(basis.right[:most])
+        # Transposed, so that the first r are contiguous as in R.
+        self.left = resident(basis.left[:, :most].T)
+        device = self.right.device
+        self.beside = None if beside is None else beside.to(device, self.right.dtype)
+        self._mean_output = None if basis.mean_output is None else basis.mean_output.to(device)
+        self._mean_code = None if basis.mean_code is None else basis.mean_code[:most].to(device)
+        self._own_bias = None if own_bias is None else own_bias.to(device)
+        self._resident = resident
+
+    def bias_at(self, rank: int) -> Tensor | None:
+        """b + (W - L_r R_r) E[x], as `Basis.truncate` makes it."""
+        bias = self._own_bias
+        if self._mean_output is not None and self._mean_code is not None:
+            compensation = self._mean_output - self._mean_code[:rank] @ self.left[:rank].to(self._mean_code)
+            bias = compensation if bias is None else bias.to(compensation) + compensation
+        return None if bias is None else self._resident(bias)
+
+
 class SlicedLinear(nn.Module):
-    """y = L_r (R_r x) + b_r, where r is set before a forward and L_r, R_r are views of a basis that stays in memory.
+    """y = (Q + L_r R_r) x + b_r, where r is set before a forward and L_r, R_r are views of a basis kept in memory.
 
     Args:
         dense: the module it stands for; rank None runs it unchanged.
-        basis: full-rank factors.
+        bases: by bits of Q, what stands beside L R (Q) and the full-rank factors; `{None: (None, basis)}` without Q.
         most: largest rank that will be asked for.
         bias: the layer's own bias, shape `[m]`, or None.
         dtypes: what factors are stored in and what they compute in, so that a trial equals the checkpoint.
     """
 
     def __init__(
-        self, dense: nn.Module, basis: Basis, most: int, bias: Tensor | None, dtypes: tuple[torch.dtype, torch.dtype]
+        self,
+        dense: nn.Module,
+        bases: Mapping[int | None, tuple[Tensor | None, Basis]],
+        most: int,
+        bias: Tensor | None,
+        dtypes: tuple[torch.dtype, torch.dtype],
     ) -> None:
         super().__init__()
         self.dense = dense
@@ -36,13 +80,9 @@ class SlicedLinear(nn.Module):
         def resident(values: Tensor) -> Tensor:
             return values.to(device, stored, copy=True, memory_format=torch.contiguous_format).to(compute)
 
-        self.right = resident(basis.right[:most])
-        # Transposed, so that the first r are contiguous as in R.
-        self.left = resident(basis.left[:, :most].T)
-        self._mean_output = None if basis.mean_output is None else basis.mean_output.to(device)
-        self._mean_code = None if basis.mean_code is None else basis.mean_code[:most].to(device)
-        self._own_bias = None if bias is None else bias.to(device)
-        self._resident = resident
+        self._slices = {bits: _Slices(basis, most, beside, bias, resident) for bits, (beside, basis) in bases.items()}
+        self._most = most
+        self._now = next(iter(self._slices.values()))
         self._bias: Tensor | None = None
         self._rank: int | None = None
 
@@ -51,32 +91,40 @@ class SlicedLinear(nn.Module):
         """The rank in force; None for dense."""
         return self._rank
 
+    @property
+    def left(self) -> Tensor:
+        """L transposed, of the basis in force."""
+        return self._now.left
+
+    @property
+    def right(self) -> Tensor:
+        """R of the basis in force."""
+        return self._now.right
+
     def set_rank(self, rank: int | None) -> None:
-        """Take a rank: a new bias is made, nothing else.
+        """Take a rank, and the Q it names: a new bias is made, nothing else.
 
         Raises:
             ValueError: when it is above the largest that was announced.
         """
-        if rank is not None and not 1 <= rank <= self.right.shape[0]:
-            raise ValueError(f"rank must lie in 1..{self.right.shape[0]}, not {rank}")
+        least = 0 if isinstance(rank, QuantizedRank) else 1
+        if rank is not None and not least <= int(rank) <= self._most:
+            raise ValueError(f"rank must lie in {least}..{self._most}, not {int(rank)}")
         if rank is not None and rank != self._rank:
-            self._bias = self._bias_at(rank)
+            self._now = self._slices[rank.q_bits if isinstance(rank, QuantizedRank) else None]
+            self._bias = self._now.bias_at(int(rank))
         self._rank = rank
-
-    def _bias_at(self, rank: int) -> Tensor | None:
-        """b + (W - L_r R_r) E[x], as `Basis.truncate` makes it."""
-        bias = self._own_bias
-        if self._mean_output is not None and self._mean_code is not None:
-            compensation = self._mean_output - self._mean_code[:rank] @ self.left[:rank].to(self._mean_code)
-            bias = compensation if bias is None else bias.to(compensation) + compensation
-        return None if bias is None else self._resident(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., n]` to `[..., m]`."""
         if self._rank is None:
             return self.dense(x)
-        left, right = self.left[: self._rank], self.right[: self._rank]
-        (rank, m), n = left.shape, right.shape[1]
+        rank = int(self._rank)
+        left, right = self.left[:rank], self.right[:rank]
+        if self._now.beside is not None:
+            # The product is smaller than what stands beside it, so it is added first.
+            return functional.linear(x, torch.addmm(self._now.beside, left.T, right), self._bias)
+        m, n = left.shape[1], right.shape[1]
         tokens = x.numel() // n
         if rank * (m + n) * tokens > m * n * (tokens + rank):
             # At the high ranks that pivoted storage affords, the product itself is the faster way.
@@ -88,7 +136,7 @@ class SlicedLinear(nn.Module):
 def sliced(
     model: Any,
     sites: Sequence[Site],
-    load_basis: Callable[[Site], Basis],
+    load_bases: Callable[[Site], Mapping[int | None, tuple[Tensor | None, Basis]]],
     largest_rank: Callable[[Site], int],
     stored_dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[Callable[[Mapping[str, int | None]], None]]:
@@ -97,7 +145,7 @@ def sliced(
     Args:
         model: changed in place.
         sites: which weights.
-        load_basis: reads a site's basis, on the CPU.
+        load_bases: reads a site's bases as `SlicedLinear` takes them, on the CPU.
         largest_rank: the largest rank a site may be asked for; 0 for a site that only stays dense.
         stored_dtypes: by parameter name, the checkpoint's dtype.
 
@@ -115,7 +163,7 @@ def sliced(
             bias = site.bias(model)
             layers[site.name] = SlicedLinear(
                 originals[site.name],
-                load_basis(site),
+                load_bases(site),
                 most,
                 bias,
                 (stored_dtypes.get(f"{site.name}.weight", weight.dtype), weight.dtype),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from rankwise.factors import Factors
+from rankwise.budget import FULL_BITS, BitForm, QuantizedRank
+from rankwise.factors import Factors, Quantized
 from rankwise.layers.low_rank import LowRankLinear
 from rankwise.layers.pivoted import PivotedLinear
+from rankwise.layers.quantized import PackedMatrix, QuantizedLinear
 from rankwise.linalg import Pivoted
+from rankwise.quantizers import Packed, packed_signs
 from rankwise.sites import Site
 
 
@@ -88,3 +93,84 @@ def read_factors(module: LowRankLinear | PivotedLinear) -> Factors:
     return Factors(
         left, module.first.weight.detach().double().cpu(), None if added is None else added.detach().double().cpu()
     )
+
+
+def layer_form(form: BitForm, shape: tuple[int, int], rank: QuantizedRank) -> dict[str, Any]:
+    """A quantised layer's form as `QuantizedLinear` takes it.
+
+    Args:
+        form: how the plan's sites are stored.
+        shape: `(m, n)`.
+        rank: of L R, with the bits of Q.
+    """
+
+    def packed(bits: int, codebook: str, scales: tuple[int, int], group: int) -> dict[str, Any]:
+        return {"bits": bits, "codebook": codebook, "scales": list(scales), "group": group}
+
+    factors = None
+    if rank and form.lr_bits != FULL_BITS:
+        factors = packed(form.lr_bits, form.lr_codebook, (int(rank), 1), 0)
+    return {
+        "rank": int(rank),
+        "hadamard": form.hadamard,
+        "trained_signs": form.trained_signs,
+        "q": packed(rank.q_bits, form.codebook, form.scales(shape), form.group) if rank.q_bits else None,
+        "left": factors,
+        "right": factors,
+    }
+
+
+def sixteen(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit type in which numbers go into a checkpoint of this type."""
+    return dtype if dtype.itemsize == 2 else torch.bfloat16
+
+
+def empty_quantized(
+    model: nn.Module, site: Site, form: BitForm, rank: QuantizedRank, dtype: torch.dtype
+) -> QuantizedLinear:
+    """Replace a site's module by a quantised layer without values, on the device it had; its bias is taken over.
+
+    Args:
+        model: changed in place.
+        site: which weight.
+        form: how the plan's sites are stored.
+        rank: of L R, with the bits of Q.
+        dtype: of the checkpoint; scales and unquantised factors are held in `sixteen` of it.
+    """
+    device = next(site.module(model).parameters()).device
+    bias = site.bias(model)
+    half = sixteen(dtype)
+    layer = QuantizedLinear(site.n, site.m, bias is not None, layer_form(form, (site.m, site.n), rank))
+    for module in layer.modules():
+        if isinstance(module, PackedMatrix):
+            module.scale = module.scale.to(half)
+        elif isinstance(module, nn.Linear):
+            module.to(half)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    layer.requires_grad_(False).to(device)
+    model.set_submodule(site.name, layer)
+    return layer
+
+
+def fill_quantized(layer: QuantizedLinear, found: Quantized) -> None:
+    """Put codes, scales, factors and signs into an empty layer."""
+
+    def fill(into: PackedMatrix, packed: Packed) -> None:
+        into.codes.copy_(packed.codes)
+        into.scale.copy_(packed.scale)
+
+    with torch.no_grad():
+        if layer.q is not None and found.q is not None:
+            fill(layer.q, found.q)
+        if found.low_rank is not None:
+            pair = found.low_rank
+            if pair.packed is not None:
+                fill(layer.left, pair.packed[0])
+                fill(layer.right, pair.packed[1])
+            else:
+                layer.left.weight.copy_(pair.left)
+                layer.right.weight.copy_(pair.right)
+        for name, minus in (("signs_in", found.rotation.minus_in), ("signs_out", found.rotation.minus_out)):
+            if minus is not None:
+                getattr(layer, name).copy_(packed_signs(minus))

@@ -1,4 +1,4 @@
-"""Factorisation methods, one file each. A new one is a file and a line in `METHODS`."""
+"""Compression methods, one file each. A new one is a file and a line in `METHODS`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from rankwise.methods.afm import AFM
 from rankwise.methods.asvd import ASVD
 from rankwise.methods.base import Method
 from rankwise.methods.bolaco import Bolaco
+from rankwise.methods.caldera import Caldera
 from rankwise.methods.fwsvd import FWSVD
+from rankwise.methods.quantize import Quantize
+from rankwise.methods.quantizing import QuantizingMethod
 from rankwise.methods.svd import SVD
 from rankwise.methods.svd_llm import SVDLLM
 from rankwise.methods.two_sided import TwoSided
@@ -24,9 +27,13 @@ METHODS: dict[str, type[Method]] = {
     "afm": AFM,
     "bolaco": Bolaco,
     "two_sided": TwoSided,
+    "quantize": Quantize,
+    "caldera": Caldera,
 }
 
-AnyMethod = Annotated[SVD | FWSVD | ASVD | SVDLLM | AFM | Bolaco | TwoSided, Field(discriminator="name")]
+AnyMethod = Annotated[
+    SVD | FWSVD | ASVD | SVDLLM | AFM | Bolaco | TwoSided | Quantize | Caldera, Field(discriminator="name")
+]
 
 
 def method_named(name: str) -> Method:
@@ -40,4 +47,4 @@ def method_named(name: str) -> Method:
     return METHODS[name](name=name)
 
 
-__all__ = ["METHODS", "AnyMethod", "Method", "method_named"]
+__all__ = ["METHODS", "AnyMethod", "Method", "QuantizingMethod", "method_named"]

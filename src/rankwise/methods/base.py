@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from rankwise.budget import Budget
 from rankwise.factors import Basis
 from rankwise.linalg import Decomposition, OutputMetric
 from rankwise.statistics import Request, SiteStatistics
@@ -21,16 +22,30 @@ class Method(BaseModel, ABC):
 
     Attributes:
         one_unit: whether energies of different sites are in one unit, so that rank can be traded between sites by them.
+        quantizes: whether it gives codes instead of a basis.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     one_unit: ClassVar[bool] = False
+    quantizes: ClassVar[bool] = False
 
     name: str
 
+    def budget(self, asked: Budget) -> Budget:
+        """The budget its ranks are chosen on.
+
+        Args:
+            asked: as the recipe gives it.
+        """
+        return asked
+
     def requests(self) -> tuple[Request, ...]:
         """Statistics that have to be collected first."""
+        return ()
+
+    def plan_requests(self) -> tuple[Request, ...]:
+        """Statistics that are needed on top when an allocation looks at energies."""
         return ()
 
     def output_metric(self, statistics: SiteStatistics) -> OutputMetric | None:

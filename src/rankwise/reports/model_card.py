@@ -10,10 +10,11 @@ _CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [rankwise, low-rank]
+tags: [rankwise, {{ "quantized" if bits else "low-rank" }}]
 ---
 
-# {{ name }}, {{ "%.3g" | format(100 * keep.got) }}% of the linear weights kept
+# {{ name }}, {% if bits %}{{ "%.3g" | format(bits.got) }} bits a linear weight\
+{% else %}{{ "%.3g" | format(100 * keep.got) }}% of the linear weights kept{% endif %}
 
 Made by rankwise {{ machine.rankwise }} from `{{ source }}` (`{{ architecture }}`).
 
@@ -30,7 +31,10 @@ Made by rankwise {{ machine.rankwise }} from `{{ source }}` (`{{ architecture }}
 {%- endif %}
 
 - method `{{ recipe.method.name }}`, allocation `{{ recipe.allocation.name }}`, \
-{% if keep.asked is not none %}asked to keep {{ keep.asked }}, {% endif %}kept {{ "%.4f" | format(keep.got) }}
+{% if bits %}{% if bits.asked is not none %}asked for {{ bits.asked }} bits a weight, {% endif %}\
+{{ "%.4f" | format(bits.got) }} bits a weight{% else %}\
+{% if keep.asked is not none %}asked to keep {{ keep.asked }}, {% endif %}\
+kept {{ "%.4f" | format(keep.got) }}{% endif %}
 - calibration: {{ calibration.sequences }} sequences of {{ calibration.length }} tokens from `{{ calibration.source }}`
 - {{ counted }}
 {%- if biases_added %}
@@ -58,10 +62,12 @@ model = AutoModelForCausalLM.from_pretrained("DIR"{% if low_rank %}, trust_remot
 tokenizer = AutoTokenizer.from_pretrained("DIR")
 ```
 {% if low_rank %}
-`trust_remote_code=True` runs `modeling_rankwise.py` from this directory: the low-rank layer and three small subclasses
+`trust_remote_code=True` runs `modeling_rankwise.py` from this directory: the new layers and three small subclasses
 of the original classes. Without it loading stops with an error.
+{%- if bits %} Weights are decoded in every forward pass;
+`from_pretrained(..., rankwise_cache_dense=True)` decodes them once and keeps them, as large as the original.{% endif %}
 {% else %}
-The factors are multiplied back: this checkpoint loads like the original and is as large as it. No size is saved.
+The weights are multiplied back: this checkpoint loads like the original and is as large as it. No size is saved.
 {% endif %}
 `rankwise_report.json` has every rank, size, time and setting; `plan.json` the ranks alone.
 """
@@ -72,4 +78,6 @@ def model_card(report: dict[str, Any]) -> str:
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     source = report["recipe"]["model"].rstrip("/").rpartition("/")[2]
     low_rank = report["recipe"]["format"] == "low_rank"
-    return environment.from_string(_CARD).render(**report, name=source, source=source, low_rank=low_rank)
+    return environment.from_string(_CARD).render(
+        **{"bits": None, **report}, name=source, source=source, low_rank=low_rank
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,6 +70,41 @@ def draw_losses(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]])
             )
     axes.set_xlabel("step")
     axes.set_ylabel("loss a token (nats)")
+    _save(figure, path)
+
+
+def draw_iterations(path: Path, errors: Mapping[str, Sequence[float]], roles: Mapping[str, str]) -> None:
+    """Draw each site's error over outer iterations, its first one being 1; thick lines are medians of roles.
+
+    Args:
+        path: file to write; its suffix says the format.
+        errors: site name -> error after each iteration.
+        roles: site name -> role.
+
+    Raises:
+        MissingPackageError: when matplotlib is absent.
+        OutputError: when the file cannot be written.
+    """
+    figure, axes = _figure(7.0, 4.2)
+    known = list(dict.fromkeys(roles[name] for name in errors))
+    ends = []
+    for number, role in enumerate(known):
+        curves = [
+            [e / values[0] for e in values] for name, values in errors.items() if roles[name] == role and values[0]
+        ]
+        if not curves:
+            continue
+        colour = f"C{number % 10}"
+        steps = range(1, len(curves[0]) + 1)
+        for curve in curves:
+            axes.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.2, linewidth=0.8)
+        medians = [statistics.median(c[i] for c in curves if i < len(c)) for i in range(len(curves[0]))]
+        axes.plot(steps, medians, color=colour, linewidth=2)
+        ends.append(((len(medians), medians[-1]), role, colour))
+    axes.set_xlabel("outer iteration")
+    axes.set_ylabel("error of W relative to the first iteration")
+    for (x, y), role, colour in ends:
+        axes.annotate(role, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9, color=colour)
     _save(figure, path)
 
 

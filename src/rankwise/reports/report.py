@@ -72,6 +72,7 @@ def build_report(
         "model_fingerprint": fingerprint,
         "architecture": plan.architecture,
         "keep": {"asked": plan.keep, "got": plan.kept},
+        "bits": bits_of(plan, before),
         "storage": plan.storage,
         "counted": "weights of the decoder's linear layers; embeddings, head, norms and biases are not counted",
         "before": asdict(before),
@@ -88,3 +89,10 @@ def build_report(
         "notes": list(notes),
         "run_directory": run_directory,
     }
+
+
+def bits_of(plan: RankPlan, before: Cost) -> dict[str, Any] | None:
+    """Bits a weight of a plan that quantises: asked for, got, and of the original; None for other plans."""
+    if not plan.q_bits:
+        return None
+    return {"asked": plan.bits, "got": plan.bits_a_weight, "before": 8 * before.linear_bytes / plan.dense_parameters}

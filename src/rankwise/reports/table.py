@@ -21,8 +21,15 @@ def closing_table(report: dict[str, Any]) -> Table:
     table = Table(title="compressed", title_justify="left", show_edge=False, pad_edge=False)
     for column in ("", "before", "after", "after / before"):
         table.add_column(column, justify="left" if not column else "right")
-    asked = "-" if keep["asked"] is None else f"asked {keep['asked']:g}"
-    table.add_row("linear weights kept", asked, f"got {keep['got']:.4f}", "")
+    bits = report.get("bits")
+    if bits:
+        ratio = f"{bits['got'] / bits['before']:.3f}"
+        if bits["asked"] is not None:
+            table.add_row("bits a linear weight", f"asked {bits['asked']:g}", "", "")
+        table.add_row("bits a linear weight", f"{bits['before']:.2f}", f"{bits['got']:.4f}", ratio)
+    else:
+        asked = "-" if keep["asked"] is None else f"asked {keep['asked']:g}"
+        table.add_row("linear weights kept", asked, f"got {keep['got']:.4f}", "")
     rows = (("parameters", "parameters"), ("linear parameters", "linear_parameters"))
     for label, key in rows:
         table.add_row(label, f"{before[key]:,}", f"{after[key]:,}", f"{after[key] / before[key]:.3f}")

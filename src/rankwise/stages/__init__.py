@@ -3,6 +3,7 @@
 from rankwise.stages.bases import collect_statistics, decompose_sites, load_basis
 from rankwise.stages.factors import put_factors, store, store_factors
 from rankwise.stages.finish import score, write
+from rankwise.stages.quantize import quantize_sites
 from rankwise.stages.ranks import Chosen, check_budget, choose_ranks, judging, objective_key, select_samples
 from rankwise.stages.repair import Repairing, judge, prepare_repair, repair
 from rankwise.stages.work import Texts, Work, begin, device_of, read_sequences, read_texts
@@ -24,6 +25,7 @@ __all__ = [
     "objective_key",
     "prepare_repair",
     "put_factors",
+    "quantize_sites",
     "read_sequences",
     "read_texts",
     "repair",

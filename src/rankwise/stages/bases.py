@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rankwise.allocation import Looks
+from rankwise.budget import BitBudget
 from rankwise.errors import NotFiniteError
 from rankwise.factors import Basis
+from rankwise.methods import QuantizingMethod
 from rankwise.runs import Stage
+from rankwise.sites import Site
 from rankwise.stages.work import Work, calibration_key, model_key
 from rankwise.statistics import Need, SiteStatistics, Store, collect, save_record, streams_of
 
@@ -23,7 +30,10 @@ def collect_statistics(work: Work) -> Store:
     Raises:
         NotFiniteError: naming the layer.
     """
-    requests = work.recipe.method.requests()
+    method = work.recipe.method
+    requests = method.requests()
+    if work.recipe.allocation.looks >= Looks.ENERGIES:
+        requests += method.plan_requests()
     stages: dict[Need, Stage] = {
         request.need: work.run.stage(f"statistics-{request.need}", {**calibration_key(work), **request.settings()})
         for request in requests
@@ -52,8 +62,9 @@ def collect_statistics(work: Work) -> Store:
     return Store({need: stage.folder for need, stage in stages.items()}, stream_of)
 
 
-def save_basis(path: Path, basis: Basis) -> None:
+def save_basis(path: Path, basis: Basis, coarse: Tensor | None = None) -> None:
     parts = {
+        "coarse": coarse,
         "left": basis.left,
         "right": basis.right,
         "energy": basis.energy,
@@ -69,6 +80,7 @@ def save_basis(path: Path, basis: Basis) -> None:
 def load_basis(path: Path) -> Basis:
     parts: dict[str, Any] = dict(load_file(path))
     damping = float(parts.pop("damping"))
+    parts.pop("coarse", None)
     return Basis(**parts, damping=damping)
 
 
@@ -82,6 +94,8 @@ def decompose_sites(work: Work, store: Store) -> Path:
         NotFiniteError: naming the site.
     """
     method = work.recipe.method
+    if isinstance(method, QuantizingMethod):
+        return decompose_residuals(work, method, store)
     key = (
         {**calibration_key(work), "method": method.model_dump()}
         if method.requests()
@@ -94,27 +108,103 @@ def decompose_sites(work: Work, store: Store) -> Path:
         left = [site for site in work.sites if not (folder / f"{site.name}.safetensors").exists()]
         done = len(work.sites) - len(left)
         for site in work.reporter.track(left, "decomposition", total=len(work.sites), done=done):
-            weight = site.weight(work.loaded.model).double().cpu()
-            bias = site.bias(work.loaded.model)
-            try:
-                basis = method.decompose(
-                    weight, SiteStatistics(site, weight, None if bias is None else bias.cpu(), store)
-                )
-            except (torch.linalg.LinAlgError, ValueError) as problem:
-                raise NotFiniteError(
-                    f"The decomposition failed: {problem}.",
-                    where=site.name,
-                    remedy="use more calibration text, or another method",
-                ) from problem
+            weight, seen = weight_and_statistics(work, store, site)
+            with naming(site):
+                basis = method.decompose(weight, seen)
             basis.check_finite(site.name)
             save_basis(folder / f"{site.name}.safetensors", basis)
     return stage.folder
 
 
+def weight_and_statistics(work: Work, store: Store, site: Site) -> tuple[Tensor, SiteStatistics]:
+    """W in float64 on the CPU, shape `[m, n]`, and what was collected at its site."""
+    weight = site.weight(work.loaded.model).double().cpu()
+    bias = site.bias(work.loaded.model)
+    return weight, SiteStatistics(site, weight, None if bias is None else bias.cpu(), store)
+
+
+@contextmanager
+def naming(site: Site) -> Iterator[None]:
+    """Give a numerical failure the name of its site.
+
+    Raises:
+        NotFiniteError: naming it.
+    """
+    try:
+        yield
+    except (torch.linalg.LinAlgError, ValueError) as problem:
+        raise NotFiniteError(
+            f"The decomposition failed: {problem}.",
+            where=site.name,
+            remedy="use more calibration text, or another method",
+        ) from problem
+
+
+def draw_for(work: Work, site: Site) -> torch.Generator:
+    """A generator for one site: what it draws does not depend on the other sites."""
+    digest = hashlib.sha256(f"{work.recipe.seed}:{site.name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def decompose_residuals(work: Work, method: QuantizingMethod, store: Store) -> Path:
+    """For every site and every number of bits Q may have: Q alone, and the basis of what it leaves.
+
+    Only an allocation that looks at energies needs them; for others the folder stays empty.
+
+    Returns:
+        The folder with a file a site and number of bits.
+
+    Raises:
+        NotFiniteError: naming the site.
+    """
+    looked_at = work.recipe.allocation.looks >= Looks.ENERGIES
+    key = {**calibration_key(work), "method": method.model_dump(), "needed": looked_at}
+    stage = work.run.stage(f"residuals-{method.name}", key)
+    if stage.done:
+        return stage.folder
+    budget = method.budget(work.recipe.budget)
+    with stage.making() as folder:
+        wanted = [(site, bits) for site in work.sites for bits in budget.choices] if looked_at else []
+        left = [(s, b) for s, b in wanted if not residual_file(folder, s, b).exists()]
+        for site, bits in work.reporter.track(
+            left, "quantisation, first look", total=len(wanted), done=len(wanted) - len(left)
+        ):
+            weight, seen = weight_and_statistics(work, store, site)
+            with naming(site):
+                coarse, basis = method.residual_basis(weight, seen, bits, draw_for(work, site))
+            basis.check_finite(site.name)
+            save_basis(residual_file(folder, site, bits), basis, coarse)
+    return stage.folder
+
+
+def residual_file(folder: Path, site: Site, bits: int) -> Path:
+    """Where `decompose_residuals` leaves what it found."""
+    return folder / f"{site.name}.{bits}bits.safetensors"
+
+
+def site_bases(work: Work, folder: Path, site: Site) -> dict[int | None, tuple[Tensor | None, Basis]]:
+    """What a site's rank slices: by bits of Q (None without Q) what stands beside L R, and the basis."""
+    budget = work.budget
+    if not isinstance(budget, BitBudget):
+        return {None: (None, load_basis(folder / f"{site.name}.safetensors"))}
+    found: dict[int | None, tuple[Tensor | None, Basis]] = {}
+    for bits in budget.choices:
+        file = residual_file(folder, site, bits)
+        found[bits] = load_file(file)["coarse"], load_basis(file)
+    return found
+
+
 def read_energies(work: Work, bases: Path) -> dict[str, Tensor]:
-    """Every site's component losses, by site name."""
+    """Every site's component losses by site name: shape `[k]`, or `[choices, k]` for choices of bits of Q."""
+    budget = work.budget
     energies = {}
     for site in work.sites:
-        with safe_open(bases / f"{site.name}.safetensors", framework="pt") as file:
-            energies[site.name] = file.get_tensor("energy")
+        files = [bases / f"{site.name}.safetensors"]
+        if isinstance(budget, BitBudget):
+            files = [residual_file(bases, site, bits) for bits in budget.choices]
+        parts = []
+        for each in files:
+            with safe_open(each, framework="pt") as file:
+                parts.append(file.get_tensor("energy"))
+        energies[site.name] = torch.stack(parts) if isinstance(budget, BitBudget) else parts[0]
     return energies

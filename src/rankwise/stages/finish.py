@@ -17,7 +17,7 @@ from rankwise.checkpoints import REPORT_FILE, save_dense, save_low_rank, writing
 from rankwise.device import describe
 from rankwise.errors import RankwiseError
 from rankwise.evaluation import Cost, Perplexity, perplexity
-from rankwise.reports import build_report, can_draw, draw_losses, draw_plan, draw_trials, model_card
+from rankwise.reports import build_report, can_draw, draw_iterations, draw_losses, draw_plan, draw_trials, model_card
 from rankwise.stages.ranks import Chosen
 from rankwise.stages.repair import Repairing
 from rankwise.stages.work import Work, calibration_key, model_key
@@ -39,6 +39,7 @@ def score(work: Work, what: str, plan: RankPlan | None = None, repairing: Repair
         key |= {
             "plan": plan.ranks,
             "storage": plan.storage,
+            "q_bits": plan.q_bits,
             "method": work.recipe.method.model_dump(),
             **calibration_key(work),
         }
@@ -130,6 +131,9 @@ def write(
                 draw_losses(folder / "repair.svg", curves)
             if can_draw():
                 draw_plan(folder / "plan.svg", chosen.plan)
+            errors = {name: facts["errors"] for name, facts in losses.items() if len(facts.get("errors", ())) > 1}
+            if errors and can_draw():
+                draw_iterations(folder / "iterations.svg", errors, {s.name: s.role for s in work.sites})
             (folder / "README.md").write_text(model_card(report))
     except RankwiseError:
         work.reporter.note(f"finished stages are kept in {work.run.directory}")

@@ -18,7 +18,7 @@ from rankwise.budget import RankPlan
 from rankwise.errors import DataError
 from rankwise.evaluation import Objective
 from rankwise.layers import sliced
-from rankwise.stages.bases import load_basis, read_energies
+from rankwise.stages.bases import read_energies, site_bases
 from rankwise.stages.work import Work, calibration_key
 
 
@@ -28,7 +28,7 @@ def check_budget(work: Work) -> None:
     Raises:
         BudgetError: saying what has to be kept at least.
     """
-    work.recipe.allocation.check(work.sites, work.recipe.budget)
+    work.recipe.allocation.check(work.sites, work.budget)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def choose_ranks(work: Work, bases: Path) -> Chosen:
     energies = read_energies(work, bases) if looks >= Looks.ENERGIES else {}
     if looks < Looks.OBJECTIVE:
         evidence = Evidence(energies, reporter=work.reporter, fingerprint=work.fingerprint)
-        return Chosen(_plan(work, allocation.choose(work.sites, recipe.budget, evidence)), None, [])
+        return Chosen(_plan(work, allocation.choose(work.sites, work.budget, evidence)), None, [])
     samples = select_samples(work, bases)
     # The number of trials may be raised later, so it is not part of what a trial depends on.
     key = {**objective_key(work, samples), "allocation": allocation.model_dump(exclude={"trials"})}
@@ -74,7 +74,7 @@ def choose_ranks(work: Work, bases: Path) -> Chosen:
             reporter=work.reporter,
             fingerprint=work.fingerprint,
         )
-        choice = allocation.choose(work.sites, recipe.budget, evidence)
+        choice = allocation.choose(work.sites, work.budget, evidence)
         search = _summary(work, samples, objective, choice)
     return Chosen(_plan(work, choice), search, choice.trials)
 
@@ -88,7 +88,7 @@ def _plan(work: Work, choice: Choice) -> RankPlan:
     return RankPlan.make(
         work.sites,
         choice.ranks,
-        recipe.budget,
+        work.budget,
         architecture=type(work.loaded.model).__name__,
         method=recipe.method.name,
         allocation=recipe.allocation.name,
@@ -157,8 +157,8 @@ def judging(work: Work, bases: Path, samples: Tensor) -> Iterator[Objective]:
     with sliced(
         loaded.model,
         work.sites,
-        lambda site: load_basis(bases / f"{site.name}.safetensors"),
-        recipe.budget.largest_rank,
+        lambda site: site_bases(work, bases, site),
+        work.budget.largest_rank,
         loaded.stored_dtypes,
     ) as set_ranks:
         yield Objective(loaded.model, samples, recipe.objective, set_ranks, recipe.validation.batch_size)
@@ -190,7 +190,7 @@ def select_samples(work: Work, bases: Path) -> Tensor:
     stage = work.run.stage("selection", key)
     if not stage.done:
         lowest = getattr(recipe.allocation, "lowest", 0.2)
-        plans = random_plans(space, work.sites, recipe.budget, lowest, settings.plans, recipe.seed)
+        plans = random_plans(space, work.sites, work.budget, lowest, settings.plans, recipe.seed)
         with judging(work, bases, read.ids) as objective, stage.making() as folder:
             rows = [
                 objective.sample_perplexities(plan).tolist()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+from rankwise.budget import Budget
 from rankwise.checkpoints import LoadedModel, fingerprint
 from rankwise.data import Sequences, choose, load_sequences, parse_source
 from rankwise.device import best_device
@@ -49,6 +50,11 @@ class Work:
     sites: list[Site]
     fingerprint: str
     reporter: Reporter
+
+    @property
+    def budget(self) -> Budget:
+        """What ranks are chosen on: the recipe's, as the method counts it."""
+        return self.recipe.method.budget(self.recipe.budget)
 
 
 def device_of(recipe: Recipe) -> torch.device:

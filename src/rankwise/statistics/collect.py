@@ -88,8 +88,9 @@ def _watch_moments(
                 continue
             moments = sums.take()
             _require_finite(moments.scatter.diagonal(), stream.module, f"The {stream.side}s of this layer")
-            if Need.MOMENTS in needs:
-                collector.merge(Need.MOMENTS, stream.key, moments)
+            for need in (Need.MOMENTS, Need.INPUT_MOMENTS):
+                if need in needs:
+                    collector.merge(need, stream.key, moments)
             if Need.POOLED_MOMENTS in needs:
                 collector.merge(Need.POOLED_MOMENTS, stream.key, PooledMoments.of_group(moments))
 
@@ -186,7 +187,7 @@ def streams_of(need: Need, sites: Sequence[Site]) -> list[Stream]:
     """Where a statistic is watched."""
     if need in (Need.MOMENTS, Need.POOLED_MOMENTS):
         return moment_streams(sites)
-    return input_streams(sites) if need is Need.ABSOLUTE_MEAN else output_streams(sites)
+    return input_streams(sites) if need in (Need.ABSOLUTE_MEAN, Need.INPUT_MOMENTS) else output_streams(sites)
 
 
 def collect(
@@ -235,8 +236,11 @@ def collect(
         if forward:
             collector = _Collector({}, ends)
             handles = []
-            if forward & {Need.MOMENTS, Need.POOLED_MOMENTS}:
-                handles += [_watch_moments(model, s, forward, collector, device) for s in moment_streams(sites)]
+            watched: dict[Stream, set[Need]] = {}
+            for need in forward & {Need.MOMENTS, Need.POOLED_MOMENTS, Need.INPUT_MOMENTS}:
+                for stream in streams_of(need, sites):
+                    watched.setdefault(stream, set()).add(need)
+            handles += [_watch_moments(model, s, needs, collector, device) for s, needs in watched.items()]
             if Need.ABSOLUTE_MEAN in forward:
                 handles += [_watch_absolute(model, s, collector) for s in input_streams(sites)]
 

@@ -15,6 +15,8 @@ class Need(StrEnum):
 
     MOMENTS = "moments"
     """Mean and second moment of a site's input (or output, where that is smaller)."""
+    INPUT_MOMENTS = "input_moments"
+    """Mean and second moment of a site's input, whatever its size."""
     POOLED_MOMENTS = "pooled_moments"
     """The same, averaged over groups of sequences."""
     ABSOLUTE_MEAN = "absolute_mean"

@@ -25,6 +25,7 @@ Records = dict[Need, dict[str, Record]]
 
 _TYPES: dict[Need, Any] = {
     Need.MOMENTS: Moments,
+    Need.INPUT_MOMENTS: Moments,
     Need.POOLED_MOMENTS: PooledMoments,
     Need.ABSOLUTE_MEAN: AbsoluteMean,
     Need.ROW_FISHER: RowFisher,
@@ -155,6 +156,11 @@ class SiteStatistics:
     def second_moment(self) -> Response:
         """E[x x^T] over all tokens, not centred."""
         return self._response(Need.MOMENTS, "second moment")
+
+    def input_second_moment(self) -> Tensor:
+        """E[x x^T] of the input over all tokens, shape `[n, n]`."""
+        value: Tensor = self._store.record(Need.INPUT_MOMENTS, self._site)[1].second_moment()
+        return value
 
     def absolute_mean(self) -> Tensor:
         """E|x| of every input, shape `[n]`."""

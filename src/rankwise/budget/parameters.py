@@ -1,13 +1,12 @@
-"""`Budget` and `RankPlan`: the only place where a kept fraction becomes a rank, or back."""
+"""`Budget`: where a kept fraction becomes a rank, or back."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from rankwise.errors import BudgetError
 from rankwise.sites import Site
@@ -64,6 +63,7 @@ class Budget(BaseModel):
         keep: fraction kept, in (0, 1]. None leaves the size to a manual allocation.
         rank_multiple: ranks are multiples of this. 8 suits the tensor cores of GPUs; 1 fills the budget closest.
         storage: how a site of rank r is stored, which decides what a rank costs.
+        bits: bits a weight on the average, for methods that quantise; they take no `keep`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,6 +71,22 @@ class Budget(BaseModel):
     keep: Annotated[float, Field(gt=0, le=1)] | None = 0.8
     rank_multiple: Annotated[int, Field(ge=1)] = 8
     storage: Storage = "two_factor"
+    bits: Annotated[float, Field(gt=0, le=16)] | None = None
+
+    @property
+    def sized(self) -> bool:
+        """Whether it says how large the whole may be."""
+        return self.keep is not None
+
+    @property
+    def asked(self) -> str:
+        """The size asked for, in words."""
+        return f"{self.keep:g}"
+
+    @property
+    def option(self) -> str:
+        """The option that sets it."""
+        return "--keep"
 
     def cost(self, site: Site, rank: Rank) -> int:
         """Parameters of a site at a rank, m n when dense."""
@@ -187,174 +203,6 @@ class Budget(BaseModel):
             _, name, step = max(steps, key=lambda item: item[0])
             ranks[name] = self.next_rank(by_name[name], ranks[name])
             left -= step
-
-
-class RankPlan(BaseModel):
-    """Site -> rank or dense, with what it was made for. A JSON file that can be published and reused.
-
-    Attributes:
-        format: version of this file's form.
-        architecture: class name of the model it was made for.
-        fingerprint: hash of that model's weights; None when it is not known.
-        method: name of the method whose bases it slices.
-        method_settings: all its settings.
-        allocation: how the ranks were chosen.
-        keep: fraction asked for; None when the ranks were given.
-        rank_multiple: what ranks are multiples of.
-        storage: how a site of rank r is stored.
-        shapes: by site name, `[m, n]`.
-        ranks: by site name, the rank; null for dense.
-        groups: by group of the search (or by role), the fraction of its parameters kept.
-        space: the search's space, `5x1` or `spectral`; None when nothing was searched.
-        coordinates: the point of that space, by label.
-        objective: value, perplexity and KL on the validation samples, where they were measured.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format: Literal["rankwise-plan/1"] = "rankwise-plan/1"
-    architecture: str
-    fingerprint: str | None = None
-    method: str
-    method_settings: dict[str, Any] = {}
-    allocation: str
-    keep: float | None
-    rank_multiple: int
-    storage: Storage = "two_factor"
-    shapes: dict[str, tuple[int, int]]
-    ranks: dict[str, int | None]
-    groups: dict[str, float] = {}
-    space: str | None = None
-    coordinates: dict[str, float] = {}
-    objective: dict[str, float] | None = None
-
-    @property
-    def dense_parameters(self) -> int:
-        return sum(m * n for m, n in self.shapes.values())
-
-    @property
-    def kept_parameters(self) -> int:
-        return sum(self.cost(name) for name in self.shapes)
-
-    def cost(self, name: str) -> int:
-        """Numbers the site of this name keeps."""
-        return numbers(self.shapes[name], self.ranks[name], self.storage)
-
-    def fractions(self) -> dict[str, float | None]:
-        """By site name, the fraction of the matrix that is kept; None for dense."""
-        return {
-            name: None if self.ranks[name] is None else self.cost(name) / (m * n)
-            for name, (m, n) in self.shapes.items()
-        }
-
-    @property
-    def kept(self) -> float:
-        """Fraction of the sites' parameters kept."""
-        return self.kept_parameters / self.dense_parameters
-
-    @classmethod
-    def make(
-        cls,
-        sites: Sequence[Site],
-        ranks: Mapping[str, Rank],
-        budget: Budget,
-        *,
-        architecture: str,
-        method: str,
-        allocation: str,
-        **details: Any,
-    ) -> RankPlan:
-        """A plan that is checked against its budget.
-
-        Args:
-            sites: every site the budget counts.
-            ranks: by site name; None for dense.
-            budget: what it is checked against.
-            architecture: class name of the model.
-            method: name of the method.
-            allocation: how the ranks were chosen.
-            **details: further attributes of the plan.
-
-        Raises:
-            BudgetError: when the ranks keep more than the budget allows, or a site has no rank.
-        """
-        missing = [site.name for site in sites if site.name not in ranks]
-        if missing:
-            raise BudgetError("The plan has no rank for a site.", where=missing[0])
-        plan = cls(
-            architecture=architecture,
-            method=method,
-            allocation=allocation,
-            keep=budget.keep,
-            rank_multiple=budget.rank_multiple,
-            storage=budget.storage,
-            shapes={site.name: (site.m, site.n) for site in sites},
-            ranks={site.name: ranks[site.name] for site in sites},
-            **details,
-        )
-        if budget.keep is not None and plan.kept > budget.keep + 1e-9:
-            raise BudgetError(
-                f"The plan keeps {plan.kept:.4f}, more than the {budget.keep:g} allowed.", where="budget.keep"
-            )
-        return plan
-
-    @classmethod
-    def load(cls, path: Path) -> RankPlan:
-        """Read a plan file.
-
-        Raises:
-            BudgetError: when the file is missing or not a plan.
-        """
-        try:
-            return cls.model_validate_json(path.read_text())
-        except (OSError, ValidationError, ValueError) as problem:
-            raise BudgetError(
-                "The plan cannot be read.", where=str(path), remedy=str(problem).splitlines()[0]
-            ) from None
-
-    def fitting(self, sites: Sequence[Site], where: str) -> dict[str, Rank]:
-        """Its ranks for a model's sites.
-
-        Args:
-            sites: sites of the model it is to be used on.
-            where: the plan's file, for errors.
-
-        Raises:
-            BudgetError: naming the first site that is missing or has another shape.
-        """
-        _require_shapes({site.name: (site.m, site.n) for site in sites}, self, "the model's", where)
-        return {site.name: self.ranks[site.name] for site in sites}
-
-
-def _require_shapes(shapes: Mapping[str, tuple[int, int]], plan: RankPlan, whose: str, where: str) -> None:
-    remedy = "use a plan made for a model with the same layers"
-    for name, shape in shapes.items():
-        there = plan.shapes.get(name)
-        if there != shape:
-            found = "has no such site" if there is None else f"has {list(there)} there"
-            raise BudgetError(
-                f"The plan is for another architecture ({plan.architecture}): {whose} {name} is {list(shape)}, and "
-                f"the plan {found}.",
-                where=where,
-                remedy=remedy,
-            )
-    extra = next((name for name in plan.shapes if name not in shapes), None)
-    if extra is not None:
-        raise BudgetError(
-            f"The plan is for another architecture ({plan.architecture}): it has {extra}, which is not among "
-            f"{whose} sites.",
-            where=where,
-            remedy=remedy,
-        )
-
-
-def same_shapes(first: RankPlan, second: RankPlan, where_first: str, where_second: str) -> None:
-    """Raise unless two plans are for the same sites and shapes.
-
-    Raises:
-        BudgetError: naming the first site that differs.
-    """
-    _require_shapes(first.shapes, second, f"{where_first}'s", where_second)
 
 
 def kept_by(

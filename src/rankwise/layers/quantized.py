@@ -1,0 +1,138 @@
+"""The quantised linear layer: W = U^T (Q + L R) V with Q, and if so wished L and R, as codes of few bits.
+
+Apart from the imports of rankwise's own files the source of this file goes into the modelling file of every checkpoint.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankwise.quantizers.codes import BLOCK, decode, tables_for, unpack_bits, wide_scale
+from rankwise.quantizers.rotation import rotate
+
+
+class PackedMatrix(nn.Module):
+    """A matrix as codes and scales.
+
+    Args:
+        rows: of the matrix.
+        columns: of the matrix.
+        bits: a weight.
+        codebook: `e8p`, `uniform` or `nf`.
+        scales: shape of the scales, `[1, 1]`, `[rows, 1]` or `[rows, groups]`.
+        group: columns that share a scale; 0 when all columns do.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, rows: int, columns: int, bits: int, codebook: str, scales: list, group: int) -> None:
+        super().__init__()
+        self.columns, self.codebook, self.group = columns, codebook, group
+        self.register_buffer("codes", torch.zeros(rows, -(-columns // BLOCK), bits, dtype=torch.uint8))
+        self.register_buffer("scale", torch.ones(scales))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrix it stands for, shape `[rows, columns]`."""
+        tables = [table.to(self.codes.device) for table in tables_for(self.codebook, self.codes.shape[-1])]
+        values = decode(self.codes, self.codebook, tables).to(torch.promote_types(dtype, torch.float32))
+        scale = wide_scale(self.scale.to(values.dtype), self.group, values.shape[1])
+        return (values * scale)[:, : self.columns].to(dtype)
+
+
+class QuantizedLinear(nn.Module):
+    """y = U^T (Q + L R) V x + b, Q dequantised in every forward, or W once when `cache` is set.
+
+    U and V are randomised Hadamard rotations (or nothing).
+
+    Args:
+        in_features: n.
+        out_features: m.
+        bias: whether the layer adds a bias of shape `[m]`.
+        form: `{"rank": r, "hadamard": bool, "trained_signs": bool, "q": parts, "left": parts, "right": parts}`, where
+            parts are `PackedMatrix`'s `{"bits", "codebook", "scales", "group"}` of Q, L^T and R; None for no Q, and for
+            L and R of 16 bits.
+    """
+
+    signs_in: Tensor | None
+    signs_out: Tensor | None
+    cache = False
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, form: dict) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, form["rank"]
+        self.form = form
+        self.q = None if form["q"] is None else PackedMatrix(out_features, in_features, **form["q"])
+        self.left: Any = None
+        self.right: Any = None
+        if self.rank:
+            if form["left"] is None:
+                self.left = nn.Linear(self.rank, out_features, bias=False)
+                self.right = nn.Linear(in_features, self.rank, bias=False)
+            else:
+                self.left = PackedMatrix(self.rank, out_features, **form["left"])
+                self.right = PackedMatrix(self.rank, in_features, **form["right"])
+        for name, size in (("signs_in", in_features), ("signs_out", out_features)):
+            if form["trained_signs"]:
+                self.register_parameter(name, nn.Parameter(torch.ones(size)))
+            else:
+                packed = torch.zeros(-(-size // BLOCK), 1, dtype=torch.uint8) if form["hadamard"] else None
+                self.register_buffer(name, packed)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self._kept: Tensor | None = None
+
+    def _signs(self, signs: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+        if signs.dtype != torch.uint8:
+            return signs.to(dtype)
+        return 1 - 2 * unpack_bits(signs).flatten()[:size].to(dtype)
+
+    def factors(self, dtype: torch.dtype) -> tuple:
+        """L, shape `[m, r]`, and R, shape `[r, n]`."""
+        if isinstance(self.left, PackedMatrix):
+            return self.left.dense(dtype).T, self.right.dense(dtype)
+        return self.left.weight.to(dtype), self.right.weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., n]` to `[..., m]`."""
+        if self.cache:
+            if self._kept is None or self._kept.dtype != x.dtype or self._kept.device != x.device:
+                self._kept = self.dense_weight(torch.float32).to(x.dtype)
+            return functional.linear(x, self._kept, self.bias)
+        if self.signs_in is not None:
+            x = rotate(x * self._signs(self.signs_in, self.in_features, x.dtype))
+        y = x.new_zeros(*x.shape[:-1], self.out_features) if self.q is None else x @ self.q.dense(x.dtype).T
+        if self.rank:
+            left, right = self.factors(x.dtype)
+            y = y + (x @ right.T) @ left.T
+        if self.signs_out is not None:
+            y = rotate(y) * self._signs(self.signs_out, self.out_features, y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @torch.no_grad()
+    def dense_weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """W as it is meant, shape `[m, n]`."""
+        device = next(t.device for t in (*self.parameters(), *self.buffers()))
+        shape = (self.out_features, self.in_features)
+        weight = torch.zeros(shape, dtype=dtype, device=device) if self.q is None else self.q.dense(dtype)
+        if self.rank:
+            left, right = self.factors(dtype)
+            weight = weight + left @ right
+        if self.signs_in is not None:
+            weight = rotate(weight) * self._signs(self.signs_in, self.in_features, dtype)
+        if self.signs_out is not None:
+            weight = (rotate(weight.T) * self._signs(self.signs_out, self.out_features, dtype)).T
+        return weight
+
+    def dense_bias(self) -> Tensor | None:
+        """b, shape `[m]`, or None."""
+        return self.bias
+
+
+def cache_dense(model: nn.Module, on: bool) -> None:
+    """Let every quantised layer keep its weight dequantised (faster, as large as the original), or not."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.cache = on
+            module._kept = None

@@ -1,0 +1,218 @@
+"""Codebooks: how a matrix of numbers becomes codes of a few bits, and which scales it needs for that."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankwise.errors import RecipeError, nearest
+from rankwise.quantizers.codes import (
+    BLOCK,
+    decode,
+    normal_float_levels,
+    pack_bits,
+    tables_for,
+    uniform_levels,
+    wide_scale,
+)
+from rankwise.quantizers.lattice import round_e8p
+
+_GAUSSIAN_SCALE = {2: 0.965, 3: 1.02, 4: 1.06}
+"""Scale of the lattice for a standard Gaussian: the least squared error (benchmarks/results/codebooks.md)."""
+
+_CLIPS = torch.linspace(0.3, 1.0, 29)
+"""Shares of a group's largest absolute value that are tried as the outermost level."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix as codes and scales.
+
+    Attributes:
+        codes: uint8, shape `[rows, blocks, bits]`; eight columns a block, the last one padded.
+        scale: shape `[1, 1]`, `[rows, 1]` or `[rows, groups]`; a group is a run of columns of equal length.
+        columns: columns that count.
+        codebook: name of the codebook.
+        group: columns that share a scale; 0 when all columns do.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    columns: int
+    codebook: str
+    group: int = 0
+
+    @property
+    def bits(self) -> int:
+        return self.codes.shape[-1]
+
+    def dense(self) -> Tensor:
+        """The matrix it stands for, shape `[rows, columns]`, in the dtype of the scale."""
+        tables = [table.to(self.codes.device) for table in tables_for(self.codebook, self.bits)]
+        values = decode(self.codes, self.codebook, tables).to(self.scale.dtype)
+        return (values * wide_scale(self.scale, self.group, values.shape[1]))[:, : self.columns]
+
+
+def padded(matrix: Tensor) -> Tensor:
+    """With zero columns up to a multiple of the block of eight."""
+    short = -matrix.shape[1] % BLOCK
+    return torch.nn.functional.pad(matrix, (0, short)) if short else matrix
+
+
+class Codebook(ABC):
+    """A finite set of values for blocks of eight weights.
+
+    Args:
+        bits: a weight.
+        group: columns that share a scale, a multiple of eight; 0 for one scale of the whole matrix (lattice) or of a
+            row (levels).
+        by_row: with a lattice and no groups, give every row a scale of its own.
+    """
+
+    name: str
+    known_bits: range
+    feedback_scale = 1.0
+    """What scales are multiplied by under feedback, which makes targets larger (benchmarks/results/codebooks.md)."""
+
+    def __init__(self, bits: int, group: int = 0, by_row: bool = False) -> None:
+        if bits not in self.known_bits:
+            known = ", ".join(str(each) for each in self.known_bits)
+            raise RecipeError(
+                f"The codebook {self.name} has no {bits} bits.",
+                where="method",
+                remedy=f"{self.name} knows {known}" + others_with(bits, self.name),
+            )
+        self.bits, self.group, self.by_row = bits, group, by_row
+
+    def scales(self, matrix: Tensor, feedback: bool = False) -> Tensor:
+        """Scales for a matrix of shape `[rows, columns]`, never zero, exact in bfloat16; see `Packed.scale`.
+
+        Args:
+            matrix: what is to be rounded.
+            feedback: whether errors will be fed back.
+        """
+        fitted = self._fit(matrix) * (self.feedback_scale if feedback else 1.0)
+        fitted = torch.where(fitted > 0, fitted, torch.ones_like(fitted))
+        # Rounded before the codes are chosen, so that what is stored loses nothing.
+        return fitted.to(torch.bfloat16).to(matrix.dtype)
+
+    @abstractmethod
+    def _fit(self, matrix: Tensor) -> Tensor:
+        """Scales of least squared error."""
+
+    @abstractmethod
+    def round(self, values: Tensor) -> Tensor:
+        """Codes of the nearest entries to scaled values of shape `[rows, 8 blocks]`, uint8 `[rows, blocks, bits]`."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values before scaling, float32, shape `[rows, 8 blocks]`."""
+        return decode(codes, self.name, [table.to(codes.device) for table in tables_for(self.name, self.bits)])
+
+    def _grouped(self, matrix: Tensor) -> Tensor:
+        """Shape `[rows, groups, columns a group]`; padding counts as zero."""
+        if not self.group:
+            return matrix.unsqueeze(1)
+        return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % self.group)).unflatten(1, (-1, self.group))
+
+    def quantize(self, matrix: Tensor, scale: Tensor | None = None) -> Packed:
+        """Every entry to the nearest, without feedback.
+
+        Args:
+            matrix: shape `[rows, columns]`.
+            scale: see `Packed.scale`; None for its own.
+        """
+        scale = self.scales(matrix) if scale is None else scale
+        wide = padded(matrix)
+        codes = self.round(wide / wide_scale(scale, self.group, wide.shape[1]))
+        return Packed(codes, scale, matrix.shape[1], self.name, self.group)
+
+
+class E8P(Codebook):
+    """The lattice of QuIP#: 2 bits, and 3 or 4 with a second codeword for the remainder."""
+
+    name = "e8p"
+    known_bits = range(2, 5)
+    feedback_scale = 1.15
+
+    def _fit(self, matrix: Tensor) -> Tensor:
+        parts = self._grouped(matrix)
+        mean = parts.square().mean(-1)
+        if not self.group and not self.by_row:
+            mean = mean.mean().reshape(1, 1)
+        return mean.sqrt() * _GAUSSIAN_SCALE[self.bits]
+
+    def round(self, values: Tensor) -> Tensor:
+        rows = values.shape[0]
+        return round_e8p(values.reshape(-1, BLOCK), self.bits).reshape(rows, -1, self.bits)
+
+
+class Levels(Codebook):
+    """A scalar codebook: each weight to the nearest of 2^bits levels."""
+
+    known_bits = range(2, 9)
+
+    @abstractmethod
+    def levels(self) -> Tensor:
+        """Ascending, shape `[2^bits]`."""
+
+    def _fit(self, matrix: Tensor) -> Tensor:
+        parts = self._grouped(matrix)
+        levels = self.levels().to(parts)
+        most = parts.abs().amax(-1, keepdim=True) / levels[-1]
+        most = torch.where(most > 0, most, torch.ones_like(most))
+        best = torch.full_like(most, torch.inf)
+        chosen = most
+        for clip in _CLIPS.tolist():
+            scale = most * clip
+            error = (parts - scale * levels[self._index(parts / scale)]).square().sum(-1, keepdim=True)
+            chosen = torch.where(error < best, scale, chosen)
+            best = torch.minimum(error, best)
+        return chosen.squeeze(-1)
+
+    def _index(self, values: Tensor) -> Tensor:
+        levels = self.levels().to(values)
+        return torch.bucketize(values.contiguous(), (levels[1:] + levels[:-1]) / 2)
+
+    def round(self, values: Tensor) -> Tensor:
+        return pack_bits(self._index(values).unflatten(1, (-1, BLOCK)), self.bits)
+
+
+class Uniform(Levels):
+    """Evenly spaced levels around zero."""
+
+    name = "uniform"
+
+    def levels(self) -> Tensor:
+        return uniform_levels(self.bits)
+
+
+class NormalFloat(Levels):
+    """Levels at equally probable places of a Gaussian (QLoRA's NormalFloat)."""
+
+    name = "nf"
+
+    def levels(self) -> Tensor:
+        return normal_float_levels(self.bits)
+
+
+CODEBOOKS: dict[str, type[Codebook]] = {"e8p": E8P, "uniform": Uniform, "nf": NormalFloat}
+
+
+def others_with(bits: int, name: str) -> str:
+    """A hint which other codebooks know this many bits; empty for none."""
+    found = [each for each, kind in CODEBOOKS.items() if each != name and bits in kind.known_bits]
+    return f"; {' and '.join(found)} know {bits}" if found else ""
+
+
+def codebook_named(name: str, bits: int, group: int = 0, by_row: bool = False) -> Codebook:
+    """A codebook of so many bits a weight.
+
+    Raises:
+        RecipeError: when there is no such codebook, or it has no such number of bits.
+    """
+    if name not in CODEBOOKS:
+        raise RecipeError(f"There is no codebook {name!r}.", where="method", remedy=nearest(name, CODEBOOKS))
+    return CODEBOOKS[name](bits, group, by_row)

@@ -1,0 +1,138 @@
+"""LDLQ: rounding with feedback of the errors already made (QuIP, arXiv 2307.13304; blocks as in QuIP#, 2402.04396)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankwise.quantizers.codebooks import Codebook, Packed, padded
+from rankwise.quantizers.codes import BLOCK, wide_scale
+
+_PANEL = 128
+_LARGEST_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """H = E[x x^T] with what was added to its diagonal, and its factor (U + I) D (U + I)^T.
+
+    Attributes:
+        matrix: H, damped, shape `[n, n]`.
+        damping: what was added, relative to the mean diagonal.
+        fallback: whether H was zero, and the identity stands for it.
+    """
+
+    matrix: Tensor
+    damping: float
+    fallback: bool = False
+
+    @classmethod
+    def of(cls, matrix: Tensor, damping: float) -> Hessian:
+        """Damp H until it has a Cholesky factor.
+
+        Args:
+            matrix: symmetric positive semi-definite, shape `[n, n]`.
+            damping: relative to the mean diagonal; raised tenfold until the factor exists.
+
+        Raises:
+            ValueError: when H is not finite, or not positive semi-definite.
+        """
+        mean = matrix.diagonal().mean()
+        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        if not torch.isfinite(matrix).all():
+            raise ValueError("the second moment of the inputs is not finite")
+        if mean <= 0:
+            return cls(identity, 0.0, fallback=True)
+        most = max(damping, _LARGEST_DAMPING)
+        while damping <= most:
+            damped = matrix + damping * mean * identity
+            if not torch.linalg.cholesky_ex(damped)[1]:
+                return cls(damped, damping)
+            damping = 10 * max(damping, 1e-10)
+        raise ValueError("the second moment of the inputs is not positive semi-definite")
+
+    def feedback(self) -> Tensor:
+        """U, strictly block upper triangular with blocks of eight, for H padded to whole blocks: `[n', n']`."""
+        n = len(self.matrix)
+        wide = padded(self.matrix)
+        wide = torch.cat([wide, wide.new_zeros(wide.shape[1] - n, wide.shape[1])])
+        wide.diagonal()[n:] = self.matrix.diagonal().mean()
+        # Reversed, a lower factor becomes an upper one.
+        upper = torch.linalg.cholesky(wide.flip(0, 1)).flip(0, 1)
+        count = len(wide) // BLOCK
+        blocks = upper.unflatten(1, (count, BLOCK)).transpose(0, 1)
+        diagonal = blocks.unflatten(1, (count, BLOCK)).diagonal(dim1=0, dim2=1).permute(2, 0, 1)
+        unit = torch.linalg.solve_triangular(diagonal, blocks, upper=True, left=False)
+        return unit.transpose(0, 1).flatten(1) - torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+
+
+def ldlq(weight: Tensor, feedback: Tensor, codebook: Codebook, scale: Tensor) -> Packed:
+    """Round a weight block by block, each target moved by the errors of the blocks before it.
+
+    With H = (U + I) D (U + I)^T the error tr(E H E^T) is the sum over blocks of tr(N_k D_k N_k^T), where N_k is only
+    what the k-th rounding itself misses.
+
+    Args:
+        weight: W, shape `[m, n]`.
+        feedback: U of the padded H, from `Hessian.feedback`.
+        codebook: what is rounded to.
+        scale: as `Packed.scale`.
+
+    Returns:
+        Codes for W.
+    """
+    target = padded(weight)
+    unit = wide_scale(scale, codebook.group, target.shape[1]).expand(len(target), target.shape[1])
+    errors = torch.zeros_like(target)
+    codes = []
+    for first in range(0, target.shape[1], _PANEL):
+        last = min(first + _PANEL, target.shape[1])
+        panel = target[:, first:last] + errors[:, :first] @ feedback[:first, first:last]
+        for start in range(first, last, BLOCK):
+            stop = start + BLOCK
+            wanted = panel[:, start - first : stop - first]
+            wanted = wanted + errors[:, first:start] @ feedback[first:start, start:stop]
+            codes.append(codebook.round(wanted / unit[:, start:stop]))
+            errors[:, start:stop] = target[:, start:stop] - codebook.decode(codes[-1]) * unit[:, start:stop]
+    return Packed(torch.cat(codes, 1), scale, weight.shape[1], codebook.name, codebook.group)
+
+
+def improve(weight: Tensor, hessian: Tensor, packed: Packed, codebook: Codebook, passes: int) -> Packed:
+    """Round every block once more, all others given; a row's codeword changes only where its error falls.
+
+    Args:
+        weight: W, shape `[m, n]`.
+        hessian: H, shape `[n, n]`.
+        packed: what `ldlq` gave for W.
+        codebook: its codebook.
+        passes: over all blocks.
+    """
+    if not passes:
+        return packed
+    target = padded(weight)
+    hessian = torch.block_diag(
+        hessian, hessian.diagonal().mean() * torch.eye(target.shape[1] - len(hessian)).to(hessian)
+    )
+    unit = wide_scale(packed.scale, codebook.group, target.shape[1]).expand(target.shape)
+    errors = target - codebook.decode(packed.codes) * unit
+    codes = packed.codes.clone()
+    for start in range(0, target.shape[1] * passes, BLOCK):
+        start %= target.shape[1]
+        block = slice(start, start + BLOCK)
+        own = hessian[block, block]
+        old = errors[:, block]
+        pull = errors @ hessian[:, block] - old @ own
+        wanted = target[:, block] + torch.linalg.solve(own, pull.T).T
+        found = codebook.round(wanted / unit[:, block])
+        new = target[:, block] - codebook.decode(found) * unit[:, block]
+        better = _change(new, own, pull) < _change(old, own, pull)
+        errors[:, block] = torch.where(better.unsqueeze(1), new, old)
+        codes[better, start // BLOCK] = found[better].squeeze(1)
+    return Packed(codes, packed.scale, packed.columns, packed.codebook, packed.group)
+
+
+def _change(error: Tensor, own: Tensor, pull: Tensor) -> Tensor:
+    """What a block's error, shape `[m, 8]`, adds to tr(E H E^T), by row."""
+    return ((error @ own + 2 * pull) * error).sum(1)

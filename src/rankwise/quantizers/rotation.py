@@ -1,0 +1,60 @@
+"""Randomised Hadamard rotation of vectors of any dimension: it spreads what is concentrated in few coordinates.
+
+This file imports torch alone: its source is also written, word for word, into the modelling file of every checkpoint.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_LARGEST_HADAMARD = 64
+
+
+def hadamard_matrix(size: int) -> Tensor:
+    """Sylvester's Hadamard matrix over its root, shape `[size, size]`, float64: orthogonal and symmetric.
+
+    Args:
+        size: a power of two.
+    """
+    rows = torch.arange(size, device="cpu")
+    parity = rows[:, None] & rows[None, :]
+    for shift in (16, 8, 4, 2, 1):
+        parity = parity ^ (parity >> shift)
+    return (1 - 2 * (parity & 1)).double() / size**0.5
+
+
+def hartley_matrix(size: int) -> Tensor:
+    """cos + sin of 2 pi j k / size, over its root, shape `[size, size]`, float64: orthogonal, symmetric and flat.
+
+    A fixed matrix in closed form needs no place in a file, and no entry is above sqrt(2 / size).
+    """
+    steps = torch.arange(size, device="cpu")
+    angle = (steps[:, None] * steps[None, :] % size).double() * (2 * torch.pi / size)
+    return (angle.cos() + angle.sin()) / size**0.5
+
+
+@cache
+def rotation_parts(size: int) -> list:
+    """Orthogonal symmetric matrices whose Kronecker product is the rotation of this dimension, float64.
+
+    For `size` = 2^k q with q odd: Hadamard matrices of at most 64 for the 2^k, and a Hartley matrix for q.
+    """
+    odd = size
+    while odd % 2 == 0:
+        odd //= 2
+    power, parts = size // odd, []
+    while power > 1:
+        parts.append(hadamard_matrix(min(power, _LARGEST_HADAMARD)))
+        power //= min(power, _LARGEST_HADAMARD)
+    return parts + ([hartley_matrix(odd)] if odd > 1 else [])
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotate vectors of shape `[..., d]`. Done twice it gives x back."""
+    shape, before = x.shape, 1
+    for part in rotation_parts(shape[-1]):
+        size = part.shape[0]
+        x = part.to(x) @ x.reshape(-1, before, size, shape[-1] // (before * size)).flatten(0, 1)
+        before *= size
+    return x.reshape(shape)
