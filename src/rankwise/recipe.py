@@ -161,8 +161,8 @@ class Recipe(_Node):
         model: directory or hub name of the checkpoint.
         output: directory to write; None keeps the result in memory only.
         method: how a weight is factored.
-        allocation: how rank is spread over sites. When it is not given: `spectral` for `two_sided`, whose energies are
-            in one unit at every site, else `uniform`.
+        allocation: how rank, or bits, are spread over sites. When it is not given: `spectral` for methods whose energies
+            are in one unit at every site (`two_sided`; `quantize` and `caldera` on a budget of bits), else `uniform`.
         budget: how much is kept.
         calibration: text for statistics.
         validation: text on which a search judges its plans.
@@ -235,7 +235,9 @@ class Recipe(_Node):
         name = method if isinstance(method, str) else getattr(method, "name", None) or dict(method).get("name")
         kind = METHODS.get(name) if isinstance(name, str) else None
         if values.get("allocation") is None:
-            spectral = kind is not None and kind.one_unit and not kind.quantizes
+            asked = values.get("budget")
+            bits = asked.get("bits") if isinstance(asked, Mapping) else getattr(asked, "bits", None)
+            spectral = kind is not None and kind.one_unit and (bits is not None or not kind.quantizes)
             values = {**values, "allocation": Spectral() if spectral else Uniform()}
         if kind is not None and kind.quantizes:
             budget = values.get("budget")

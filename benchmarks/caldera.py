@@ -1,0 +1,209 @@
+"""Quantisation and CALDERA on wiki-llama-8m: what each step brings, and where bits are best spent.
+
+python benchmarks/caldera.py steps --run-dir DIR
+python benchmarks/caldera.py study --run-dir DIR
+python benchmarks/caldera.py write --run-dir DIR
+
+`steps` and `study` keep every finished row in DIR and go on after a stop; `write` makes the result files from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from allocation import Kept, score
+from common import markdown_table, shared_directory, write_result
+from rankwise import compress
+from rankwise.finetune import FineTune, finetune
+from rankwise.layers import cache_dense
+from rankwise.progress import Reporter
+from rankwise.recipe import recipe_from
+from rankwise.recovery import LowRankFactors
+
+MODEL = "wiki-llama-8m"
+TEXTS = ("wikitext2.test", "mix.heldout")
+D = 256
+RANKS = (4, 8, 16, 32, 64)
+SIZES = (2.1, 2.5, 3.0, 4.0)
+PLAIN = {"hadamard": False, "codebook": "uniform"}
+STUDY = ("low rank, 16 bits", "low rank, 4 bits", "Q alone, uniform", "Q alone, spectral", "Q + L R, uniform", "Q + L R, spectral")
+
+
+def steps() -> dict[str, dict[str, Any]]:
+    """Rows of the first table: label -> method."""
+    rows: dict[str, dict[str, Any]] = {}
+    for bits in (2, 3, 4):
+        rows[f"{bits} bits, to the nearest, uniform"] = {"name": "quantize", "q_bits": bits, "feedback": False, **PLAIN}
+        rows[f"{bits} bits, LDLQ, uniform"] = {"name": "quantize", "q_bits": bits, **PLAIN}
+        rows[f"{bits} bits, LDLQ, Hadamard, E8P"] = {"name": "quantize", "q_bits": bits}
+        if bits == 2:
+            whole = {"name": "quantize", "q_bits": 2, "row_scales": False}
+            rows["2 bits, LDLQ, Hadamard, E8P, one scale"] = whole
+            rows["2 bits, LDLQ, Hadamard, E8P, 2 passes"] = {"name": "quantize", "q_bits": 2, "passes": 2}
+            for factors in (16, 4):
+                for rank in RANKS:
+                    rows[f"2 bits, rank {rank} at {factors} bits"] = caldera(rank, factors)
+            rows["2 bits, rank 16 at 16 bits, downdate"] = {**caldera(16, 16), "downdate": True}
+            rows["2 bits, rank 16 at 4 bits, 15 iterations"] = {**caldera(16, 4), "outer": 15}
+        else:
+            rows[f"{bits} bits, rank 16 at 4 bits"] = {**caldera(16, 4), "q_bits": bits}
+    return rows
+
+
+def caldera(rank: int, lr_bits: int) -> dict[str, Any]:
+    return {"name": "caldera", "q_bits": 2, "rank": rank, "lr_bits": lr_bits, "outer": 5}
+
+
+def study() -> dict[tuple[str, float], dict[str, Any]]:
+    """Cells of the second: (label, bits a weight) -> keys of the recipe."""
+    cells: dict[tuple[str, float], dict[str, Any]] = {}
+    both = {"name": "caldera", "lr_bits": 4, "outer": 5}
+    for bits in SIZES:
+        kept = {"keep": bits / 16, "rank_multiple": 1, "storage": "pivoted"}
+        cells["low rank, 16 bits", bits] = {"method": "two_sided", "allocation": "spectral", "budget": kept}
+        size = {"bits": bits, "rank_multiple": 1}
+        for label, method, allocation in (
+            ("low rank, 4 bits", {**both, "q_bits": 0}, "spectral"),
+            ("Q alone, uniform", {"name": "quantize"}, "uniform"),
+            ("Q alone, spectral", {"name": "quantize"}, "spectral"),
+            ("Q + L R, uniform", both, "uniform"),
+            ("Q + L R, spectral", both, "spectral"),
+        ):
+            cells[label, bits] = {"method": method, "allocation": allocation, "budget": size}
+    return cells
+
+
+def protocol(shared: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Calibration, and evaluation by text: 256 x 256 tokens, and 100 x 256 of each text."""
+    scored = {"sequences": 100, "sample": "random", "seed": 1, "length": 256}
+    texts = {name: {"source": f"text:{shared}/data/{name}.txt", **scored} for name in TEXTS}
+    return {"source": f"text:{shared}/data/mix.calibration.txt", "sequences": 256, "length": 256}, texts
+
+
+def measure(shared: Path, run_directory: Path, **changes: Any) -> dict[str, Any]:
+    """Compress once and score on both texts."""
+    calibration, texts = protocol(shared)
+    values = {"model": str(shared / "models" / MODEL), "calibration": calibration, **changes}
+    recipe = recipe_from(values)
+    started = time.monotonic()
+    result = compress(recipe, run_directory=run_directory, reporter=Reporter(show=False))
+    seconds = time.monotonic() - started
+    cache_dense(result.model, True)
+    bits = result.report["bits"]
+    return {
+        "bits": result.plan.kept * 16 if bits is None else bits["got"],
+        "perplexity": {text: score(result.model.float(), recipe.model, each) for text, each in texts.items()},
+        "seconds": seconds,
+    }
+
+
+def tune(shared: Path, run_directory: Path, loss: str, requantize: bool) -> dict[str, Any]:
+    """Compress at rank 16, train L and R on the calibration text, and score."""
+    from rankwise.checkpoints import load_model
+
+    start, tuned = run_directory / "start", run_directory / f"tuned-{loss}-{requantize}"
+    calibration, texts = protocol(shared)
+    source = str(shared / "models" / MODEL)
+    if not start.exists():
+        method = caldera(16, 4)
+        recipe = recipe_from({"model": source, "calibration": calibration, "method": method, "output": str(start)})
+        compress(recipe, run_directory=run_directory, reporter=Reporter(show=False))
+    started = time.monotonic()
+    report = finetune(
+        FineTune(
+            model=str(start),
+            data=calibration["source"],
+            output=str(tuned),
+            method="lowrank",
+            settings=LowRankFactors(loss=loss, requantize=requantize, epochs=1),
+            length=256,
+        ),
+        reporter=Reporter(show=False),
+    )
+    seconds = time.monotonic() - started
+    model = load_model(str(tuned)).model.float()
+    cache_dense(model, True)
+    return {
+        "bits": report["bits"]["got"],
+        "perplexity": {text: score(model, source, each) for text, each in texts.items()},
+        "seconds": seconds,
+    }
+
+
+def figures_of(part: str, run_directory: Path) -> Kept:
+    run_directory.mkdir(parents=True, exist_ok=True)
+    return Kept(run_directory / f"{part}.json")
+
+
+def run_steps(shared: Path, folder: Path) -> None:
+    kept = figures_of("steps", folder)
+    if kept.get({"label": "dense"}) is None:
+        from rankwise.checkpoints import load_model
+
+        source = str(shared / "models" / MODEL)
+        model = load_model(source).model
+        scores = {text: score(model, source, each) for text, each in protocol(shared)[1].items()}
+        kept.add({"label": "dense", "bits": 16.0, "perplexity": scores, "seconds": 0.0})
+    for label, method in steps().items():
+        if kept.get({"label": label}) is None:
+            kept.add({"label": label, **measure(shared, folder / "steps-run", method=method)})
+            print(label, kept.figures[-1], flush=True)
+    for loss in ("lm", "kl"):
+        for requantize in (False, True):
+            how = "back to 4 bits" if requantize else "left at 16 bits"
+            label = f"2 bits, rank 16 at 4 bits, L and R fine-tuned ({loss}), {how}"
+            if kept.get({"label": label}) is None:
+                kept.add({"label": label, **tune(shared, folder / "steps-run", loss, requantize)})
+                print(label, kept.figures[-1], flush=True)
+
+
+def run_study(shared: Path, folder: Path) -> None:
+    kept = figures_of("study", folder)
+    for (label, bits), changes in study().items():
+        if kept.get({"label": label, "size": bits}) is None:
+            found = measure(shared, folder / "study-run", **changes)
+            kept.add({"label": label, "size": bits, **found})
+            print(label, bits, kept.figures[-1], flush=True)
+
+
+def write(folder: Path) -> None:
+    figures = figures_of("steps", folder).figures
+    rows = [
+        [f["label"], f"{f['bits']:.3f}", *(f"{f['perplexity'][t]:.2f}" for t in TEXTS), f"{f['seconds']:.0f}"]
+        for f in figures
+    ]
+    note = (
+        "256 x 256 tokens of calibration text, 100 x 256 scored tokens of each text, H damped by 1%, 5 outer iterations "
+        "unless said. Bits a weight count codes, scales, signs and factors. Seconds on one core; a row that reuses "
+        "statistics of another is shorter by them.\n\n"
+    )
+    table = markdown_table(["", "bits a weight", *TEXTS, "seconds"], rows)
+    write_result("caldera", f"CALDERA step by step, {MODEL}", "python benchmarks/caldera.py steps", note + table, figures)
+    cells = figures_of("study", folder).figures
+    parts = []
+    for text in TEXTS:
+        by = {(f["label"], f["size"]): f["perplexity"][text] for f in cells}
+        rows = [[label, *(f"{by[label, s]:.2f}" if (label, s) in by else "-" for s in SIZES)] for label in STUDY]
+        parts.append(f"{text}\n\n" + markdown_table(["bits a weight", *(f"{s:g}" for s in SIZES)], rows) + "\n")
+    title = f"Low rank, quantisation and both at equal bytes, {MODEL}"
+    write_result("caldera-study", title, "python benchmarks/caldera.py study", "\n".join(parts), cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=("steps", "study", "write"))
+    parser.add_argument("--run-dir", type=Path, required=True)
+    given = parser.parse_args()
+    if given.part == "write":
+        write(given.run_dir)
+    elif given.part == "steps":
+        run_steps(shared_directory(), given.run_dir)
+    else:
+        run_study(shared_directory(), given.run_dir)
+
+
+if __name__ == "__main__":
+    main()
