@@ -29,7 +29,14 @@ D = 256
 RANKS = (4, 8, 16, 32, 64)
 SIZES = (2.1, 2.5, 3.0, 4.0)
 PLAIN = {"hadamard": False, "codebook": "uniform"}
-STUDY = ("low rank, 16 bits", "low rank, 4 bits", "Q alone, uniform", "Q alone, spectral", "Q + L R, uniform", "Q + L R, spectral")
+STUDY = (
+    "low rank, 16 bits",
+    "low rank, 4 bits",
+    "Q alone, uniform",
+    "Q alone, spectral",
+    "Q + L R, uniform",
+    "Q + L R, spectral",
+)
 
 
 def steps() -> dict[str, dict[str, Any]]:
@@ -176,12 +183,14 @@ def write(folder: Path) -> None:
         for f in figures
     ]
     note = (
-        "256 x 256 tokens of calibration text, 100 x 256 scored tokens of each text, H damped by 1%, 5 outer iterations "
-        "unless said. Bits a weight count codes, scales, signs and factors. Seconds on one core; a row that reuses "
+        "256 x 256 tokens of calibration text, 100 x 256 scored tokens of each text, H damped by 1%, 5 outer "
+        "iterations unless said. Bits a weight count codes, scales, signs and factors. Seconds on one core; a row that reuses "
         "statistics of another is shorter by them.\n\n"
     )
     table = markdown_table(["", "bits a weight", *TEXTS, "seconds"], rows)
-    write_result("caldera", f"CALDERA step by step, {MODEL}", "python benchmarks/caldera.py steps", note + table, figures)
+    write_result(
+        "caldera", f"CALDERA step by step, {MODEL}", "python benchmarks/caldera.py steps", note + table, figures
+    )
     cells = figures_of("study", folder).figures
     parts = []
     for text in TEXTS:

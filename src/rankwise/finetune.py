@@ -12,15 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from rankwise.data import parse_source
 from rankwise.errors import DataError, RankwiseError
-from rankwise.recovery import FullFactors, Lora, Subspace
+from rankwise.recovery import FullFactors, Lora, LowRankFactors, Subspace
 
 if TYPE_CHECKING:
     from rankwise.progress import Reporter
 
-METHODS: dict[str, type[Subspace | Lora | FullFactors]] = {
+METHODS: dict[str, type[Subspace | Lora | FullFactors | LowRankFactors]] = {
     "subspace": Subspace,
     "lora": Lora,
     "full-factors": FullFactors,
+    "lowrank": LowRankFactors,
 }
 
 
@@ -31,7 +32,7 @@ class FineTune(BaseModel):
         model: directory that rankwise wrote.
         data: text source; `alpaca:FILE.jsonl` for instructions.
         output: directory to write.
-        method: `subspace`, `lora` or `full-factors`.
+        method: `subspace`, `lora` or `full-factors`; `lowrank` for a quantised model.
         settings: of the method; None for its defaults.
         length: most tokens an example; None means the smaller of 512 and the model's context.
         output_only: learn from the outputs of instructions alone.
@@ -49,8 +50,8 @@ class FineTune(BaseModel):
     model: str
     data: str
     output: str
-    method: Literal["subspace", "lora", "full-factors"] = "full-factors"
-    settings: Subspace | Lora | FullFactors | None = None
+    method: Literal["subspace", "lora", "full-factors", "lowrank"] = "full-factors"
+    settings: Subspace | Lora | FullFactors | LowRankFactors | None = None
     length: Annotated[int, Field(ge=2)] | None = None
     output_only: bool = False
     original: str | None = None
@@ -62,7 +63,7 @@ class FineTune(BaseModel):
     trust_remote_code: bool = False
 
     @property
-    def training(self) -> Subspace | Lora | FullFactors:
+    def training(self) -> Subspace | Lora | FullFactors | LowRankFactors:
         """The settings that hold."""
         return self.settings or METHODS[self.method]()
 
@@ -150,7 +151,7 @@ def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | No
         sites = tuning.sites_of(loaded, plan)
         before = measure_cost(loaded.model, sites, loaded.stored_dtypes)
         as_stored = tuning.parts_of(loaded, sites)
-        dtypes = tuning.open_factors(loaded, sites)
+        dtypes = tuning.open_factors(loaded, sites, plan, wanted.training)
         teacher = tuning.teacher_of(wanted, report, loaded, device, reporter) if wanted.training.loss == "kl" else None
     scores: list[dict[str, Any] | None] = [None, None]
     with reporter.stage("evaluate before"):
@@ -173,8 +174,7 @@ def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | No
     stored: Mapping[str, Mapping[str, Any]] = {}
     if facts["accepted"]:
         with reporter.stage("storage"):
-            plan = tuning.plan_of(loaded, sites, plan, reporter)
-            stored = stages.store(loaded, sites, plan, dtypes, examples.ids[0][None, :64], reporter)
+            plan, stored = tuning.store_tuned(wanted, loaded, sites, plan, dtypes, examples.ids[0][None, :64], reporter)
     cost = measure_cost(loaded.model, sites, loaded.stored_dtypes)
     with reporter.stage("evaluate after"):
         scores[1] = tuning.score_tuned(wanted, loaded, reporter)

@@ -161,8 +161,9 @@ class Recipe(_Node):
         model: directory or hub name of the checkpoint.
         output: directory to write; None keeps the result in memory only.
         method: how a weight is factored.
-        allocation: how rank, or bits, are spread over sites. When it is not given: `spectral` for methods whose energies
-            are in one unit at every site (`two_sided`; `quantize` and `caldera` on a budget of bits), else `uniform`.
+        allocation: how rank, or bits, are spread over sites. When it is not given: `spectral` for methods whose
+            energies are in one unit at every site (`two_sided`; `quantize` and `caldera` on a budget of bits), else
+            `uniform`.
         budget: how much is kept.
         calibration: text for statistics.
         validation: text on which a search judges its plans.

@@ -53,6 +53,7 @@ class BitForm(BaseModel):
         lr_codebook: of L and R.
         hadamard: whether W is rotated on both sides, which takes a sign an input and an output.
         trained_signs: whether those signs are 16-bit numbers.
+        full_rank: so many ranks of L R, the first ones, are 16-bit numbers whatever `lr_bits` says.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,6 +65,11 @@ class BitForm(BaseModel):
     lr_codebook: str = "e8p"
     hadamard: bool = True
     trained_signs: bool = False
+    full_rank: int = 0
+
+    def full(self, rank: int) -> int:
+        """How many of so many ranks are 16-bit numbers."""
+        return rank if self.lr_bits == FULL_BITS else min(rank, self.full_rank)
 
     def scales(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Shape of Q's scales for W of shape `(m, n)`."""
@@ -90,7 +96,8 @@ class BitForm(BaseModel):
 
     def site_bits(self, shape: tuple[int, int], bits: int, rank: int) -> int:
         """All bits of a site's weight: B_Q m n + r (B_L m + B_R n) (CALDERA, section 4), and what goes with it."""
-        return self.q_bits(shape, bits) + rank * self.rank_bits(shape)
+        full = self.full(rank)
+        return self.q_bits(shape, bits) + full * FULL_BITS * sum(shape) + (rank - full) * self.rank_bits(shape)
 
 
 def _whole(size: int) -> int:

@@ -15,7 +15,9 @@ def finetune(
     model: Annotated[str, typer.Argument(help="Directory that rankwise compress wrote.")],
     data: Annotated[str, typer.Option(help="Text source; alpaca:FILE.jsonl for instructions.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Directory to write.")],
-    method: Annotated[str, typer.Option(help="subspace (Bolaco, Eq. 9), lora, or full-factors.")] = "full-factors",
+    method: Annotated[
+        str, typer.Option(help="subspace (Bolaco, Eq. 9), lora, full-factors; lowrank for a quantised model.")
+    ] = "full-factors",
     loss: Annotated[str | None, typer.Option(help="lm, or kl to the original model.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     lr: Annotated[float | None, typer.Option(help="Step size; for full-factors relative to each tensor.")] = None,

@@ -59,7 +59,9 @@ def measure_cost(model: Any, sites: Sequence[Site], stored_dtypes: Mapping[str, 
     for site in sites:
         module = site.module(model)
         if isinstance(module, QuantizedLinear):
-            packed = [part for part in (module.q, module.left, module.right) if isinstance(part, PackedMatrix)]
+            packed = [
+                part for part in (module.q, module.packed_left, module.packed_right) if isinstance(part, PackedMatrix)
+            ]
             count = sum(part.codes.shape[0] * part.columns for part in packed)
             parameters, linear = parameters + count, linear + count
     for name, buffer in model.named_buffers():

@@ -51,9 +51,9 @@ class QuantizedLinear(nn.Module):
         in_features: n.
         out_features: m.
         bias: whether the layer adds a bias of shape `[m]`.
-        form: `{"rank": r, "hadamard": bool, "trained_signs": bool, "q": parts, "left": parts, "right": parts}`, where
-            parts are `PackedMatrix`'s `{"bits", "codebook", "scales", "group"}` of Q, L^T and R; None for no Q, and for
-            L and R of 16 bits.
+        form: `{"rank": r, "full": t, "hadamard": bool, "trained_signs": bool, "q": parts, "factors": parts}`: the first
+            t ranks of L R are 16-bit numbers, the others codes. Parts are `PackedMatrix`'s `{"bits", "codebook",
+            "scales", "group"}`, of Q and of L^T and R each; None where there are no codes.
     """
 
     signs_in: Tensor | None
@@ -67,13 +67,14 @@ class QuantizedLinear(nn.Module):
         self.q = None if form["q"] is None else PackedMatrix(out_features, in_features, **form["q"])
         self.left: Any = None
         self.right: Any = None
-        if self.rank:
-            if form["left"] is None:
-                self.left = nn.Linear(self.rank, out_features, bias=False)
-                self.right = nn.Linear(in_features, self.rank, bias=False)
-            else:
-                self.left = PackedMatrix(self.rank, out_features, **form["left"])
-                self.right = PackedMatrix(self.rank, in_features, **form["right"])
+        self.packed_left: Any = None
+        self.packed_right: Any = None
+        if form["full"]:
+            self.left = nn.Linear(form["full"], out_features, bias=False)
+            self.right = nn.Linear(in_features, form["full"], bias=False)
+        if self.rank > form["full"]:
+            self.packed_left = PackedMatrix(self.rank - form["full"], out_features, **form["factors"])
+            self.packed_right = PackedMatrix(self.rank - form["full"], in_features, **form["factors"])
         for name, size in (("signs_in", in_features), ("signs_out", out_features)):
             if form["trained_signs"]:
                 self.register_parameter(name, nn.Parameter(torch.ones(size)))
@@ -83,16 +84,22 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self._kept: Tensor | None = None
 
-    def _signs(self, signs: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    def signs(self, signs: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+        """Signs of the rotation as numbers, shape `[size]`."""
         if signs.dtype != torch.uint8:
             return signs.to(dtype)
         return 1 - 2 * unpack_bits(signs).flatten()[:size].to(dtype)
 
     def factors(self, dtype: torch.dtype) -> tuple:
         """L, shape `[m, r]`, and R, shape `[r, n]`."""
-        if isinstance(self.left, PackedMatrix):
-            return self.left.dense(dtype).T, self.right.dense(dtype)
-        return self.left.weight.to(dtype), self.right.weight.to(dtype)
+        lefts, rights = [], []
+        if self.left is not None:
+            lefts.append(self.left.weight.to(dtype))
+            rights.append(self.right.weight.to(dtype))
+        if self.packed_left is not None:
+            lefts.append(self.packed_left.dense(dtype).T)
+            rights.append(self.packed_right.dense(dtype))
+        return torch.cat(lefts, 1), torch.cat(rights)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., n]` to `[..., m]`."""
@@ -101,13 +108,13 @@ class QuantizedLinear(nn.Module):
                 self._kept = self.dense_weight(torch.float32).to(x.dtype)
             return functional.linear(x, self._kept, self.bias)
         if self.signs_in is not None:
-            x = rotate(x * self._signs(self.signs_in, self.in_features, x.dtype))
+            x = rotate(x * self.signs(self.signs_in, self.in_features, x.dtype))
         y = x.new_zeros(*x.shape[:-1], self.out_features) if self.q is None else x @ self.q.dense(x.dtype).T
         if self.rank:
             left, right = self.factors(x.dtype)
             y = y + (x @ right.T) @ left.T
         if self.signs_out is not None:
-            y = rotate(y) * self._signs(self.signs_out, self.out_features, y.dtype)
+            y = rotate(y) * self.signs(self.signs_out, self.out_features, y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @torch.no_grad()
@@ -120,9 +127,9 @@ class QuantizedLinear(nn.Module):
             left, right = self.factors(dtype)
             weight = weight + left @ right
         if self.signs_in is not None:
-            weight = rotate(weight) * self._signs(self.signs_in, self.in_features, dtype)
+            weight = rotate(weight) * self.signs(self.signs_in, self.in_features, dtype)
         if self.signs_out is not None:
-            weight = (rotate(weight.T) * self._signs(self.signs_out, self.out_features, dtype)).T
+            weight = (rotate(weight.T) * self.signs(self.signs_out, self.out_features, dtype)).T
         return weight
 
     def dense_bias(self) -> Tensor | None:

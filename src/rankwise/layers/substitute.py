@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.budget import FULL_BITS, BitForm, QuantizedRank
+from rankwise.budget import BitForm, QuantizedRank
 from rankwise.factors import Factors, Quantized
 from rankwise.layers.low_rank import LowRankLinear
 from rankwise.layers.pivoted import PivotedLinear
@@ -107,16 +107,15 @@ def layer_form(form: BitForm, shape: tuple[int, int], rank: QuantizedRank) -> di
     def packed(bits: int, codebook: str, scales: tuple[int, int], group: int) -> dict[str, Any]:
         return {"bits": bits, "codebook": codebook, "scales": list(scales), "group": group}
 
-    factors = None
-    if rank and form.lr_bits != FULL_BITS:
-        factors = packed(form.lr_bits, form.lr_codebook, (int(rank), 1), 0)
+    full = form.full(int(rank))
+    factors = None if int(rank) == full else packed(form.lr_bits, form.lr_codebook, (int(rank) - full, 1), 0)
     return {
         "rank": int(rank),
+        "full": full,
         "hadamard": form.hadamard,
         "trained_signs": form.trained_signs,
         "q": packed(rank.q_bits, form.codebook, form.scales(shape), form.group) if rank.q_bits else None,
-        "left": factors,
-        "right": factors,
+        "factors": factors,
     }
 
 
@@ -166,8 +165,8 @@ def fill_quantized(layer: QuantizedLinear, found: Quantized) -> None:
         if found.low_rank is not None:
             pair = found.low_rank
             if pair.packed is not None:
-                fill(layer.left, pair.packed[0])
-                fill(layer.right, pair.packed[1])
+                fill(layer.packed_left, pair.packed[0])
+                fill(layer.packed_right, pair.packed[1])
             else:
                 layer.left.weight.copy_(pair.left)
                 layer.right.weight.copy_(pair.right)

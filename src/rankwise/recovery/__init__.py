@@ -3,6 +3,7 @@
 from rankwise.recovery.blocks import Blocks, block_parameters, train_block
 from rankwise.recovery.factors import FullFactors
 from rankwise.recovery.lora import Lora, attach_lora, merge_lora
+from rankwise.recovery.low_rank import LowRankFactors, low_rank_parameters, open_low_rank, store_low_rank
 from rankwise.recovery.original import Original
 from rankwise.recovery.parameters import trainable
 from rankwise.recovery.refit import Refit, refit_block
@@ -15,6 +16,7 @@ __all__ = [
     "Blocks",
     "FullFactors",
     "Lora",
+    "LowRankFactors",
     "Original",
     "Refit",
     "Subspace",
@@ -24,11 +26,14 @@ __all__ = [
     "attach_lora",
     "attach_subspace",
     "block_parameters",
+    "low_rank_parameters",
     "mean_loss",
     "merge_lora",
     "merge_subspace",
+    "open_low_rank",
     "refit_block",
     "steps_of",
+    "store_low_rank",
     "train",
     "train_block",
     "trainable",

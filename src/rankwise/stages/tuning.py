@@ -12,28 +12,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.budget import Budget, RankPlan
+from rankwise.budget import BitForm, Budget, RankPlan
 from rankwise.checkpoints import REPORT_FILE, LoadedModel, fingerprint, load_model, save_low_rank, writing
 from rankwise.device import computing
-from rankwise.errors import ModelError, RankwiseError, RunError
+from rankwise.errors import ModelError, RankwiseError, RecipeError, RunError
 from rankwise.evaluation import perplexity
-from rankwise.layers import FACTORED, LowRankLinear, read_factors, substitute
+from rankwise.layers import FACTORED, REPLACED, LowRankLinear, QuantizedLinear, read_factors, substitute
 from rankwise.progress import Reporter
 from rankwise.recipe import Evaluation
 from rankwise.recovery import (
     Lora,
+    LowRankFactors,
     Subspace,
     Teacher,
+    Training,
     attach_lora,
     attach_subspace,
+    low_rank_parameters,
     merge_lora,
     merge_subspace,
+    open_low_rank,
     steps_of,
+    store_low_rank,
     train,
     trainable,
 )
 from rankwise.reports import can_draw, draw_losses, model_card
 from rankwise.sites import Site, place_of
+from rankwise.stages.factors import store
 from rankwise.stages.work import read_sequences
 
 if TYPE_CHECKING:
@@ -84,7 +90,7 @@ def same_settings(folder: Path, settings: Mapping[str, Any], restart: bool) -> N
 
 def _shape_of(module: Any) -> tuple[int, ...]:
     """m and n of a layer, dense or factored."""
-    if isinstance(module, FACTORED):
+    if isinstance(module, REPLACED):
         return module.out_features, module.in_features
     shape = tuple(module.weight.shape)
     return shape[::-1] if isinstance(module, Conv1D) else shape
@@ -102,7 +108,7 @@ def sites_of(loaded: LoadedModel, plan: RankPlan) -> list[Site]:
             module = loaded.model.get_submodule(name)
         except AttributeError:
             raise ModelError("The model lacks a layer of its plan.", where=f"{loaded.source}: {name}") from None
-        if isinstance(module, FACTORED) == (plan.ranks[name] is None) or _shape_of(module) != (m, n):
+        if isinstance(module, REPLACED) == (plan.ranks[name] is None) or _shape_of(module) != (m, n):
             raise ModelError("The model's layers are not those of its plan.", where=f"{loaded.source}: {name}")
         block, role = place_of(name)
         biased = any(key.endswith("bias") for key, _ in module.named_parameters())
@@ -128,12 +134,34 @@ def put_back(loaded: LoadedModel, modules: Mapping[str, Any], vectors: Mapping[s
         loaded.model.get_parameter(name).data = values
 
 
-def open_factors(loaded: LoadedModel, sites: list[Site]) -> dict[str, torch.dtype]:
+def open_factors(loaded: LoadedModel, sites: list[Site], plan: RankPlan, training: Training) -> dict[str, torch.dtype]:
     """Turn every factored layer into two factors in float32, components in order of size.
+
+    Of a quantised layer only the part of L R that is trained is turned.
 
     Returns:
         By site name, the dtype it is stored in.
+
+    Raises:
+        RecipeError: when the training is not for this kind of checkpoint.
     """
+    quantised = any(isinstance(site.module(loaded.model), QuantizedLinear) for site in sites)
+    if quantised != isinstance(training, LowRankFactors):
+        raise RecipeError(
+            "The checkpoint is quantised." if quantised else "The checkpoint is not quantised.",
+            where=loaded.source,
+            remedy="use --method lowrank" if quantised else "use --method full-factors, subspace or lora",
+        )
+    if isinstance(training, LowRankFactors):
+        assert plan.form is not None
+        opened = open_low_rank(loaded.model, sites, plan.form, training)
+        if not low_rank_parameters(loaded.model, sites, training.signs and opened.trained_signs):
+            raise RecipeError(
+                "There is nothing to train: no site has L R.",
+                where=loaded.source,
+                remedy="compress with --method caldera and a rank, or train the signs of its rotation: --set signs=true",
+            )
+        return {}
     dtypes = {}
     for site in sites:
         module = site.module(loaded.model)
@@ -197,6 +225,8 @@ def train_factors(
         parameters = attach_subspace(model, sites, settings)
     elif isinstance(settings, Lora):
         parameters = attach_lora(model, sites, settings, wanted.seed)
+    elif isinstance(settings, LowRankFactors):
+        parameters = low_rank_parameters(model, sites, settings.signs)
     else:
         parameters = trainable(model, sites, settings.norms)
     steps = steps_of(settings, len(examples))
@@ -223,6 +253,49 @@ def train_factors(
         limits = {site.name: budget.largest_rank(site) for site in sites}
         facts["norm_lost_in_merging"] = merge_lora(model, sites, settings.merge, limits)
     return facts
+
+
+def store_tuned(
+    wanted: FineTune,
+    loaded: LoadedModel,
+    sites: list[Site],
+    plan: RankPlan,
+    dtypes: Mapping[str, torch.dtype],
+    probe: torch.Tensor,
+    reporter: Reporter,
+) -> tuple[RankPlan, Mapping[str, Mapping[str, Any]]]:
+    """Bring what was trained into the form it is saved in.
+
+    Returns:
+        The plan of the model as it is then, and what reports say of each site's storage.
+    """
+    training = wanted.training
+    if not isinstance(training, LowRankFactors):
+        plan = plan_of(loaded, sites, plan, reporter)
+        return plan, store(loaded, sites, plan, dtypes, probe, reporter)
+    assert plan.form is not None
+    loaded.to_stored_dtypes()
+    dtype = loaded.model.get_input_embeddings().weight.dtype
+    opened = form_of(loaded, sites, plan)
+    form = store_low_rank(loaded.model, sites, opened, training.requantize, dtype)
+    loaded.to_compute_dtypes()
+    new = plan.model_copy(update={"form": form})
+    if new.bits_a_weight > plan.bits_a_weight:
+        reporter.note(
+            f"what was trained is stored at 16 bits: {new.bits_a_weight:.4f} bits a weight, not {plan.bits_a_weight:.4f} "
+            "(--set requantize=true brings L and R back to codes)"
+        )
+    return new, {site.name: {"bits": new.site_bits(site.name)} for site in sites if site.name in plan.q_bits}
+
+
+def form_of(loaded: LoadedModel, sites: list[Site], plan: RankPlan) -> BitForm:
+    """How the model's quantised layers are made up now."""
+    assert plan.form is not None
+    layers = [layer for site in sites if isinstance(layer := site.module(loaded.model), QuantizedLinear)]
+    full = max(layer.form["full"] for layer in layers)
+    return plan.form.model_copy(
+        update={"full_rank": full, "trained_signs": any(layer.form["trained_signs"] for layer in layers)}
+    )
 
 
 def plan_of(loaded: LoadedModel, sites: list[Site], plan: RankPlan, reporter: Reporter) -> RankPlan:
@@ -270,6 +343,7 @@ def write_tuned(
     new = {
         **report,
         "keep": {**report["keep"], "got": plan.kept},
+        "bits": {**report["bits"], "got": plan.bits_a_weight} if plan.q_bits else None,
         "after": asdict(costs[1]),
         "evaluation": None,
         "sites": per_site,
