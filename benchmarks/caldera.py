@@ -53,7 +53,8 @@ def steps() -> dict[str, dict[str, Any]]:
             for factors in (16, 4):
                 for rank in RANKS:
                     rows[f"2 bits, rank {rank} at {factors} bits"] = caldera(rank, factors)
-            rows["2 bits, rank 16 at 16 bits, downdate"] = {**caldera(16, 16), "downdate": True}
+            for rank in (16, 32):
+                rows[f"2 bits, rank {rank} at 16 bits, downdate"] = {**caldera(rank, 16), "downdate": True}
             rows["2 bits, rank 16 at 4 bits, 15 iterations"] = {**caldera(16, 4), "outer": 15}
         else:
             rows[f"{bits} bits, rank 16 at 4 bits"] = {**caldera(16, 4), "q_bits": bits}
@@ -184,8 +185,8 @@ def write(folder: Path) -> None:
     ]
     note = (
         "256 x 256 tokens of calibration text, 100 x 256 scored tokens of each text, H damped by 1%, 5 outer "
-        "iterations unless said. Bits a weight count codes, scales, signs and factors. Seconds on one core; a row that reuses "
-        "statistics of another is shorter by them.\n\n"
+        "iterations unless said. Bits a weight count codes, scales, signs and factors. Seconds on one core; a row that "
+        "reuses statistics of another is shorter by them.\n\n"
     )
     table = markdown_table(["", "bits a weight", *TEXTS, "seconds"], rows)
     write_result(

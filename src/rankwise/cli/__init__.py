@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from rankwise import __version__
-from rankwise.cli.common import Device, Json, Precision, Quiet, Trust, print_json, reporter_for
+from rankwise.cli.common import Cache, Device, Json, Precision, Quiet, Trust, print_json, reporter_for
 from rankwise.cli.files import plan_app, recipes_app
 from rankwise.cli.finetuning import finetune
 from rankwise.errors import RankwiseError, RecipeError
@@ -234,6 +234,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Windows a batch.")] = 8,
     device: Device = "auto",
     precision: Precision = "auto",
+    dense_cache: Cache = False,
     trust_remote_code: Trust = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -243,6 +244,7 @@ def evaluate(
 
     from rankwise.checkpoints import load_model
     from rankwise.evaluation import perplexity
+    from rankwise.layers import cache_dense
     from rankwise.recipe import recipe_from
     from rankwise.stages import device_of, read_sequences
 
@@ -261,6 +263,7 @@ def evaluate(
     )
     assert recipe.evaluation is not None
     loaded = load_model(model, precision=precision, device=device_of(recipe), trust_remote_code=trust_remote_code)
+    cache_dense(loaded.model, dense_cache)
     read = read_sequences(recipe.evaluation, loaded, seed, skip)
     found = perplexity(loaded.model, read.ids, stride=stride, batch_size=batch_size, reporter=reporter_for(quiet))
     if json:
@@ -279,16 +282,19 @@ def generate(
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
     device: Device = "auto",
     precision: Precision = "auto",
+    dense_cache: Cache = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Continue a prompt."""
     from rankwise.checkpoints import load_model
     from rankwise.evaluation import generate as run
+    from rankwise.layers import cache_dense
     from rankwise.recipe import recipe_from
     from rankwise.stages import device_of
 
     recipe = recipe_from({"model": model, "device": device, "precision": precision}, origin="command line")
     loaded = load_model(model, precision=precision, device=device_of(recipe), trust_remote_code=trust_remote_code)
+    cache_dense(loaded.model, dense_cache)
     print(run(loaded.model, loaded.tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed))
 
 

@@ -14,6 +14,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no note
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Precision = Annotated[str, typer.Option(help="auto (float32 on a CPU), stored, or float32.")]
+Cache = Annotated[
+    bool,
+    typer.Option("--dense-cache", help="Decode quantised weights once and keep them: faster, more memory."),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint ships.")]
 
 

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from rankwise.budget import FULL_BITS, BitForm, QuantizedRank
 from rankwise.layers import PackedMatrix, QuantizedLinear, layer_form, sixteen
-from rankwise.quantizers import codebook_named
+from rankwise.quantizers import Packed, codebook_named
 from rankwise.recovery.training import Training
 from rankwise.sites import Site
 
@@ -135,14 +135,17 @@ def _requantized(old: QuantizedLinear, form: BitForm) -> QuantizedLinear:
     codebook = codebook_named(form.lr_codebook, form.lr_bits, by_row=True)
     scale_dtype = torch.bfloat16 if old.q is None else old.q.scale.dtype
 
-    def packed(trained: Tensor, kept: PackedMatrix | None, into: PackedMatrix) -> None:
-        found = codebook.quantize(trained.detach().double())
+    def put(found: Packed, kept: PackedMatrix | None, into: PackedMatrix) -> None:
         codes, scale = [found.codes], [found.scale.to(scale_dtype)]
         if kept is not None:
             codes.append(kept.codes)
             scale.append(kept.scale.to(scale_dtype))
         into.codes, into.scale = torch.cat(codes), torch.cat(scale)
 
-    packed(old.left.weight.T, old.packed_left, new.packed_left)
-    packed(old.right.weight, old.packed_right, new.packed_right)
+    left, right = old.left.weight.detach().double(), old.right.weight.detach().double()
+    rounded = codebook.quantize(left.T)
+    # R makes up for the rounding of L as far as it can.
+    refitted = torch.linalg.pinv(rounded.dense().T) @ (left @ right)
+    put(rounded, old.packed_left, new.packed_left)
+    put(codebook.quantize(refitted), old.packed_right, new.packed_right)
     return new.requires_grad_(False)

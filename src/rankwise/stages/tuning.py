@@ -159,7 +159,7 @@ def open_factors(loaded: LoadedModel, sites: list[Site], plan: RankPlan, trainin
             raise RecipeError(
                 "There is nothing to train: no site has L R.",
                 where=loaded.source,
-                remedy="compress with --method caldera and a rank, or train the signs of its rotation: --set signs=true",
+                remedy="compress with --method caldera and a rank, or train the signs of the rotation: --set signs=true",
             )
         return {}
     dtypes = {}
@@ -245,6 +245,9 @@ def train_factors(
         "trained_parameters": sum(p.numel() for p in parameters.values()),
         "history": history,
     }
+    if isinstance(settings, LowRankFactors) and settings.requantize:
+        # Before the training is judged: what is judged is what will be stored.
+        store_low_rank(model, sites, form_of(loaded, sites, plan), True, torch.float32)
     if isinstance(settings, Subspace):
         merge_subspace(model, sites)
     elif isinstance(settings, Lora):
@@ -282,8 +285,8 @@ def store_tuned(
     new = plan.model_copy(update={"form": form})
     if new.bits_a_weight > plan.bits_a_weight:
         reporter.note(
-            f"what was trained is stored at 16 bits: {new.bits_a_weight:.4f} bits a weight, not {plan.bits_a_weight:.4f} "
-            "(--set requantize=true brings L and R back to codes)"
+            f"what was trained is stored at 16 bits: {new.bits_a_weight:.4f} bits a weight, not "
+            f"{plan.bits_a_weight:.4f} (--set requantize=true brings L and R back to codes)"
         )
     return new, {site.name: {"bits": new.site_bits(site.name)} for site in sites if site.name in plan.q_bits}
 
