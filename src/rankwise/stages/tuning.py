@@ -159,7 +159,7 @@ def open_factors(loaded: LoadedModel, sites: list[Site], plan: RankPlan, trainin
             raise RecipeError(
                 "There is nothing to train: no site has L R.",
                 where=loaded.source,
-                remedy="compress with --method caldera and a rank, or train the signs of the rotation: --set signs=true",
+                remedy="compress with --method caldera and a rank, or train the rotation: --set signs=true",
             )
         return {}
     dtypes = {}
