@@ -84,7 +84,7 @@ def test_recipes_and_options_that_override_them(rankwise: Run, compress: Run, tm
     status, out, _ = compress("--recipe", tmp_path / "mine.yaml", "--json")
     report = json.loads(out)
     assert report["recipe"]["method"]["name"] == "bolaco"
-    assert report["recipe"]["budget"] == {"keep": 0.5, "rank_multiple": 1, "storage": "two_factor"}
+    assert report["recipe"]["budget"] == {"keep": 0.5, "rank_multiple": 1, "storage": "two_factor", "bits": None}
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rankwise.cli.common import Json, print_json
 from rankwise.errors import RankwiseError
+
+if TYPE_CHECKING:
+    from rankwise.budget import RankPlan
 
 recipes_app = typer.Typer(help="Ready recipes: whole runs as YAML.", no_args_is_help=True)
 plan_app = typer.Typer(help="Plans: the rank of every site, as a file.", no_args_is_help=True)
@@ -54,8 +57,11 @@ def plan_diff(
 
     one, other = RankPlan.load(first), RankPlan.load(second)
     same_shapes(one, other, str(first), str(second))
-    differing = [name for name in one.ranks if one.ranks[name] != other.ranks[name]]
-    if json:
+    differing = [name for name in one.ranks if one.setting(name) != other.setting(name)]
+    if json and (one.q_bits or other.q_bits):
+        pairs = {name: [[p.q_bits.get(name), p.ranks[name]] for p in (one, other)] for name in differing}
+        print_json(pairs)
+    elif json:
         print_json({name: [one.ranks[name], other.ranks[name]] for name in differing})
     elif not differing:
         print("the plans are the same")
@@ -65,9 +71,13 @@ def plan_diff(
         from rankwise.reports import plan_difference
 
         Console(width=None if sys.stdout.isatty() else 120).print(plan_difference(one, other))
-        print(f"{len(differing)} of {len(one.ranks)} sites differ; kept {one.kept:.4f} and {other.kept:.4f}")
+        print(f"{len(differing)} of {len(one.ranks)} sites differ; {_size(one)} and {_size(other)}")
     if differing:
         raise typer.Exit(1)
+
+
+def _size(plan: RankPlan) -> str:
+    return f"{plan.bits_a_weight:.4f} bits a weight" if plan.q_bits else f"kept {plan.kept:.4f}"
 
 
 @recipes_app.command("ls")

@@ -23,16 +23,17 @@ class PackedMatrix(nn.Module):
         codebook: `e8p`, `uniform` or `nf`.
         scales: shape of the scales, `[1, 1]`, `[rows, 1]` or `[rows, groups]`.
         group: columns that share a scale; 0 when all columns do.
+        half: the 16-bit type of the scales.
     """
 
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, rows: int, columns: int, bits: int, codebook: str, scales: list, group: int) -> None:
+    def __init__(self, rows: int, columns: int, bits: int, codebook: str, scales: list, group: int, half: str) -> None:
         super().__init__()
         self.columns, self.codebook, self.group = columns, codebook, group
         self.register_buffer("codes", torch.zeros(rows, -(-columns // BLOCK), bits, dtype=torch.uint8))
-        self.register_buffer("scale", torch.ones(scales))
+        self.register_buffer("scale", torch.ones(scales, dtype=getattr(torch, half)))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix it stands for, shape `[rows, columns]`."""
@@ -51,9 +52,10 @@ class QuantizedLinear(nn.Module):
         in_features: n.
         out_features: m.
         bias: whether the layer adds a bias of shape `[m]`.
-        form: `{"rank": r, "full": t, "hadamard": bool, "trained_signs": bool, "q": parts, "factors": parts}`: the first
-            t ranks of L R are 16-bit numbers, the others codes. Parts are `PackedMatrix`'s `{"bits", "codebook",
-            "scales", "group"}`, of Q and of L^T and R each; None where there are no codes.
+        form: `{"rank": r, "full": t, "half": name, "hadamard": bool, "trained_signs": bool, "q": parts, "factors":
+            parts}`: the first t ranks of L R are 16-bit numbers, the others codes. Parts are `PackedMatrix`'s `{"bits",
+            "codebook", "scales", "group"}`, of Q and of L^T and R each; None where there are no codes. `"half"` names
+            the 16-bit type, which is said outright: loading would take the model's.
     """
 
     signs_in: Tensor | None
@@ -64,20 +66,22 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, form["rank"]
         self.form = form
-        self.q = None if form["q"] is None else PackedMatrix(out_features, in_features, **form["q"])
+        half = form["half"]
+        number = getattr(torch, half)
+        self.q = None if form["q"] is None else PackedMatrix(out_features, in_features, **form["q"], half=half)
         self.left: Any = None
         self.right: Any = None
         self.packed_left: Any = None
         self.packed_right: Any = None
         if form["full"]:
-            self.left = nn.Linear(form["full"], out_features, bias=False)
-            self.right = nn.Linear(in_features, form["full"], bias=False)
+            self.left = nn.Linear(form["full"], out_features, bias=False, dtype=number)
+            self.right = nn.Linear(in_features, form["full"], bias=False, dtype=number)
         if self.rank > form["full"]:
-            self.packed_left = PackedMatrix(self.rank - form["full"], out_features, **form["factors"])
-            self.packed_right = PackedMatrix(self.rank - form["full"], in_features, **form["factors"])
+            self.packed_left = PackedMatrix(self.rank - form["full"], out_features, **form["factors"], half=half)
+            self.packed_right = PackedMatrix(self.rank - form["full"], in_features, **form["factors"], half=half)
         for name, size in (("signs_in", in_features), ("signs_out", out_features)):
             if form["trained_signs"]:
-                self.register_parameter(name, nn.Parameter(torch.ones(size)))
+                self.register_parameter(name, nn.Parameter(torch.ones(size, dtype=number)))
             else:
                 packed = torch.zeros(-(-size // BLOCK), 1, dtype=torch.uint8) if form["hadamard"] else None
                 self.register_buffer(name, packed)

@@ -146,7 +146,7 @@ def sliced(
         model: changed in place.
         sites: which weights.
         load_bases: reads a site's bases as `SlicedLinear` takes them, on the CPU.
-        largest_rank: the largest rank a site may be asked for; 0 for a site that only stays dense.
+        largest_rank: the largest rank a site may be asked for; 0, without a Q, for a site that only stays dense.
         stored_dtypes: by parameter name, the checkpoint's dtype.
 
     Yields:
@@ -156,14 +156,14 @@ def sliced(
     originals = {site.name: site.module(model) for site in sites}
     try:
         for site in sites:
-            most = largest_rank(site)
-            if most == 0:
+            most, bases = largest_rank(site), load_bases(site)
+            if most == 0 and None in bases:
                 continue
             weight = originals[site.name].weight
             bias = site.bias(model)
             layers[site.name] = SlicedLinear(
                 originals[site.name],
-                load_bases(site),
+                bases,
                 most,
                 bias,
                 (stored_dtypes.get(f"{site.name}.weight", weight.dtype), weight.dtype),

@@ -95,13 +95,14 @@ def read_factors(module: LowRankLinear | PivotedLinear) -> Factors:
     )
 
 
-def layer_form(form: BitForm, shape: tuple[int, int], rank: QuantizedRank) -> dict[str, Any]:
+def layer_form(form: BitForm, shape: tuple[int, int], rank: QuantizedRank, half: torch.dtype) -> dict[str, Any]:
     """A quantised layer's form as `QuantizedLinear` takes it.
 
     Args:
         form: how the plan's sites are stored.
         shape: `(m, n)`.
         rank: of L R, with the bits of Q.
+        half: the 16-bit type of scales, and of factors that are numbers.
     """
 
     def packed(bits: int, codebook: str, scales: tuple[int, int], group: int) -> dict[str, Any]:
@@ -112,6 +113,7 @@ def layer_form(form: BitForm, shape: tuple[int, int], rank: QuantizedRank) -> di
     return {
         "rank": int(rank),
         "full": full,
+        "half": str(half).removeprefix("torch."),
         "hadamard": form.hadamard,
         "trained_signs": form.trained_signs,
         "q": packed(rank.q_bits, form.codebook, form.scales(shape), form.group) if rank.q_bits else None,
@@ -138,13 +140,7 @@ def empty_quantized(
     """
     device = next(site.module(model).parameters()).device
     bias = site.bias(model)
-    half = sixteen(dtype)
-    layer = QuantizedLinear(site.n, site.m, bias is not None, layer_form(form, (site.m, site.n), rank))
-    for module in layer.modules():
-        if isinstance(module, PackedMatrix):
-            module.scale = module.scale.to(half)
-        elif isinstance(module, nn.Linear):
-            module.to(half)
+    layer = QuantizedLinear(site.n, site.m, bias is not None, layer_form(form, (site.m, site.n), rank, sixteen(dtype)))
     if bias is not None:
         layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
     layer.requires_grad_(False).to(device)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from rankwise.budget import FULL_BITS, BitForm, QuantizedRank
-from rankwise.layers import PackedMatrix, QuantizedLinear, layer_form, sixteen
+from rankwise.layers import PackedMatrix, QuantizedLinear, layer_form
 from rankwise.quantizers import Packed, codebook_named
 from rankwise.recovery.training import Training
 from rankwise.sites import Site
@@ -64,7 +64,11 @@ def _opened(old: QuantizedLinear, form: BitForm, were_full: int) -> QuantizedLin
     bits = 0 if old.q is None else old.q.codes.shape[-1]
     shape = (old.out_features, old.in_features)
     device = next(t.device for t in (*old.buffers(), *old.parameters()))
-    new = QuantizedLinear(shape[1], shape[0], False, layer_form(form, shape, QuantizedRank(old.rank, bits))).to(device)
+    half = getattr(torch, old.form["half"])
+    new = QuantizedLinear(shape[1], shape[0], False, layer_form(form, shape, QuantizedRank(old.rank, bits), half))
+    new.to(device)
+    for parameter in new.parameters():
+        parameter.data = parameter.data.float()
     new.q, new.bias = old.q, old.bias
     full = form.full(old.rank)
     with torch.no_grad():
@@ -97,7 +101,7 @@ def low_rank_parameters(model: nn.Module, sites: Sequence[Site], signs: bool) ->
     return found
 
 
-def store_low_rank(model: Any, sites: Sequence[Site], form: BitForm, requantize: bool, dtype: torch.dtype) -> BitForm:
+def store_low_rank(model: Any, sites: Sequence[Site], form: BitForm, requantize: bool) -> BitForm:
     """Bring what was trained into the form it is saved in: 16-bit numbers, or codes again.
 
     Args:
@@ -105,14 +109,12 @@ def store_low_rank(model: Any, sites: Sequence[Site], form: BitForm, requantize:
         sites: all sites.
         form: the model's now.
         requantize: whether L and R become codes of `form.lr_bits` again.
-        dtype: of the checkpoint's other weights.
 
     Returns:
         The form the model has then.
     """
     again = requantize and form.lr_bits != FULL_BITS
     stored = form.model_copy(update={"full_rank": 0}) if again else form
-    half = sixteen(dtype)
     for site in sites:
         layer = site.module(model)
         if not isinstance(layer, QuantizedLinear):
@@ -122,7 +124,7 @@ def store_low_rank(model: Any, sites: Sequence[Site], form: BitForm, requantize:
             model.set_submodule(site.name, layer)
         for name, parameter in layer.named_parameters():
             if name != "bias":
-                parameter.data = parameter.data.to(half)
+                parameter.data = parameter.data.to(getattr(torch, layer.form["half"]))
     return stored
 
 
@@ -130,16 +132,16 @@ def _requantized(old: QuantizedLinear, form: BitForm) -> QuantizedLinear:
     """The same layer with L and R as codes; codes that were kept stay what they were."""
     shape = (old.out_features, old.in_features)
     bits = 0 if old.q is None else old.q.codes.shape[-1]
-    new = QuantizedLinear(shape[1], shape[0], False, layer_form(form, shape, QuantizedRank(old.rank, bits)))
+    half = getattr(torch, old.form["half"])
+    new = QuantizedLinear(shape[1], shape[0], False, layer_form(form, shape, QuantizedRank(old.rank, bits), half))
     new.q, new.bias, new.signs_in, new.signs_out = old.q, old.bias, old.signs_in, old.signs_out
     codebook = codebook_named(form.lr_codebook, form.lr_bits, by_row=True)
-    scale_dtype = torch.bfloat16 if old.q is None else old.q.scale.dtype
 
     def put(found: Packed, kept: PackedMatrix | None, into: PackedMatrix) -> None:
-        codes, scale = [found.codes], [found.scale.to(scale_dtype)]
+        codes, scale = [found.codes], [found.scale.to(half)]
         if kept is not None:
             codes.append(kept.codes)
-            scale.append(kept.scale.to(scale_dtype))
+            scale.append(kept.scale.to(half))
         into.codes, into.scale = torch.cat(codes), torch.cat(scale)
 
     left, right = old.left.weight.detach().double(), old.right.weight.detach().double()

@@ -109,7 +109,7 @@ def draw_iterations(path: Path, errors: Mapping[str, Sequence[float]], roles: Ma
 
 
 def draw_plan(path: Path, plan: RankPlan) -> None:
-    """Draw the fraction every site keeps: blocks from left to right, roles from top to bottom.
+    """Draw the fraction every site keeps, or its bits a weight: blocks from left to right, roles from top to bottom.
 
     Args:
         path: file to write; its suffix says the format.
@@ -123,18 +123,20 @@ def draw_plan(path: Path, plan: RankPlan) -> None:
     cell = 0.42 if len(blocks) <= 40 else 0.25
     figure, axes = _figure(2.2 + cell * len(blocks), 1.6 + 0.42 * len(roles))
     values = [[grid.get((block, role), float("nan")) for block in blocks] for role in roles]
-    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    most = max(1.0, *grid.values()) if plan.q_bits else 1.0
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=most, aspect="auto")
     axes.set_xticks(range(len(blocks)), [str(block) for block in blocks])
     axes.set_yticks(range(len(roles)), roles)
     axes.set_xlabel("block")
-    axes.set_title(f"fraction kept: {plan.kept:.3f} of the whole\n({plan.method}, {plan.allocation})", fontsize=9)
+    size = f"bits a weight: {plan.bits_a_weight:.3f}" if plan.q_bits else f"fraction kept: {plan.kept:.3f}"
+    axes.set_title(f"{size} of the whole\n({plan.method}, {plan.allocation})", fontsize=9)
     if len(blocks) <= 40:
         for row, role in enumerate(roles):
             for column, block in enumerate(blocks):
                 value = grid.get((block, role))
                 if value is not None:
-                    text = "dense" if value >= 1 else f"{value:.2f}".lstrip("0")
-                    colour = "black" if value > 0.6 else "white"
+                    text = "dense" if value >= (16 if plan.q_bits else 1) else f"{value:.2f}".lstrip("0")
+                    colour = "black" if value > 0.6 * most else "white"
                     axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
     figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
     _save(figure, path)

@@ -79,6 +79,8 @@ def quantize_sites(work: Work, store: Store, plan: RankPlan) -> SiteFacts:
                     f"{site.name} was never activated by the calibration text: its Hessian is zero, and the identity "
                     "stood for it"
                 )
+    # Through the stored dtypes, so that what is new is remembered beside them.
+    work.loaded.to_stored_dtypes()
     work.loaded.to_compute_dtypes()
     return found
 

@@ -247,7 +247,7 @@ def train_factors(
     }
     if isinstance(settings, LowRankFactors) and settings.requantize:
         # Before the training is judged: what is judged is what will be stored.
-        store_low_rank(model, sites, form_of(loaded, sites, plan), True, torch.float32)
+        store_low_rank(model, sites, form_of(loaded, sites, plan), True)
     if isinstance(settings, Subspace):
         merge_subspace(model, sites)
     elif isinstance(settings, Lora):
@@ -278,9 +278,8 @@ def store_tuned(
         return plan, store(loaded, sites, plan, dtypes, probe, reporter)
     assert plan.form is not None
     loaded.to_stored_dtypes()
-    dtype = loaded.model.get_input_embeddings().weight.dtype
     opened = form_of(loaded, sites, plan)
-    form = store_low_rank(loaded.model, sites, opened, training.requantize, dtype)
+    form = store_low_rank(loaded.model, sites, opened, training.requantize)
     loaded.to_compute_dtypes()
     new = plan.model_copy(update={"form": form})
     if new.bits_a_weight > plan.bits_a_weight:

@@ -1,0 +1,133 @@
+"""Codebooks on Gaussians, scales under feedback, and the time of one LDLQ pass at 4096 x 4096.
+
+python benchmarks/codebooks.py
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common import markdown_table, write_result
+from rankwise.device import best_device
+from rankwise.quantizers import Hessian, codebook_named, ldlq
+from rankwise.quantizers.codes import SECOND_SCALE, decode, e8_short_values, e8p_patterns, e8p_values, tables_for
+from rankwise.quantizers.lattice import nearest_e8p, nearest_short, round_e8p
+
+COUNT = 1_000_000
+SIDE = 4096
+
+
+def error_at(scale: float, x: Tensor, bits: int) -> float:
+    """Mean squared error of the lattice at one scale."""
+    values = decode(round_e8p(x / scale, bits).unsqueeze(1), "e8p", tables_for("e8p", bits))
+    return float((x - scale * values).square().mean())
+
+
+def best(scales: list[float], error: Callable[[float], float]) -> tuple[float, float]:
+    """Least error and where."""
+    return min((error(scale), scale) for scale in scales)
+
+
+def second_scales(x: Tensor) -> list[list[str]]:
+    """Errors of 3 and 4 bits over the scale of the second codeword, the first at its own best scale each time."""
+    rows = []
+    first = e8p_patterns()
+    for bits, tried in ((3, (0.43, 0.46, 0.49, 0.52)), (4, (0.255, 0.265, 0.275, 0.285, 0.3))):
+        for second in tried:
+
+            def error(scale: float, second: float = second, bits: int = bits) -> float:
+                unit = x / scale
+                near = e8p_values(nearest_e8p(unit), first)
+                rest = (unit - near) / second
+                table = e8_short_values()[nearest_short(rest)] if bits == 3 else e8p_values(nearest_e8p(rest), first)
+                return float((x - scale * (near + second * table)).square().mean())
+
+            low, at = best([0.98, 1.02, 1.06, 1.1], error)
+            mark = " (used)" if second == SECOND_SCALE[bits] else ""
+            rows.append([str(bits), f"{second:g}{mark}", f"{low:.5f}", f"{at:g}"])
+    return rows
+
+
+def feedback_rows(seed: int = 0) -> list[list[str]]:
+    """Error tr(E H E^T) of LDLQ over what scales are multiplied by, on weights under correlated inputs."""
+    source = torch.Generator().manual_seed(seed)
+    n = 512
+    mixing = torch.randn(n, n, generator=source, dtype=torch.float64) * torch.linspace(2, 0.05, n, dtype=torch.float64)
+    inputs = torch.randn(4096, n, generator=source, dtype=torch.float64) @ mixing.T
+    hessian = Hessian.of(inputs.T @ inputs / 4096, 0.01)
+    feedback, weight = hessian.feedback(), torch.randn(256, n, generator=source, dtype=torch.float64)
+    rows = []
+    for name, bits in (("e8p", 2), ("e8p", 3), ("e8p", 4), ("uniform", 2), ("uniform", 3), ("uniform", 4), ("nf", 3)):
+        codebook = codebook_named(name, bits, by_row=True)
+        cells = []
+        for factor in (0.9, 1.0, 1.1, 1.15, 1.2, 1.3):
+            missed = weight - ldlq(weight, feedback, codebook, codebook.scales(weight) * factor).dense()
+            whole = float(((weight @ hessian.matrix) * weight).sum())
+            cells.append(f"{float(((missed @ hessian.matrix) * missed).sum()) / whole:.5f}")
+        rows.append([name, str(bits), *cells])
+    return rows
+
+
+def pass_seconds() -> list[tuple[str, int, float]]:
+    """Seconds of one LDLQ pass over a matrix of 4096 x 4096."""
+    device = best_device()
+    source = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2 * SIDE, SIDE, generator=source).to(device)
+    hessian = Hessian.of((inputs.T @ inputs / len(inputs)).double(), 0.01)
+    weight = torch.randn(SIDE, SIDE, generator=source).to(device).double()
+    started = time.perf_counter()
+    feedback = hessian.feedback()
+    rows = [("factor of H", 0, time.perf_counter() - started)]
+    for name, bits in (("e8p", 2), ("e8p", 3), ("e8p", 4), ("uniform", 2)):
+        codebook = codebook_named(name, bits, by_row=True)
+        scale = codebook.scales(weight, feedback=True)
+        started = time.perf_counter()
+        ldlq(weight, feedback, codebook, scale)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        rows.append((name, bits, time.perf_counter() - started))
+    return rows
+
+
+def main() -> None:
+    x = torch.randn(COUNT, 8, generator=torch.Generator().manual_seed(0))
+    figures: dict[str, Any] = {}
+    scales = [0.94, 0.955, 0.965, 0.975, 1.0, 1.02, 1.04, 1.06, 1.08]
+    rows = []
+    for bits in (2, 3, 4):
+        low, at = best(scales, lambda scale, bits=bits: error_at(scale, x, bits))  # type: ignore[misc]
+        cells = [f"{bits}", f"{low:.4f} at {at:g}"]
+        for name in ("uniform", "nf"):
+            codebook = codebook_named(name, bits)
+            levels = codebook._grouped(x[:65536].reshape(1, -1))[0]
+
+            def error(scale: float, codebook: Any = codebook, values: Tensor = levels) -> float:
+                return float((values - scale * codebook.levels()[codebook._index(values / scale)]).square().mean())
+
+            found, where = best([0.02 * k for k in range(5, 160)], error)
+            cells.append(f"{found:.4f} at {where:.2f}")
+        rows.append(cells)
+        figures[f"gaussian {bits}"] = cells
+    gaussian = markdown_table(["bits", "e8p", "uniform, best scale", "nf, best scale"], rows)
+    seconds = markdown_table(["second scale, bits", "scale", "error", "first scale"], second_scales(x[:200_000]))
+    feedback = feedback_rows()
+    fed = markdown_table(["codebook", "bits", *(f"x {f}" for f in (0.9, 1.0, 1.1, 1.15, 1.2, 1.3))], feedback)
+    timed = pass_seconds()
+    figures |= {"feedback": feedback, "seconds": timed}
+    clock = markdown_table(["", "bits", f"seconds at {SIDE} x {SIDE}"], [[n, b or "", f"{s:.1f}"] for n, b, s in timed])
+    body = (
+        f"Mean squared error on {COUNT:,} Gaussian vectors of eight (scalar codebooks: 65,536 x 8 numbers), at the "
+        f"best scale of those tried.\n\n{gaussian}\n\nScale of the second codeword, 200,000 vectors.\n\n{seconds}\n\n"
+        f"Scales times a factor under feedback: relative error of LDLQ, 256 x 512, correlated inputs.\n\n{fed}\n\n"
+        f"One LDLQ pass.\n\n{clock}"
+    )
+    write_result("codebooks", "Codebooks and LDLQ", "python benchmarks/codebooks.py", body, figures)
+
+
+if __name__ == "__main__":
+    main()
