@@ -5,7 +5,7 @@ python benchmarks/caldera.py tuned --run-dir DIR
 python benchmarks/caldera.py study --run-dir DIR
 python benchmarks/caldera.py write --run-dir DIR
 
-`steps`, `tuned` and `study` keep every finished row in DIR and go on after a stop; `write` makes the result files from them.
+`steps`, `tuned` and `study` keep every finished row in DIR and go on after a stop; `write` makes the result files.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ def write(folder: Path) -> None:
     note = (
         "256 x 256 tokens of calibration text, 100 x 256 scored tokens of each text, H damped by 1%, 5 outer "
         "iterations unless said. Bits a weight count codes, scales, signs and factors. Seconds on one core; a row that "
-        "reuses statistics of another is shorter by them. Fine-tuning: one pass over the first megabyte of the calibration "
-        "text.\n\n"
+        "reuses statistics of another is shorter by them. Fine-tuning: one pass over the first megabyte of the "
+        "calibration text.\n\n"
     )
     table = markdown_table(["", "bits a weight", *TEXTS, "seconds"], rows)
     write_result(
