@@ -56,9 +56,9 @@ def steps() -> dict[str, dict[str, Any]]:
                     rows[f"2 bits, rank {rank} at {factors} bits"] = caldera(rank, factors)
             for rank in (16, 32):
                 rows[f"2 bits, rank {rank} at 16 bits, downdate"] = {**caldera(rank, 16), "downdate": True}
-            rows["2 bits, rank 16 at 4 bits, 15 iterations"] = {**caldera(16, 4), "outer": 15}
         else:
             rows[f"{bits} bits, rank 16 at 4 bits"] = {**caldera(16, 4), "q_bits": bits}
+    rows["2 bits, rank 16 at 4 bits, 15 iterations"] = {**caldera(16, 4), "outer": 15}
     return rows
 
 
@@ -112,9 +112,8 @@ def measure(shared: Path, run_directory: Path, **changes: Any) -> dict[str, Any]
 TUNED: dict[str, dict[str, Any]] = {
     "kl, stored at 16 bits": {},
     "kl, back to 4 bits": {"requantize": True},
-    "kl, the first 8 ranks, stored at 16 bits": {"trained_rank": 8},
-    "lm, stored at 16 bits": {"loss": "lm"},
     "kl, with the signs, stored at 16 bits": {"signs": True},
+    "kl, the first 8 ranks, stored at 16 bits": {"trained_rank": 8},
 }
 """Trainings of L and R: label -> settings."""
 

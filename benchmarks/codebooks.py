@@ -5,18 +5,26 @@ python benchmarks/codebooks.py
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common import markdown_table, write_result
+from common import markdown_table, shared_directory, write_result
+from methods import protocols
+from rankwise import stages
+from rankwise.checkpoints import load_model
 from rankwise.device import best_device
-from rankwise.quantizers import Hessian, codebook_named, ldlq
+from rankwise.progress import Reporter
+from rankwise.quantizers import Hessian, Rotation, codebook_named, ldlq, weighed_error
 from rankwise.quantizers.codes import SECOND_SCALE, decode, e8_short_values, e8p_patterns, e8p_values, tables_for
 from rankwise.quantizers.lattice import nearest_e8p, nearest_short, round_e8p
+from rankwise.recipe import recipe_from
+from rankwise.runs import Run
 
 COUNT = 1_000_000
 SIDE = 4096
@@ -47,30 +55,44 @@ def second_scales(x: Tensor) -> list[list[str]]:
                 table = e8_short_values()[nearest_short(rest)] if bits == 3 else e8p_values(nearest_e8p(rest), first)
                 return float((x - scale * (near + second * table)).square().mean())
 
-            low, at = best([0.98, 1.02, 1.06, 1.1], error)
+            low, at = best([0.98, 1.02, 1.06, 1.1, 1.14], error)
             mark = " (used)" if second == SECOND_SCALE[bits] else ""
             rows.append([str(bits), f"{second:g}{mark}", f"{low:.5f}", f"{at:g}"])
     return rows
 
 
-def feedback_rows(seed: int = 0) -> list[list[str]]:
-    """Error tr(E H E^T) of LDLQ over what scales are multiplied by, on weights under correlated inputs."""
-    source = torch.Generator().manual_seed(seed)
-    n = 512
-    mixing = torch.randn(n, n, generator=source, dtype=torch.float64) * torch.linspace(2, 0.05, n, dtype=torch.float64)
-    inputs = torch.randn(4096, n, generator=source, dtype=torch.float64) @ mixing.T
-    hessian = Hessian.of(inputs.T @ inputs / 4096, 0.01)
-    feedback, weight = hessian.feedback(), torch.randn(256, n, generator=source, dtype=torch.float64)
-    rows = []
-    for name, bits in (("e8p", 2), ("e8p", 3), ("e8p", 4), ("uniform", 2), ("uniform", 3), ("uniform", 4), ("nf", 3)):
-        codebook = codebook_named(name, bits, by_row=True)
-        cells = []
-        for factor in (0.9, 1.0, 1.1, 1.15, 1.2, 1.3):
-            missed = weight - ldlq(weight, feedback, codebook, codebook.scales(weight) * factor).dense()
-            whole = float(((weight @ hessian.matrix) * weight).sum())
-            cells.append(f"{float(((missed @ hessian.matrix) * missed).sum()) / whole:.5f}")
-        rows.append([name, str(bits), *cells])
-    return rows
+FACTORS = (1.0, 1.03, 1.08, 1.15, 1.25)
+
+
+def feedback_rows() -> list[list[str]]:
+    """Error of LDLQ over what scales are multiplied by: mean over every third site of wiki-llama-8m."""
+    shared = shared_directory()
+    calibration, _ = protocols("wiki-llama-8m", shared)
+    recipe = recipe_from(
+        {"model": str(shared / "models" / "wiki-llama-8m"), "calibration": calibration, "method": "quantize"}
+        | {"budget": {"bits": 2.5}, "allocation": "uniform"}
+    )
+    reporter = Reporter(show=False)
+    loaded = load_model(recipe.model)
+    kinds = (("e8p", 2), ("e8p", 3), ("e8p", 4), ("uniform", 2), ("uniform", 3), ("uniform", 4))
+    totals: dict[tuple[str, int, float], float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        texts = stages.read_texts(recipe, loaded, reporter, validate=False)
+        work = stages.begin(recipe, Run(Path(folder)), loaded, texts, reporter)
+        store = stages.collect_statistics(work)
+        sites = work.sites[::3]
+        for site in sites:
+            weight, seen = stages.weight_and_statistics(work, store, site)
+            rotation = Rotation.drawn(site.m, site.n, stages.draw_for(work, site))
+            hessian = Hessian(rotation.hessian(Hessian.of(seen.input_second_moment(), 0.01).matrix), 0.01)
+            target, feedback = rotation.weight(weight), hessian.feedback()
+            for name, bits in kinds:
+                codebook = codebook_named(name, bits, by_row=True)
+                for factor in FACTORS:
+                    missed = target - ldlq(target, feedback, codebook, codebook.scales(target) * factor).dense()
+                    error = weighed_error(missed, hessian.matrix) / weighed_error(target, hessian.matrix)
+                    totals[name, bits, factor] = totals.get((name, bits, factor), 0.0) + error / len(sites)
+    return [[name, str(bits), *(f"{totals[name, bits, f]:.5f}" for f in FACTORS)] for name, bits in kinds]
 
 
 def pass_seconds() -> list[tuple[str, int, float]]:
@@ -97,14 +119,14 @@ def pass_seconds() -> list[tuple[str, int, float]]:
 def main() -> None:
     x = torch.randn(COUNT, 8, generator=torch.Generator().manual_seed(0))
     figures: dict[str, Any] = {}
-    scales = [0.94, 0.955, 0.965, 0.975, 1.0, 1.02, 1.04, 1.06, 1.08]
+    scales = [0.94, 0.955, 0.965, 0.975, 1.0, 1.02, 1.04, 1.06, 1.08, 1.1, 1.12, 1.14]
     rows = []
     for bits in (2, 3, 4):
         low, at = best(scales, lambda scale, bits=bits: error_at(scale, x, bits))  # type: ignore[misc]
         cells = [f"{bits}", f"{low:.4f} at {at:g}"]
         for name in ("uniform", "nf"):
             codebook = codebook_named(name, bits)
-            levels = codebook._grouped(x[:65536].reshape(1, -1))[0]
+            levels = x[:65536].reshape(1, -1)
 
             def error(scale: float, codebook: Any = codebook, values: Tensor = levels) -> float:
                 return float((values - scale * codebook.levels()[codebook._index(values / scale)]).square().mean())
@@ -116,14 +138,15 @@ def main() -> None:
     gaussian = markdown_table(["bits", "e8p", "uniform, best scale", "nf, best scale"], rows)
     seconds = markdown_table(["second scale, bits", "scale", "error", "first scale"], second_scales(x[:200_000]))
     feedback = feedback_rows()
-    fed = markdown_table(["codebook", "bits", *(f"x {f}" for f in (0.9, 1.0, 1.1, 1.15, 1.2, 1.3))], feedback)
+    fed = markdown_table(["codebook", "bits", *(f"x {f}" for f in FACTORS)], feedback)
     timed = pass_seconds()
     figures |= {"feedback": feedback, "seconds": timed}
     clock = markdown_table(["", "bits", f"seconds at {SIDE} x {SIDE}"], [[n, b or "", f"{s:.1f}"] for n, b, s in timed])
     body = (
         f"Mean squared error on {COUNT:,} Gaussian vectors of eight (scalar codebooks: 65,536 x 8 numbers), at the "
         f"best scale of those tried.\n\n{gaussian}\n\nScale of the second codeword, 200,000 vectors.\n\n{seconds}\n\n"
-        f"Scales times a factor under feedback: relative error of LDLQ, 256 x 512, correlated inputs.\n\n{fed}\n\n"
+        f"Scales times a factor under feedback: relative error of LDLQ, mean over every "
+        f"third site of wiki-llama-8m, scales by rows.\n\n{fed}\n\n"
         f"One LDLQ pass.\n\n{clock}"
     )
     write_result("codebooks", "Codebooks and LDLQ", "python benchmarks/codebooks.py", body, figures)

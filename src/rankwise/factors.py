@@ -141,4 +141,6 @@ class Quantized:
         parts = [] if self.q is None else [self.q.dense()]
         if self.low_rank is not None:
             parts.append(self.low_rank.product())
+        if not parts:
+            raise ValueError("there is neither Q nor L R")
         return self.rotation.undo(torch.stack(parts).sum(0))

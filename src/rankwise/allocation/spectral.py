@@ -156,7 +156,8 @@ class BitTails(Tails):
     def __init__(self, sites: Sequence[Site], energies: Mapping[str, Tensor], budget: BitBudget) -> None:
         self.sites, self.budget = list(sites), budget
         # A rank that is given leaves Q alone to be chosen.
-        first = [0 if budget.rank is None else budget.largest_rank(site) for site in sites]
+        least = 0 if budget.choices[0] else budget.rank_multiple
+        first = [least if budget.rank is None else budget.largest_rank(site) for site in sites]
         ranks_of = [
             range(r, budget.largest_rank(s) + 1, budget.rank_multiple) for r, s in zip(first, sites, strict=True)
         ]

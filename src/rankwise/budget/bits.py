@@ -172,7 +172,8 @@ class BitBudget(Budget):
         if self.rank is not None:
             return QuantizedRank(self.largest_rank(site), q_bits)
         rest = room - self.form.q_bits(shape, q_bits)
-        steps = max(0, math.floor(rest / (self.rank_multiple * self.form.rank_bits(shape))))
+        # Without Q there has to be a rank.
+        steps = max(0 if q_bits else 1, math.floor(rest / (self.rank_multiple * self.form.rank_bits(shape))))
         return QuantizedRank(min(steps * self.rank_multiple, self.largest_rank(site)), q_bits)
 
     def fill(self, sites: Sequence[Site], fractions: Mapping[str, float | None]) -> dict[str, Rank]:

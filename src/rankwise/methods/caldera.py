@@ -127,8 +127,10 @@ class _Steps:
         if self._method.downdate and self._method.feedback and pair is not None:
             reached = hessian @ pair.right.T
             less = hessian - reached @ torch.linalg.pinv(pair.right @ reached, hermitian=True) @ reached.T
-            damped = Hessian.of((less + less.T) / 2, self._method.damping)
-            hessian, feedback = damped.matrix, damped.feedback()
+            # R may span nearly everything: a trace of the whole H keeps the rest positive definite.
+            floor = self._method.damping * less.diagonal().mean().clamp_min(1e-6 * hessian.diagonal().mean())
+            hessian = (less + less.T) / 2 + floor * torch.eye(len(less)).to(less)
+            feedback = Hessian(hessian, self._method.damping).feedback()
         return rounded(self._method, codebook, target, hessian, feedback)
 
     def pair_for(self, rest: Tensor) -> LowRank:

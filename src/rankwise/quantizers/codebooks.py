@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +23,10 @@ from rankwise.quantizers.codes import (
 )
 from rankwise.quantizers.lattice import round_e8p
 
-_GAUSSIAN_SCALE = {2: 0.965, 3: 1.02, 4: 1.06}
+_LEAST_SCALE = 1e-30
+"""Of what is all zeros."""
+
+_GAUSSIAN_SCALE = {2: 0.965, 3: 1.02, 4: 1.12}
 """Scale of the lattice for a standard Gaussian: the least squared error (benchmarks/results/codebooks.md)."""
 
 _CLIPS = torch.linspace(0.3, 1.0, 29)
@@ -67,15 +73,14 @@ class Codebook(ABC):
 
     Args:
         bits: a weight.
-        group: columns that share a scale, a multiple of eight; 0 for one scale of the whole matrix (lattice) or of a
-            row (levels).
-        by_row: with a lattice and no groups, give every row a scale of its own.
+        group: columns that share a scale, a multiple of eight; 0 for none.
+        by_row: without groups, give every row a scale of its own; else the whole matrix has one.
     """
 
     name: str
     known_bits: range
-    feedback_scale = 1.0
-    """What scales are multiplied by under feedback, which makes targets larger (benchmarks/results/codebooks.md)."""
+    feedback_scale: ClassVar[Mapping[int, float]] = {}
+    """By bits, what scales are multiplied by under feedback, which makes targets larger; 1 where it is not said."""
 
     def __init__(self, bits: int, group: int = 0, by_row: bool = False) -> None:
         if bits not in self.known_bits:
@@ -94,8 +99,9 @@ class Codebook(ABC):
             matrix: what is to be rounded.
             feedback: whether errors will be fed back.
         """
-        fitted = self._fit(matrix) * (self.feedback_scale if feedback else 1.0)
-        fitted = torch.where(fitted > 0, fitted, torch.ones_like(fitted))
+        fitted = self._fit(matrix) * (self.feedback_scale.get(self.bits, 1.0) if feedback else 1.0)
+        # Where all is zero, so is what codes stand for, to any precision.
+        fitted = fitted.clamp_min(_LEAST_SCALE)
         # Rounded before the codes are chosen, so that what is stored loses nothing.
         return fitted.to(torch.bfloat16).to(matrix.dtype)
 
@@ -111,11 +117,14 @@ class Codebook(ABC):
         """Values before scaling, float32, shape `[rows, 8 blocks]`."""
         return decode(codes, self.name, [table.to(codes.device) for table in tables_for(self.name, self.bits)])
 
-    def _grouped(self, matrix: Tensor) -> Tensor:
-        """Shape `[rows, groups, columns a group]`; padding counts as zero."""
+    def _grouped(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """What shares a scale, along the last of three dimensions, and what of it is there: a last group may be cut."""
         if not self.group:
-            return matrix.unsqueeze(1)
-        return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % self.group)).unflatten(1, (-1, self.group))
+            parts = matrix.unsqueeze(1) if self.by_row else matrix.reshape(1, 1, -1)
+            return parts, torch.ones_like(parts[:1, :, :1])
+        short = -matrix.shape[1] % self.group
+        there = torch.nn.functional.pad(torch.ones_like(matrix[:1]), (0, short)).unflatten(1, (-1, self.group))
+        return torch.nn.functional.pad(matrix, (0, short)).unflatten(1, (-1, self.group)), there
 
     def quantize(self, matrix: Tensor, scale: Tensor | None = None) -> Packed:
         """Every entry to the nearest, without feedback.
@@ -135,13 +144,12 @@ class E8P(Codebook):
 
     name = "e8p"
     known_bits = range(2, 5)
-    feedback_scale = 1.15
+    # Least error on the weights of wiki-llama-8m (benchmarks/results/codebooks.md).
+    feedback_scale = MappingProxyType({2: 1.15, 3: 1.03, 4: 1.03})
 
     def _fit(self, matrix: Tensor) -> Tensor:
-        parts = self._grouped(matrix)
-        mean = parts.square().mean(-1)
-        if not self.group and not self.by_row:
-            mean = mean.mean().reshape(1, 1)
+        parts, there = self._grouped(matrix)
+        mean = parts.square().sum(-1) / there.expand(1, *parts.shape[1:]).sum(-1)
         return mean.sqrt() * _GAUSSIAN_SCALE[self.bits]
 
     def round(self, values: Tensor) -> Tensor:
@@ -159,15 +167,16 @@ class Levels(Codebook):
         """Ascending, shape `[2^bits]`."""
 
     def _fit(self, matrix: Tensor) -> Tensor:
-        parts = self._grouped(matrix)
+        parts, there = self._grouped(matrix)
         levels = self.levels().to(parts)
         most = parts.abs().amax(-1, keepdim=True) / levels[-1]
-        most = torch.where(most > 0, most, torch.ones_like(most))
+        most = most.clamp_min(_LEAST_SCALE)
         best = torch.full_like(most, torch.inf)
         chosen = most
         for clip in _CLIPS.tolist():
             scale = most * clip
-            error = (parts - scale * levels[self._index(parts / scale)]).square().sum(-1, keepdim=True)
+            missed = (parts - scale * levels[self._index(parts / scale)]).square()
+            error = (missed * there).sum(-1, keepdim=True)
             chosen = torch.where(error < best, scale, chosen)
             best = torch.minimum(error, best)
         return chosen.squeeze(-1)

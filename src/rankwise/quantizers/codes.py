@@ -14,7 +14,7 @@ from torch import Tensor
 BLOCK = 8
 """Weights a codeword stands for."""
 
-SECOND_SCALE = {3: 0.49, 4: 0.275}
+SECOND_SCALE = {3: 0.49, 4: 0.265}
 """Scale of the second codeword relative to the first, by bits: least error on a Gaussian (benchmarks/codebooks.py)."""
 
 

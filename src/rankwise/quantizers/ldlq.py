@@ -43,7 +43,7 @@ class Hessian:
         identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
         if not torch.isfinite(matrix).all():
             raise ValueError("the second moment of the inputs is not finite")
-        if mean <= 0:
+        if not matrix.any():
             return cls(identity, 0.0, fallback=True)
         most = max(damping, _LARGEST_DAMPING)
         while damping <= most:
@@ -112,9 +112,10 @@ def improve(weight: Tensor, hessian: Tensor, packed: Packed, codebook: Codebook,
     if not passes:
         return packed
     target = padded(weight)
-    hessian = torch.block_diag(
-        hessian, hessian.diagonal().mean() * torch.eye(target.shape[1] - len(hessian)).to(hessian)
-    )
+    short = target.shape[1] - len(hessian)
+    # What is padded weighs nothing; it only has to have an inverse.
+    filling = torch.cat([hessian.new_zeros(len(hessian)), hessian.diagonal().mean().expand(short)])
+    hessian = torch.nn.functional.pad(hessian, (0, short, 0, short))
     unit = wide_scale(packed.scale, codebook.group, target.shape[1]).expand(target.shape)
     errors = target - codebook.decode(packed.codes) * unit
     codes = packed.codes.clone()
@@ -124,7 +125,7 @@ def improve(weight: Tensor, hessian: Tensor, packed: Packed, codebook: Codebook,
         own = hessian[block, block]
         old = errors[:, block]
         pull = errors @ hessian[:, block] - old @ own
-        wanted = target[:, block] + torch.linalg.solve(own, pull.T).T
+        wanted = target[:, block] + torch.linalg.solve(own + filling[block].diag(), pull.T).T
         found = codebook.round(wanted / unit[:, block])
         new = target[:, block] - codebook.decode(found) * unit[:, block]
         better = _change(new, own, pull) < _change(old, own, pull)

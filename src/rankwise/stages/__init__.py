@@ -1,6 +1,6 @@
 """What each line of `compress` does, in the same order. Every stage is keyed by all that its result depends on."""
 
-from rankwise.stages.bases import collect_statistics, decompose_sites, load_basis
+from rankwise.stages.bases import collect_statistics, decompose_sites, draw_for, load_basis, weight_and_statistics
 from rankwise.stages.factors import put_factors, store, store_factors
 from rankwise.stages.finish import score, write
 from rankwise.stages.quantize import quantize_sites
@@ -19,6 +19,7 @@ __all__ = [
     "collect_statistics",
     "decompose_sites",
     "device_of",
+    "draw_for",
     "judge",
     "judging",
     "load_basis",
@@ -33,5 +34,6 @@ __all__ = [
     "select_samples",
     "store",
     "store_factors",
+    "weight_and_statistics",
     "write",
 ]
