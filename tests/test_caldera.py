@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from conftest import failed, tiny_llama
 from rankwise import cli, compress
 from rankwise.budget import BitBudget, BitForm, QuantizedRank, RankPlan
-from rankwise.checkpoints import REPORT_FILE, load_model
+from rankwise.checkpoints import REPORT_FILE, fingerprint, load_model
 from rankwise.errors import BudgetError, NotFiniteError, RecipeError
 from rankwise.finetune import FineTune, finetune
 from rankwise.layers import QuantizedLinear, cache_dense
@@ -35,6 +35,7 @@ Settings = Callable[..., dict[str, Any]]
 Run = Callable[..., tuple[int, str, str]]
 
 CALDERA = {"name": "caldera", "q_bits": 2, "rank": 8, "lr_bits": 4, "outer": 3, "inner": 3}
+NAME = "model.layers.0.mlp.up_proj"
 BITS = {"bits": 4.0, "rank_multiple": 1}
 
 
@@ -49,6 +50,12 @@ def small(settings: Settings) -> Settings:
         return values
 
     return make
+
+
+@pytest.fixture
+def quantised(small: Settings, tmp_path: Path) -> Path:
+    compress(recipe_from(small(output=str(tmp_path / "small"))))
+    return tmp_path / "small"
 
 
 def logits(model: Any) -> Tensor:
@@ -234,6 +241,101 @@ def test_a_plan_of_bits_is_taken_over_and_scaled(small: Settings, tmp_path: Path
         compress(recipe_from(small(allocation=again["allocation"], method="bolaco", budget={"keep": 0.5})))
 
 
+def test_a_rank_is_another_when_its_bits_are() -> None:
+    assert QuantizedRank(8, 2) != QuantizedRank(8, 3)
+    assert QuantizedRank(8, 2) == QuantizedRank(8, 2)
+    assert QuantizedRank(8, 2) != 8
+    assert len({QuantizedRank(8, 2), QuantizedRank(8, 3), QuantizedRank(8, 2)}) == 2
+
+
+def test_a_search_sees_the_bits_of_its_plans(small: Settings) -> None:
+    """Ranks are zero in every plan of Q alone; what differs is bits."""
+    search = {"name": "bayesian", "space": "rolesx1", "trials": 4}
+    values = small(method="quantize", allocation=search, budget={"bits": 3.8}, validation={"sequences": 8})
+    result = compress(recipe_from({**values, "output": None}))
+    assert result.report["search"]["trials"] == 4
+    assert result.plan.objective is not None
+    uniform = compress(recipe_from(small(method="quantize", allocation="uniform", budget={"bits": 3.8})))
+    assert uniform.plan.q_bits != result.plan.q_bits
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda plan: plan["q_bits"].popitem(), "without bits of Q"),
+        (lambda plan: plan.pop("form"), "not the form"),
+        (lambda plan: plan["ranks"].update({NAME: 33}), "does not lie in 0..32"),
+        (lambda plan: plan["ranks"].update({NAME: None}), "bits without a rank"),
+        (lambda plan: plan["q_bits"].update({NAME: 7}), "e8p has no 7 bits"),
+        (lambda plan: plan["ranks"].pop(NAME), "a shape without a rank"),
+    ],
+)
+def test_plans_that_contradict_themselves_are_refused(
+    damage: Callable[[dict[str, Any]], Any], says: str, quantised: Path
+) -> None:
+    plan = json.loads((quantised / "plan.json").read_text())
+    damage(plan)
+    (quantised / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(BudgetError, match="cannot be read") as problem:
+        RankPlan.load(quantised / "plan.json")
+    assert says in str(problem.value)
+
+
+def test_a_plan_and_other_bits_beside_it_are_refused(quantised: Path, small: Settings) -> None:
+    taken = {"name": "plan", "file": str(quantised / "plan.json")}
+    with pytest.raises(BudgetError, match="other bits of Q or other ranks"):
+        compress(recipe_from(small(allocation=taken, method={**CALDERA, "q_bits": 3})))
+
+
+def test_other_codes_are_other_weights(small: Settings, tmp_path: Path) -> None:
+    """A training may not go on with another quantisation of the same model."""
+    marks = set()
+    for seed in (0, 1):
+        compress(recipe_from(small(output=str(tmp_path / "out"), seed=seed)))
+        loaded = load_model(str(tmp_path / "out"))
+        marks.add(fingerprint(loaded.model, loaded.stored_dtypes))
+    assert len(marks) == 2
+
+
+def test_a_damaged_scale_is_named(quantised: Path) -> None:
+    tensors = load_file(quantised / "model.safetensors")
+    tensors[f"{NAME}.q.scale"][0] = float("nan")
+    save_file(tensors, quantised / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NotFiniteError, match="A scale holds NaN") as problem:
+        load_model(str(quantised))
+    assert NAME in str(problem.value)
+
+
+def test_a_site_that_stays_dense_counts_what_its_file_has(small: Settings, tmp_path: Path) -> None:
+    roles = dict.fromkeys(("q", "k", "o", "gate", "up", "down"), 0.5) | {"v": "dense"}
+    method = {**CALDERA, "q_bits": None, "rank": None, "outer": 1}
+    allocation = {"name": "manual", "roles": roles}
+    values = small(method=method, allocation=allocation, budget={"bits": 6, "rank_multiple": 1})
+    result = compress(recipe_from({**values, "output": str(tmp_path / "out")}))
+    name = "model.layers.0.self_attn.v_proj"
+    assert result.plan.ranks[name] is None
+    assert result.plan.site_bits(name) == 8 * site_tensors(tmp_path / "out", name)["weight"].nbytes
+    assert result.plan.bits_a_weight <= 6
+
+
+def test_fewer_ranks_than_are_numbers_cannot_be_trained(small: Settings, text: Path, tmp_path: Path) -> None:
+    compress(recipe_from(small(output=str(tmp_path / "small"), method={**CALDERA, "lr_bits": 16})))
+    with pytest.raises(RecipeError, match="16-bit numbers") as problem:
+        tune(tmp_path / "small", text, trained_rank=2)
+    assert "trained_rank" in str(problem.value)
+
+
+def test_no_loss_gradient_means_no_rank(small: Settings, tiny: Path) -> None:
+    """An up projection of zeros lets no gradient through to the gate."""
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+    model.save_pretrained(tiny)
+    method = {**CALDERA, "q_bits": None, "rank": None, "outer": 1}
+    plan = compress(recipe_from(small(method=method, budget=BITS))).plan
+    assert (plan.q_bits["model.layers.1.mlp.gate_proj"], plan.ranks["model.layers.1.mlp.gate_proj"]) == (2, 0)
+
+
 def test_after_a_kill_among_the_codes_the_same_command_ends_with_the_same_bytes(
     small: Settings, tmp_path: Path
 ) -> None:
@@ -254,12 +356,6 @@ def test_after_a_kill_among_the_codes_the_same_command_ends_with_the_same_bytes(
 # --- Training of L and R.
 
 
-@pytest.fixture
-def quantised(small: Settings, tmp_path: Path) -> Path:
-    compress(recipe_from(small(output=str(tmp_path / "small"))))
-    return tmp_path / "small"
-
-
 def tune(quantised: Path, text: Path, **settings: Any) -> tuple[dict[str, Any], Path]:
     output = quantised.with_name("tuned")
     training = LowRankFactors(epochs=1, lr=0.01, batch_size=8, **settings)
@@ -267,9 +363,6 @@ def tune(quantised: Path, text: Path, **settings: Any) -> tuple[dict[str, Any], 
         model=str(quantised), data=f"text:{text}", output=str(output), method="lowrank", settings=training, length=32
     )
     return finetune(wanted), output
-
-
-NAME = "model.layers.0.mlp.up_proj"
 
 
 @pytest.mark.parametrize(
@@ -408,8 +501,7 @@ def test_a_site_that_is_never_activated_is_named_and_falls_back(small: Settings,
     assert torch.isfinite(logits(result.model)).all()
     layer = result.model.model.layers[1].mlp.up_proj
     assert isinstance(layer, QuantizedLinear)
-    # A weight of zeros stays nearly so: its scale is arbitrary, and its error is reported as it is.
-    assert torch.isfinite(layer.dense_weight()).all()
+    assert layer.dense_weight().abs().max() < 1e-20
 
 
 def test_inputs_that_are_not_finite_name_their_layer(small: Settings, tiny: Path) -> None:

@@ -910,6 +910,7 @@ def test_a_quantised_layer_takes_exactly_the_bits_of_its_form(
     assert stored_bits(layer) == form.site_bits((m, n), rank.q_bits, int(rank))
 
 
+@torch.no_grad()
 def test_turning_the_cache_off_decodes_the_codes_again() -> None:
     layer = deepcopy(filled(24, 40, Quantize(), QuantizedRank(0, 2))[0])
     x = random_matrix(3, 40, 0).float()
@@ -922,6 +923,19 @@ def test_turning_the_cache_off_decodes_the_codes_again() -> None:
     assert not torch.allclose(after, before)
     cache_dense(layer, True)
     torch.testing.assert_close(layer(x), after)
+
+
+def test_a_cached_layer_still_learns() -> None:
+    """Where a gradient is taken, codes are decoded and the factors used, cache or not."""
+    layer = deepcopy(filled(24, 40, Caldera(lr_bits=16, outer=1), QuantizedRank(3, 2))[0])
+    cache_dense(layer, True)
+    x = random_matrix(3, 40, 0).float()
+    with torch.inference_mode():
+        layer(x)
+    layer.left.weight.requires_grad_(True)
+    layer(x).sum().backward()
+    assert layer.left.weight.grad is not None
+    assert layer.left.weight.grad.abs().sum() > 0
 
 
 def test_a_quantised_layer_keeps_the_bias_it_found() -> None:

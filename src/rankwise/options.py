@@ -37,7 +37,8 @@ def use_plan(
         given = RankPlan.load(Path(plan))
         if given.q_bits:
             if "bits" not in values.get("budget", {}):
-                set_value(values, "budget.bits", given.bits)
+                fixed = trials is None and name != "bayesian"
+                set_value(values, "budget.bits", given.bits if fixed else given.bits or given.bits_a_weight)
         elif not keep_given:
             set_value(values, "budget.keep", given.keep)
         if "rank_multiple" not in values.get("budget", {}):

@@ -208,6 +208,8 @@ class Recipe(_Node):
             if budget.bits is not None:
                 raise ValueError(f"{method.name} counts parameters, not bits: give keep, or the method caldera")
             return self
+        if budget.storage != "two_factor":
+            raise ValueError(f"{method.name} stores codes: budget.storage means nothing to it")
         if self.repair.steps:
             raise ValueError(f"no repair knows codes: {method.name} is followed by rankwise finetune --method lowrank")
         if budget.bits is None:
@@ -218,8 +220,9 @@ class Recipe(_Node):
                 raise ValueError(f"{method.name} needs {' and '.join(missing)}, or budget.bits to choose by")
             if self.allocation.name not in ("uniform", "plan"):
                 raise ValueError(f"the allocation {self.allocation.name} spends bits: give budget.bits")
-        elif method.q_bits is not None and method.given_rank:
-            raise ValueError("bits are given beside q_bits and rank: leave one of the three to be chosen")
+        elif method.q_bits is not None and method.given_rank is not None:
+            given = "q_bits" if method.name == "quantize" else "q_bits and rank"
+            raise ValueError(f"bits are given beside {given}: leave something to be chosen")
         return self
 
     @field_validator("method", mode="before")
@@ -233,7 +236,8 @@ class Recipe(_Node):
         if not isinstance(values, Mapping):
             return values
         method = values.get("method", TwoSided())
-        name = method if isinstance(method, str) else getattr(method, "name", None) or dict(method).get("name")
+        named = method.get("name") if isinstance(method, Mapping) else getattr(method, "name", None)
+        name = method if isinstance(method, str) else named
         kind = METHODS.get(name) if isinstance(name, str) else None
         if values.get("allocation") is None:
             asked = values.get("budget")
@@ -244,7 +248,9 @@ class Recipe(_Node):
             budget = values.get("budget")
             if budget is None or (isinstance(budget, Mapping) and "keep" not in budget):
                 values = {**values, "budget": {"keep": None, **(budget or {})}}
-            elif (budget["keep"] if isinstance(budget, Mapping) else budget.keep) is not None:
+            elif isinstance(budget, Budget) and "keep" not in budget.model_fields_set:
+                values = {**values, "budget": budget.model_copy(update={"keep": None})}
+            elif isinstance(budget, Mapping | Budget) and dict(budget)["keep"] is not None:
                 raise ValueError(f"{name} counts bits, not a kept fraction: give bits, or q_bits and rank")
         return values
 
@@ -300,7 +306,11 @@ def _explain(problem: ValidationError, origin: str) -> RecipeError:
         return RecipeError(f"There is no {place[0]} {given!r}.", where=where, remedy=nearest(given, known))
     message = error["msg"].removeprefix("Value error, ")
     given = f" (given: {error['input']!r})" if not isinstance(error["input"], dict) else ""
-    return RecipeError(f"{path}: {message}{given}.", where=where, remedy="see rankwise recipes show for a valid recipe")
+    return RecipeError(
+        f"{path + ': ' if path else ''}{message}{given}.",
+        where=where,
+        remedy="see rankwise recipes show for a valid recipe",
+    )
 
 
 def recipe_from(values: Mapping[str, Any], origin: str = "recipe") -> Recipe:

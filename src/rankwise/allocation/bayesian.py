@@ -78,9 +78,8 @@ class Bayesian(Allocation):
         if given is not None:
             note_other_weights(given, str(self.plan), evidence)
         same_space = given is not None and given.space == space.name
-        starts = space.starts(
-            None if given is None else given.ranks, given.coordinates if given is not None and same_space else {}
-        )
+        ranks_given = None if given is None else given.fitting(sites, str(self.plan))
+        starts = space.starts(ranks_given, given.coordinates if given is not None and same_space else {})
 
         def proposer(points: Tensor, values: Tensor, trial: int, is_new: Callable[[Tensor], bool]) -> Tensor:
             step = partial(propose, scales=self.length_scales, acquisition=self.acquisition, is_new=is_new)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from rankwise.allocation.base import Allocation, Choice, Evidence, note_other_weights
-from rankwise.budget import BitBudget, Budget, RankPlan, kept_by
+from rankwise.budget import BitBudget, Budget, QuantizedRank, RankPlan, kept_by
 from rankwise.errors import BudgetError, RecipeError
 from rankwise.sites import Site
 
@@ -32,14 +32,21 @@ class Planned(Allocation):
         given = RankPlan.load(Path(self.file))
         ranks = given.fitting(sites, self.file)
         note_other_weights(given, self.file, evidence)
-        quantised = isinstance(budget, BitBudget)
-        if quantised != bool(given.q_bits):
+        if isinstance(budget, BitBudget) != bool(given.q_bits):
             raise BudgetError(
                 f"The plan was made with the method {given.method}, and its ranks mean nothing to this one.",
                 where=self.file,
                 remedy=f"leave --method away, or use --method {given.method}",
             )
-        if quantised:
+        if isinstance(budget, BitBudget):
+            ranked = [rank for rank in ranks.values() if isinstance(rank, QuantizedRank)]
+            other_bits = len(budget.choices) == 1 and any(rank.q_bits != budget.choices[0] for rank in ranked)
+            if other_bits or (budget.rank is not None and any(int(rank) != budget.rank for rank in ranked)):
+                raise BudgetError(
+                    "The plan has other bits of Q or other ranks than those given beside it.",
+                    where=self.file,
+                    remedy="leave q_bits and rank away; the plan says both",
+                )
             if budget.bits is not None and budget.bits != given.bits:
                 ranks = budget.fill(sites, given.fractions())
                 evidence.reporter.note(

@@ -35,6 +35,10 @@ class QuantizedRank(int):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, QuantizedRank) and (int(self), self.q_bits) == (int(other), other.q_bits)
 
+    def __ne__(self, other: object) -> bool:
+        # Said outright: that of int would look at the rank alone.
+        return not self == other
+
     def __hash__(self) -> int:
         return hash((int(self), self.q_bits))
 
@@ -114,11 +118,13 @@ class BitBudget(Budget):
         form: how sites are stored.
         choices: bits a weight that Q may have, ascending.
         rank: given; None where the budget decides.
+        dense_bits: bits a weight of a site that stays dense.
     """
 
     form: BitForm
     choices: tuple[int, ...]
     rank: int | None = None
+    dense_bits: int = FULL_BITS
 
     @property
     def sized(self) -> bool:
@@ -137,11 +143,12 @@ class BitBudget(Budget):
         return float(self.choices[0]), float(min(FULL_BITS, self.choices[-1] + 2))
 
     def cost(self, site: Site, rank: Rank) -> int:
-        """Bits of a site; a dense one has 16 a weight."""
+        """Bits of a site."""
         if rank is None:
-            return FULL_BITS * site.parameters
-        q_bits = rank.q_bits if isinstance(rank, QuantizedRank) else self.choices[0]
-        return self.form.site_bits((site.m, site.n), q_bits, int(rank))
+            return self.dense_bits * site.parameters
+        if not isinstance(rank, QuantizedRank):
+            raise TypeError(f"{site.name}: a rank without the bits of Q has no size in bits")
+        return self.form.site_bits((site.m, site.n), rank.q_bits, int(rank))
 
     def allowed(self, sites: Sequence[Site]) -> int:
         if self.bits is None:
@@ -181,7 +188,7 @@ class BitBudget(Budget):
 
         Args:
             sites: all sites the budget counts.
-            fractions: by site name, bits relative to the others; None for dense, 16 bits a weight.
+            fractions: by site name, bits relative to the others; None for dense.
 
         Raises:
             BudgetError: when even the coarsest Q without L R does not fit, or a given rank is above min(m, n).
@@ -251,4 +258,9 @@ def bit_details(budget: Budget, ranks: Mapping[str, Rank]) -> dict[str, Any]:
     """What a plan on a budget of bits records beside the ranks; empty for other budgets."""
     if not isinstance(budget, BitBudget):
         return {}
-    return {"bits": budget.bits, "q_bits": as_plan_bits(ranks), "form": budget.form}
+    return {
+        "bits": budget.bits,
+        "q_bits": as_plan_bits(ranks),
+        "form": budget.form,
+        "dense_bits": budget.dense_bits,
+    }

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rankwise.budget.bits import FULL_BITS, BitForm, QuantizedRank, bit_details
 from rankwise.budget.parameters import Budget, Rank, Storage, numbers
 from rankwise.errors import BudgetError
+from rankwise.quantizers import CODEBOOKS
 from rankwise.sites import Site
 
 
@@ -29,13 +30,14 @@ class RankPlan(BaseModel):
         storage: how a site of rank r is stored.
         shapes: by site name, `[m, n]`.
         ranks: by site name, the rank; null for dense.
-        groups: by group of the search (or by role), the fraction of its parameters kept.
+        groups: by group of the search (or by role), the fraction of its parameters kept, or its bits a weight.
         space: the search's space, `5x1` or `spectral`; None when nothing was searched.
         coordinates: the point of that space, by label.
         objective: value, perplexity and KL on the validation samples, where they were measured.
         bits: bits a weight asked for; None when they were not.
         q_bits: by name of each quantised site, bits a weight of Q.
         form: how quantised sites are stored; None when there are none.
+        dense_bits: bits a weight of a site that stays dense, in plans of bits.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,6 +60,27 @@ class RankPlan(BaseModel):
     bits: float | None = None
     q_bits: dict[str, int] = {}
     form: BitForm | None = None
+    dense_bits: int = FULL_BITS
+
+    @model_validator(mode="after")
+    def _whole(self) -> RankPlan:
+        if set(self.ranks) != set(self.shapes):
+            name = min(set(self.ranks) ^ set(self.shapes))
+            raise ValueError(f"{name} has a rank without a shape, or a shape without a rank")
+        for name, rank in self.ranks.items():
+            if rank is not None and not 0 <= rank <= min(self.shapes[name]):
+                raise ValueError(f"{name}: the rank {rank} does not lie in 0..{min(self.shapes[name])}")
+        ranked = {name for name, rank in self.ranks.items() if rank is not None}
+        if (self.form is not None or self.q_bits) and set(self.q_bits) != ranked:
+            name = min(set(self.q_bits) ^ ranked)
+            raise ValueError(f"{name} has a rank without bits of Q (q_bits), or bits without a rank")
+        if bool(self.q_bits) and self.form is None:
+            raise ValueError("q_bits are given, and not the form that quantised sites are stored in")
+        if self.form is not None:
+            for name, bits in self.q_bits.items():
+                if bits and bits not in CODEBOOKS[self.form.codebook].known_bits:
+                    raise ValueError(f"{name}: the codebook {self.form.codebook} has no {bits} bits")
+        return self
 
     @property
     def dense_parameters(self) -> int:
@@ -77,7 +100,7 @@ class RankPlan(BaseModel):
         """Bits of the site of this name, 16 a number where it is not quantised."""
         rank = self.ranks[name]
         if name not in self.q_bits or self.form is None or rank is None:
-            return FULL_BITS * self.cost(name)
+            return self.dense_bits * self.cost(name)
         return self.form.site_bits(self.shapes[name], self.q_bits[name], rank)
 
     @property
@@ -159,9 +182,7 @@ class RankPlan(BaseModel):
         try:
             return cls.model_validate_json(path.read_text())
         except (OSError, ValidationError, ValueError) as problem:
-            raise BudgetError(
-                "The plan cannot be read.", where=str(path), remedy=str(problem).splitlines()[0]
-            ) from None
+            raise BudgetError("The plan cannot be read.", where=str(path), remedy=_first_line(problem)) from None
 
     def fitting(self, sites: Sequence[Site], where: str) -> dict[str, Rank]:
         """Its ranks for a model's sites.
@@ -180,6 +201,13 @@ class RankPlan(BaseModel):
         """A site's rank, with the bits of Q where it is quantised."""
         rank = self.ranks[name]
         return rank if rank is None or name not in self.q_bits else QuantizedRank(rank, self.q_bits[name])
+
+
+def _first_line(problem: Exception) -> str:
+    if isinstance(problem, ValidationError):
+        first = problem.errors()[0]
+        return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, "))))
+    return str(problem).splitlines()[0]
 
 
 def _require_shapes(shapes: Mapping[str, tuple[int, int]], plan: RankPlan, whose: str, where: str) -> None:

@@ -193,17 +193,30 @@ def load_model(
                 remedy="the checkpoint is damaged or was trained to divergence; fetch or train it again",
             )
         parameter.requires_grad_(False)
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and name.endswith(".scale") and not torch.isfinite(buffer).all():
+            raise NotFiniteError(
+                "A scale holds NaN or an infinity.",
+                where=name,
+                remedy="the checkpoint is damaged; fetch or make it again",
+            )
     loaded = LoadedModel(model, load_tokenizer(source, trust_remote_code), source, precision, {})
     loaded.to_compute_dtypes()
     return loaded
 
 
 def fingerprint(model: nn.Module, stored_dtypes: dict[str, torch.dtype]) -> str:
-    """Hash of names, shapes, stored dtypes and values of all parameters: the same weights give the same hash."""
+    """Hash of names, shapes, stored dtypes and values of all that is stored: the same weights give the same hash."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(json.dumps([name, list(parameter.shape), str(stored_dtypes.get(name))]).encode())
         # As stored: what it computes in does not change which model it is.
         values = parameter.detach().to("cpu", stored_dtypes.get(name, parameter.dtype)).contiguous()
         digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    # Codes and scales are buffers. A dense model stores none.
+    stored = model.state_dict().keys()
+    for name, buffer in sorted(model.named_buffers()):
+        if name in stored:
+            digest.update(json.dumps([name, list(buffer.shape), str(buffer.dtype)]).encode())
+            digest.update(buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -106,10 +106,6 @@ def compress(
         "budget.bits": bits,
         "budget.storage": storage,
         "method": method,
-        "method.q_bits": q_bits,
-        "method.rank": rank,
-        "method.lr_bits": lr_bits,
-        "method.codebook": codebook,
         "allocation": allocation,
         "calibration.source": calibration,
         "validation.source": validation,
@@ -128,13 +124,18 @@ def compress(
     for key, value in given.items():
         if value is not None:
             set_value(values, key, value)
-    use_plan(
-        values,
-        plan,
-        trials,
-        keep_given=keep is not None,
-        method_given=any(each is not None for each in (method, q_bits, rank, lr_bits, codebook)),
-    )
+    use_plan(values, plan, trials, keep_given=keep is not None, method_given=method is not None)
+    few = {"q_bits": q_bits, "rank": rank, "lr_bits": lr_bits, "codebook": codebook}
+    for key, value in few.items():
+        if value is None:
+            continue
+        if "method" not in values:
+            raise RecipeError(
+                f"--{key.replace('_', '-')} is of quantize and caldera, and no method is given.",
+                where="compress",
+                remedy="add --method caldera, or --method quantize for Q alone",
+            )
+        set_value(values, f"method.{key}", value)
     for assignment in set_ or []:
         set_value(values, *split_assignment(assignment))
     if "model" not in values:

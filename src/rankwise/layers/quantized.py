@@ -12,6 +12,8 @@ from torch.nn import functional
 from rankwise.quantizers.codes import BLOCK, decode, tables_for, unpack_bits, wide_scale
 from rankwise.quantizers.rotation import rotate
 
+_ROWS = 256
+
 
 class PackedMatrix(nn.Module):
     """A matrix as codes and scales.
@@ -23,28 +25,34 @@ class PackedMatrix(nn.Module):
         codebook: `e8p`, `uniform` or `nf`.
         scales: shape of the scales, `[1, 1]`, `[rows, 1]` or `[rows, groups]`.
         group: columns that share a scale; 0 when all columns do.
-        half: the 16-bit type of the scales.
     """
 
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, rows: int, columns: int, bits: int, codebook: str, scales: list, group: int, half: str) -> None:
+    def __init__(self, rows: int, columns: int, bits: int, codebook: str, scales: list, group: int) -> None:
         super().__init__()
         self.columns, self.codebook, self.group = columns, codebook, group
         self.register_buffer("codes", torch.zeros(rows, -(-columns // BLOCK), bits, dtype=torch.uint8))
-        self.register_buffer("scale", torch.ones(scales, dtype=getattr(torch, half)))
+        self.register_buffer("scale", torch.ones(scales, dtype=torch.bfloat16))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix it stands for, shape `[rows, columns]`."""
         tables = [table.to(self.codes.device) for table in tables_for(self.codebook, self.codes.shape[-1])]
-        values = decode(self.codes, self.codebook, tables).to(torch.promote_types(dtype, torch.float32))
-        scale = wide_scale(self.scale.to(values.dtype), self.group, values.shape[1])
-        return (values * scale)[:, : self.columns].to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        parts = []
+        # In parts: codes are widened while they are read.
+        for codes, scale in zip(
+            self.codes.split(_ROWS), self.scale.expand(len(self.codes), -1).split(_ROWS), strict=True
+        ):
+            values = decode(codes, self.codebook, tables).to(wide)
+            scaled = values * wide_scale(scale.to(wide), self.group, values.shape[1])
+            parts.append(scaled[:, : self.columns].to(dtype))
+        return torch.cat(parts)
 
 
 class QuantizedLinear(nn.Module):
-    """y = U^T (Q + L R) V x + b, Q dequantised in every forward, or W once when `cache` is set.
+    """y = U^T (Q + L R) V x + b, Q dequantised in every forward; W once where `cache` is set and no gradient is taken.
 
     U and V are randomised Hadamard rotations (or nothing).
 
@@ -55,7 +63,7 @@ class QuantizedLinear(nn.Module):
         form: `{"rank": r, "full": t, "half": name, "hadamard": bool, "trained_signs": bool, "q": parts, "factors":
             parts}`: the first t ranks of L R are 16-bit numbers, the others codes. Parts are `PackedMatrix`'s `{"bits",
             "codebook", "scales", "group"}`, of Q and of L^T and R each; None where there are no codes. `"half"` names
-            the 16-bit type, which is said outright: loading would take the model's.
+            the type of those numbers, which is said outright: loading would take the model's.
     """
 
     signs_in: Tensor | None
@@ -66,9 +74,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, form["rank"]
         self.form = form
-        half = form["half"]
-        number = getattr(torch, half)
-        self.q = None if form["q"] is None else PackedMatrix(out_features, in_features, **form["q"], half=half)
+        number = getattr(torch, form["half"])
+        self.q = None if form["q"] is None else PackedMatrix(out_features, in_features, **form["q"])
         self.left: Any = None
         self.right: Any = None
         self.packed_left: Any = None
@@ -77,8 +84,8 @@ class QuantizedLinear(nn.Module):
             self.left = nn.Linear(form["full"], out_features, bias=False, dtype=number)
             self.right = nn.Linear(in_features, form["full"], bias=False, dtype=number)
         if self.rank > form["full"]:
-            self.packed_left = PackedMatrix(self.rank - form["full"], out_features, **form["factors"], half=half)
-            self.packed_right = PackedMatrix(self.rank - form["full"], in_features, **form["factors"], half=half)
+            self.packed_left = PackedMatrix(self.rank - form["full"], out_features, **form["factors"])
+            self.packed_right = PackedMatrix(self.rank - form["full"], in_features, **form["factors"])
         for name, size in (("signs_in", in_features), ("signs_out", out_features)):
             if form["trained_signs"]:
                 self.register_parameter(name, nn.Parameter(torch.ones(size, dtype=number)))
@@ -107,10 +114,11 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., n]` to `[..., m]`."""
-        if self.cache:
+        if self.cache and not torch.is_grad_enabled():
             if self._kept is None or self._kept.dtype != x.dtype or self._kept.device != x.device:
-                self._kept = self.dense_weight(torch.float32).to(x.dtype)
-            return functional.linear(x, self._kept, self.bias)
+                with torch.inference_mode(False):
+                    self._kept = self.dense_weight(torch.float32).to(x.dtype)
+            return functional.linear(x, self._kept, None if self.bias is None else self.bias.to(x.dtype))
         if self.signs_in is not None:
             x = rotate(x * self.signs(self.signs_in, self.in_features, x.dtype))
         y = x.new_zeros(*x.shape[:-1], self.out_features) if self.q is None else x @ self.q.dense(x.dtype).T

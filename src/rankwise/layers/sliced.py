@@ -61,7 +61,7 @@ class SlicedLinear(nn.Module):
         bases: by bits of Q, what stands beside L R (Q) and the full-rank factors; `{None: (None, basis)}` without Q.
         most: largest rank that will be asked for.
         bias: the layer's own bias, shape `[m]`, or None.
-        dtypes: what factors are stored in and what they compute in, so that a trial equals the checkpoint.
+        dtypes: what factors are stored in and what they compute in, so that a trial of factors equals the checkpoint.
     """
 
     def __init__(

@@ -102,7 +102,7 @@ def layer_form(form: BitForm, shape: tuple[int, int], rank: QuantizedRank, half:
         form: how the plan's sites are stored.
         shape: `(m, n)`.
         rank: of L R, with the bits of Q.
-        half: the 16-bit type of scales, and of factors that are numbers.
+        half: the 16-bit type of factors that are numbers.
     """
 
     def packed(bits: int, codebook: str, scales: tuple[int, int], group: int) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def empty_quantized(
         site: which weight.
         form: how the plan's sites are stored.
         rank: of L R, with the bits of Q.
-        dtype: of the checkpoint; scales and unquantised factors are held in `sixteen` of it.
+        dtype: of the checkpoint; unquantised factors are held in `sixteen` of it.
     """
     device = next(site.module(model).parameters()).device
     bias = site.bias(model)

@@ -13,7 +13,7 @@ from rankwise.budget import BitBudget, BitForm, Budget, QuantizedRank
 from rankwise.errors import RankwiseError
 from rankwise.factors import Basis, Quantized
 from rankwise.linalg import InputMetric, OutputMetric, decompose
-from rankwise.methods.base import Method, make_basis
+from rankwise.methods.base import Method
 from rankwise.quantizers import CODEBOOKS, Codebook, Hessian, Packed, Rotation, codebook_named, improve, ldlq
 from rankwise.statistics import Need, Request, SiteStatistics
 
@@ -123,11 +123,18 @@ class QuantizingMethod(Method):
         alone = self.quantize(weight, statistics, QuantizedRank(0, q_bits), source)
         coarse = alone.reconstruct() if alone.q is not None else torch.zeros_like(weight)
         hessian = Hessian.of(statistics.input_second_moment().to(weight), self.damping)
-        metric = OutputMetric.of(statistics.curvature().to(weight), _PLAN_DAMPING)
-        found = decompose(weight - coarse, inputs=InputMetric(hessian.matrix), metric=metric)
-        shares = metric.undamped_share(found.left)
-        basis = make_basis(found, damping=metric.damping)
-        return coarse, Basis(basis.left, basis.right, basis.energy * shares, damping=basis.damping)
+        curvature, inputs = statistics.curvature().to(weight), InputMetric(hessian.matrix)
+        if not curvature.any():
+            # Nothing that happens here changes the loss.
+            found = decompose(weight - coarse, inputs=inputs)
+            return coarse, Basis(found.left, found.right, torch.zeros_like(found.energy))
+        metric = OutputMetric.of(curvature, _PLAN_DAMPING)
+        found = decompose(weight - coarse, inputs=inputs, metric=metric)
+        # Both dampings only steer the directions: what is counted is the loss by the measured metrics.
+        seen = ((found.right @ statistics.input_second_moment().to(weight)) * found.right).sum(1)
+        damped = ((found.right @ hessian.matrix) * found.right).sum(1)
+        shares = metric.undamped_share(found.left) * (seen / damped.clamp_min(torch.finfo(seen.dtype).tiny))
+        return coarse, Basis(found.left, found.right, found.energy * shares.clamp(0, 1), damping=metric.damping)
 
 
 def rounded(

@@ -17,8 +17,8 @@ class LowRank:
     """L R, each part a matrix or its codes.
 
     Attributes:
-        left: L, shape `[m, r]`, as it will be read back.
-        right: R, shape `[r, n]`, as it will be read back.
+        left: L, shape `[m, r]`; what its codes say, or not yet rounded to 16 bits.
+        right: R, shape `[r, n]`, likewise.
         packed: codes of L^T and of R; None when they are kept at 16 bits.
     """
 
@@ -74,9 +74,10 @@ def low_rank(
         return LowRank(left, right)
     hessian = metric.matrix
     weighed = residual @ hessian
+    whole = float((weighed * residual).sum())
     best: tuple[float, LowRank] | None = None
+    gram = right @ hessian @ right.T
     for _ in range(iterations):
-        gram = right @ hessian @ right.T
         packed_left = codebook.quantize(_solve(gram, right @ weighed.T))
         left = packed_left.dense().T
         wanted = _solve(left.T @ left, left.T @ residual)
@@ -85,7 +86,9 @@ def low_rank(
         else:
             packed_right = ldlq(wanted, feedback, codebook, codebook.scales(wanted, feedback=True))
         right = packed_right.dense()
-        error = weighed_error(residual - left @ right, hessian)
+        # tr((E - L R) H (E - L R)^T) without another product of full size.
+        gram = right @ hessian @ right.T
+        error = whole - 2 * float(((left.T @ weighed) * right).sum()) + float(((left.T @ left) * gram).sum())
         if best is None or error < best[0]:
             best = error, LowRank(left, right, (packed_left, packed_right))
     assert best is not None

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from rankwise.budget import FULL_BITS, BitForm, QuantizedRank
+from rankwise.errors import RecipeError
 from rankwise.layers import PackedMatrix, QuantizedLinear, layer_form
 from rankwise.quantizers import Packed, codebook_named
 from rankwise.recovery.training import Training
@@ -42,11 +43,21 @@ def open_low_rank(model: nn.Module, sites: Sequence[Site], form: BitForm, settin
 
     Returns:
         The form the model has now.
+
+    Raises:
+        RecipeError: when fewer ranks are to be trained than are numbers already.
     """
     largest = max(
         (module.rank for site in sites if isinstance(module := site.module(model), QuantizedLinear)), default=0
     )
     wanted = largest if settings.trained_rank is None else settings.trained_rank
+    numbers = form.full(largest)
+    if wanted < numbers:
+        raise RecipeError(
+            f"The first {numbers} ranks of L R are 16-bit numbers in this checkpoint, and all of them are trained.",
+            where="trained_rank",
+            remedy=f"leave trained_rank away, or give {numbers} or more",
+        )
     opened = form.model_copy(
         update={
             "full_rank": max(form.full_rank, wanted),
@@ -138,10 +149,10 @@ def _requantized(old: QuantizedLinear, form: BitForm) -> QuantizedLinear:
     codebook = codebook_named(form.lr_codebook, form.lr_bits, by_row=True)
 
     def put(found: Packed, kept: PackedMatrix | None, into: PackedMatrix) -> None:
-        codes, scale = [found.codes], [found.scale.to(half)]
+        codes, scale = [found.codes], [found.scale.to(torch.bfloat16)]
         if kept is not None:
             codes.append(kept.codes)
-            scale.append(kept.scale.to(half))
+            scale.append(kept.scale.to(torch.bfloat16))
         into.codes, into.scale = torch.cat(codes), torch.cat(scale)
 
     left, right = old.left.weight.detach().double(), old.right.weight.detach().double()

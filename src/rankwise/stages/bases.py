@@ -73,7 +73,7 @@ def save_basis(path: Path, basis: Basis, coarse: Tensor | None = None) -> None:
         "damping": torch.tensor([basis.damping]),
     }
     fresh = path.with_suffix(".new")
-    save_file({name: part.float().contiguous() for name, part in parts.items() if part is not None}, fresh)
+    save_file({name: part.float().cpu().contiguous() for name, part in parts.items() if part is not None}, fresh)
     fresh.replace(path)
 
 
@@ -157,8 +157,9 @@ def decompose_residuals(work: Work, method: QuantizingMethod, store: Store) -> P
     Raises:
         NotFiniteError: naming the site.
     """
-    looked_at = work.recipe.allocation.looks >= Looks.ENERGIES
-    key = {**calibration_key(work), "method": method.model_dump(), "needed": looked_at}
+    looks = work.recipe.allocation.looks
+    looked_at = looks >= Looks.ENERGIES
+    key = {**calibration_key(work), "method": method.model_dump(), "looks": int(looks)}
     stage = work.run.stage(f"residuals-{method.name}", key)
     if stage.done:
         return stage.folder
@@ -171,9 +172,16 @@ def decompose_residuals(work: Work, method: QuantizingMethod, store: Store) -> P
         ):
             weight, seen = weight_and_statistics(work, store, site)
             with naming(site):
-                coarse, basis = method.residual_basis(weight, seen, bits, draw_for(work, site))
+                coarse, basis = method.residual_basis(
+                    weight.to(work.loaded.model.device), seen, bits, draw_for(work, site)
+                )
             basis.check_finite(site.name)
-            save_basis(residual_file(folder, site, bits), basis, coarse)
+            file = residual_file(folder, site, bits)
+            if looks >= Looks.OBJECTIVE:
+                save_basis(file, basis, coarse)
+            else:
+                # A plan by estimated loss needs no more, and this is little.
+                save_file({"energy": basis.energy.float().cpu().contiguous()}, file)
     return stage.folder
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from rankwise.budget import Budget
+from rankwise.budget import BitBudget, Budget
 from rankwise.checkpoints import LoadedModel, fingerprint
 from rankwise.data import Sequences, choose, load_sequences, parse_source
 from rankwise.device import best_device
@@ -18,7 +18,7 @@ from rankwise.recipe import Calibration, Evaluation, Recipe, Validation
 from rankwise.runs import Run
 from rankwise.sites import Site, find_sites, fused_expert_parameters, share_inputs
 
-_STAGE_FORMAT = 4
+_STAGE_FORMAT = 5
 """Raised when the contents or the arithmetic of a stage change, so that old stages are not taken for new ones."""
 
 _DEFAULT_LENGTH = 512
@@ -41,7 +41,18 @@ class Texts:
 
 @dataclass(frozen=True)
 class Work:
-    """What all stages share."""
+    """What all stages share.
+
+    Attributes:
+        recipe: the whole run.
+        run: where finished stages are.
+        loaded: the model.
+        texts: its token sequences.
+        sites: its linear weights.
+        fingerprint: hash of its weights.
+        reporter: told about progress.
+        dense_bits: bits of a weight as the checkpoint stores it.
+    """
 
     recipe: Recipe
     run: Run
@@ -50,11 +61,15 @@ class Work:
     sites: list[Site]
     fingerprint: str
     reporter: Reporter
+    dense_bits: int
 
     @property
     def budget(self) -> Budget:
         """What ranks are chosen on: the recipe's, as the method counts it."""
-        return self.recipe.method.budget(self.recipe.budget)
+        budget = self.recipe.method.budget(self.recipe.budget)
+        if not isinstance(budget, BitBudget):
+            return budget
+        return budget.model_copy(update={"dense_bits": self.dense_bits})
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -194,7 +209,9 @@ def begin(recipe: Recipe, run: Run, loaded: LoadedModel, texts: Texts, reporter:
         )
     if calibration.cut:
         reporter.note("the calibration source is very large; its first 64 million characters were read")
-    return Work(recipe, run, loaded, texts, sites, fingerprint(loaded.model, loaded.stored_dtypes), reporter)
+    dense_bits = 8 * max(loaded.stored_dtypes[f"{site.name}.weight"].itemsize for site in sites)
+    mark = fingerprint(loaded.model, loaded.stored_dtypes)
+    return Work(recipe, run, loaded, texts, sites, mark, reporter, dense_bits)
 
 
 def model_key(work: Work) -> dict[str, Any]:
