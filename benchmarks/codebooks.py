@@ -65,7 +65,7 @@ FACTORS = (1.0, 1.03, 1.08, 1.15, 1.25)
 
 
 def feedback_rows() -> list[list[str]]:
-    """Error of LDLQ over what scales are multiplied by: mean over every third site of wiki-llama-8m."""
+    """Error of LDLQ over what scales are multiplied by: mean over every fifth site of wiki-llama-8m."""
     shared = shared_directory()
     calibration, _ = protocols("wiki-llama-8m", shared)
     recipe = recipe_from(
@@ -74,13 +74,13 @@ def feedback_rows() -> list[list[str]]:
     )
     reporter = Reporter(show=False)
     loaded = load_model(recipe.model)
-    kinds = (("e8p", 2), ("e8p", 3), ("e8p", 4), ("uniform", 2), ("uniform", 3), ("uniform", 4))
+    kinds = (("e8p", 2), ("e8p", 3), ("e8p", 4), ("uniform", 2))
     totals: dict[tuple[str, int, float], float] = {}
     with tempfile.TemporaryDirectory() as folder:
         texts = stages.read_texts(recipe, loaded, reporter, validate=False)
         work = stages.begin(recipe, Run(Path(folder)), loaded, texts, reporter)
         store = stages.collect_statistics(work)
-        sites = work.sites[::3]
+        sites = work.sites[::5]
         for site in sites:
             weight, seen = stages.weight_and_statistics(work, store, site)
             rotation = Rotation.drawn(site.m, site.n, stages.draw_for(work, site))
@@ -116,6 +116,12 @@ def pass_seconds() -> list[tuple[str, int, float]]:
     return rows
 
 
+def pass_table(timed: list[tuple[str, int, float]]) -> str:
+    """What `pass_seconds` gave, for people."""
+    rows = [[name, bits or "", f"{seconds:.1f}"] for name, bits, seconds in timed]
+    return markdown_table(["", "bits", f"seconds at {SIDE} x {SIDE}"], rows)
+
+
 def main() -> None:
     x = torch.randn(COUNT, 8, generator=torch.Generator().manual_seed(0))
     figures: dict[str, Any] = {}
@@ -141,12 +147,12 @@ def main() -> None:
     fed = markdown_table(["codebook", "bits", *(f"x {f}" for f in FACTORS)], feedback)
     timed = pass_seconds()
     figures |= {"feedback": feedback, "seconds": timed}
-    clock = markdown_table(["", "bits", f"seconds at {SIDE} x {SIDE}"], [[n, b or "", f"{s:.1f}"] for n, b, s in timed])
+    clock = pass_table(timed)
     body = (
         f"Mean squared error on {COUNT:,} Gaussian vectors of eight (scalar codebooks: 65,536 x 8 numbers), at the "
         f"best scale of those tried.\n\n{gaussian}\n\nScale of the second codeword, 200,000 vectors.\n\n{seconds}\n\n"
         f"Scales times a factor under feedback: relative error of LDLQ, mean over every "
-        f"third site of wiki-llama-8m, scales by rows.\n\n{fed}\n\n"
+        f"fifth site of wiki-llama-8m, scales by rows.\n\n{fed}\n\n"
         f"One LDLQ pass.\n\n{clock}"
     )
     write_result("codebooks", "Codebooks and LDLQ", "python benchmarks/codebooks.py", body, figures)

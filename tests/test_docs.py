@@ -23,6 +23,7 @@ def test_the_trace_names_functions_that_are_where_it_says() -> None:
 
 
 def test_the_trace_has_the_numbers_of_the_run() -> None:
+    from rankwise.budget import BitForm
     from rankwise.compress import compress
     from rankwise.quickstart import MODEL
     from rankwise.recipe import Calibration, Recipe
@@ -44,6 +45,12 @@ def test_the_trace_has_the_numbers_of_the_run() -> None:
     ):
         assert number in page, number
     assert plan.ranks["model.layers.2.mlp.down_proj"] is None
+    form = BitForm(lr_bits=4)
+    whole = form.site_bits((m, n), 2, 16)
+    for number in (2 * m * n, 16 * m, 16 * form.rank_bits((m, n)), m + n):
+        assert f"{number:,}" in page, number
+    assert whole == 2 * m * n + 16 * m + 16 * form.rank_bits((m, n)) + m + n
+    assert f"{whole / (m * n):.2f} bits a weight" in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
