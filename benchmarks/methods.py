@@ -13,7 +13,7 @@ from typing import Any
 
 from common import markdown_table, shared_directory, write_result
 from rankwise import compress
-from rankwise.methods import METHODS
+from rankwise.methods import FACTORISATIONS
 from rankwise.progress import Reporter
 from rankwise.recipe import recipe_from
 
@@ -40,7 +40,7 @@ def main() -> None:
     calibration, texts = protocols(model, shared)
     figures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as run_directory:
-        for method in METHODS:
+        for method in FACTORISATIONS:
             for keep in KEEPS[model]:
                 for text, evaluation in texts.items():
                     recipe = recipe_from(
@@ -80,7 +80,7 @@ def main() -> None:
                     if (f["method"], f["keep"]) == (method, keep)
                 ),
             ]
-            for method in METHODS
+            for method in FACTORISATIONS
         ]
         parts.append(f"{text}: dense {chosen[0]['dense']:.2f}, {chosen[0]['tokens']:,} scored tokens\n")
         parts.append(markdown_table(["method", *(f"keep {keep}" for keep in KEEPS[model])], rows) + "\n")

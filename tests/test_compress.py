@@ -20,7 +20,7 @@ from rankwise.data import load_sequences, parse_source
 from rankwise.errors import RunError
 from rankwise.factors import Basis
 from rankwise.layers import substitute
-from rankwise.methods import METHODS
+from rankwise.methods import FACTORISATIONS
 from rankwise.progress import Reporter
 from rankwise.recipe import recipe_from
 from rankwise.sites import find_sites
@@ -29,7 +29,7 @@ from rankwise.stages import bases as stages
 Settings = Callable[..., dict[str, Any]]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FACTORISATIONS)
 def test_every_method_runs_and_full_rank_changes_nothing(method: str, settings: Settings, tiny: Path) -> None:
     """At full rank factors are exact, so logits move by rounding only; at 60% they move more."""
     ids = torch.arange(3, 27)[None]

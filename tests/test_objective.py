@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -41,6 +42,11 @@ def ids() -> torch.Tensor:
     return torch.randint(0, 128, (6, 24), generator=torch.Generator().manual_seed(1))
 
 
+def bases_of(model: Any) -> Callable[[Site], Any]:
+    """What `sliced` reads: one basis a site, and no Q beside it."""
+    return lambda site: {None: (None, basis_of(site, model))}
+
+
 def some_ranks(sites: list[Site]) -> dict[str, int | None]:
     return {site.name: None if i % 4 == 3 else 3 + i % 5 for i, site in enumerate(sites)}
 
@@ -49,7 +55,10 @@ def test_slices_are_what_substitution_makes_and_leave_no_trace(model: Any, ids: 
     sites = find_sites(model)
     before = copy.deepcopy(model.state_dict())
     ranks = some_ranks(sites)
-    with sliced(model, sites, lambda s: basis_of(s, model), lambda s: min(s.m, s.n), {}) as set_ranks, torch.no_grad():
+    with (
+        sliced(model, sites, bases_of(model), lambda s: min(s.m, s.n), {}) as set_ranks,
+        torch.no_grad(),
+    ):
         dense = model(ids).logits
         set_ranks(ranks)
         small = model(ids).logits
@@ -74,10 +83,10 @@ def test_slices_are_what_substitution_makes_and_leave_no_trace(model: Any, ids: 
 def test_the_model_is_whole_again_after_an_error(model: Any) -> None:
     sites = find_sites(model)
 
-    def broken(site: Site) -> Basis:
+    def broken(site: Site) -> Any:
         if site is sites[5]:
             raise NotFiniteError("bad", where=site.name)
-        return basis_of(site, model)
+        return bases_of(model)(site)
 
     with pytest.raises(NotFiniteError), sliced(model, sites, broken, lambda s: min(s.m, s.n), {}):
         pass
@@ -89,7 +98,10 @@ def test_the_objective_is_perplexity_and_divergence(model: Any, ids: torch.Tenso
     sites = find_sites(model)
     settings = ObjectiveSettings(kl_weight=2.5, kl_direction=direction, predictions="head_inputs")
     ranks = some_ranks(sites)
-    with sliced(model, sites, lambda s: basis_of(s, model), lambda s: min(s.m, s.n), {}) as set_ranks, torch.no_grad():
+    with (
+        sliced(model, sites, bases_of(model), lambda s: min(s.m, s.n), {}) as set_ranks,
+        torch.no_grad(),
+    ):
         dense = model(ids).logits[:, :-1].log_softmax(-1)
         objective = Objective(model, ids, settings, set_ranks, batch_size=4)
         value, ppl, kl = objective(ranks)
@@ -145,7 +157,7 @@ def test_a_head_whose_logits_are_bent_falls_back_to_the_top_k(ids: torch.Tensor)
 def test_what_the_top_k_miss_is_measured(model: Any, ids: torch.Tensor) -> None:
     sites = find_sites(model)
     settings = ObjectiveSettings(predictions="top_k", k=16)
-    with sliced(model, sites, lambda s: basis_of(s, model), lambda s: min(s.m, s.n), {}) as set_ranks:
+    with sliced(model, sites, bases_of(model), lambda s: min(s.m, s.n), {}) as set_ranks:
         objective = Objective(model, ids, settings, set_ranks)
         assert objective.kl_error is None
         objective(some_ranks(sites))

@@ -36,6 +36,10 @@ AnyMethod = Annotated[
 ]
 
 
+FACTORISATIONS = tuple(name for name, method in METHODS.items() if not method.quantizes)
+"""The methods that give factors, which compare at equal kept fractions."""
+
+
 def method_named(name: str) -> Method:
     """A method with its default settings.
 
@@ -47,4 +51,4 @@ def method_named(name: str) -> Method:
     return METHODS[name](name=name)
 
 
-__all__ = ["METHODS", "AnyMethod", "Method", "QuantizingMethod", "method_named"]
+__all__ = ["FACTORISATIONS", "METHODS", "AnyMethod", "Method", "QuantizingMethod", "method_named"]
