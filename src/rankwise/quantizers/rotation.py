@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-_LARGEST_HADAMARD = 64
+_LARGEST_HADAMARD = 256
 
 
 def hadamard_matrix(size: int) -> Tensor:
@@ -38,7 +38,7 @@ def hartley_matrix(size: int) -> Tensor:
 def rotation_parts(size: int) -> list:
     """Orthogonal symmetric matrices whose Kronecker product is the rotation of this dimension, float64.
 
-    For `size` = 2^k q with q odd: Hadamard matrices of at most 64 for the 2^k, and a Hartley matrix for q.
+    For `size` = 2^k q with q odd: Hadamard matrices of at most 256 for the 2^k, and a Hartley matrix for q.
     """
     odd = size
     while odd % 2 == 0:
@@ -55,6 +55,13 @@ def rotate(x: Tensor) -> Tensor:
     shape, before = x.shape, 1
     for part in rotation_parts(shape[-1]):
         size = part.shape[0]
-        x = part.to(x) @ x.reshape(-1, before, size, shape[-1] // (before * size)).flatten(0, 1)
+        part = part.to(x)
+        after = shape[-1] // (before * size)
+        if after == 1:
+            x = x.reshape(-1, size) @ part
+        else:
+            # One large product instead of many small ones: what is multiplied goes last, and back.
+            turned = x.reshape(-1, size, after).transpose(1, 2)
+            x = (turned.reshape(-1, size) @ part).reshape(-1, after, size).transpose(1, 2)
         before *= size
     return x.reshape(shape)
