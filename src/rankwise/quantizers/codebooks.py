@@ -161,6 +161,7 @@ class Levels(Codebook):
     """A scalar codebook: each weight to the nearest of 2^bits levels."""
 
     known_bits = range(2, 9)
+    feedback_scale = MappingProxyType({2: 1.15})
 
     @abstractmethod
     def levels(self) -> Tensor:
