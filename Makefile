@@ -43,8 +43,8 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,plots]' -c constraints.txt
 	cd benchmarks && for each in calibration memory decomposition "methods stories260k" "methods wiki-llama-8m" defaults \
 		"allocation stories260k" "allocation wiki-llama-8m" ablations search "repair stories260k" "repair wiki-llama-8m" \
-		speed codebooks "caldera steps --run-dir /tmp/rankwise-caldera" "caldera tuned --run-dir /tmp/rankwise-caldera" \
-		"caldera study --run-dir /tmp/rankwise-caldera" "caldera write --run-dir /tmp/rankwise-caldera"; do \
+		speed codebooks "caldera steps" "caldera tuned" \
+		"caldera study" "caldera write"; do \
 		set -- $$each; name=$$1; shift; ../$(BIN)/python $$name.py "$$@" || exit 1; done
 	cd benchmarks && for each in methods allocation repair; do ../$(BIN)/python plot_$$each.py wiki-llama-8m || exit 1; done
 	cd benchmarks && ../$(BIN)/python plot_caldera.py

@@ -1,11 +1,11 @@
 """Quantisation and CALDERA on wiki-llama-8m: what each step brings, and where bits are best spent.
 
-python benchmarks/caldera.py steps --run-dir DIR
-python benchmarks/caldera.py tuned --run-dir DIR
-python benchmarks/caldera.py study --run-dir DIR
-python benchmarks/caldera.py write --run-dir DIR
+python benchmarks/caldera.py steps
+python benchmarks/caldera.py tuned
+python benchmarks/caldera.py study
+python benchmarks/caldera.py write
 
-`steps`, `tuned` and `study` keep every finished row in DIR and go on after a stop; `write` makes the result files.
+`steps`, `tuned` and `study` keep finished rows in --run-dir and go on after a stop; `write` makes the result files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from allocation import Kept, score
-from common import markdown_table, shared_directory, write_result
+from common import ROOT, markdown_table, shared_directory, write_result
 from rankwise import compress
 from rankwise.finetune import FineTune, finetune
 from rankwise.layers import cache_dense
@@ -224,7 +224,7 @@ def write(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=("steps", "tuned", "study", "write"))
-    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--run-dir", type=Path, default=ROOT / ".benchmarks" / "caldera")
     given = parser.parse_args()
     if given.part == "write":
         write(given.run_dir)

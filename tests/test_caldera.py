@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from conftest import failed, tiny_llama
-from rankwise import cli, compress
+from conftest import Run, failed, tiny_llama
+from rankwise import compress
 from rankwise.budget import BitBudget, BitForm, QuantizedRank, RankPlan
 from rankwise.checkpoints import REPORT_FILE, fingerprint, load_model
 from rankwise.errors import BudgetError, NotFiniteError, RecipeError
@@ -32,7 +32,6 @@ from test_checkpoints import _ELSEWHERE, IDS
 from test_compress import _KILLED
 
 Settings = Callable[..., dict[str, Any]]
-Run = Callable[..., tuple[int, str, str]]
 
 CALDERA = {"name": "caldera", "q_bits": 2, "rank": 8, "lr_bits": 4, "outer": 3, "inner": 3}
 NAME = "model.layers.0.mlp.up_proj"
@@ -175,7 +174,7 @@ def site(m: int, n: int, name: str = "a") -> Site:
 
 
 def test_bits_of_the_paper() -> None:
-    """Llama-2-7B with 2-bit Q and 4-bit factors: ranks 64, 128, 256 are 2.1, 2.2, 2.4 bits (CALDERA, table 1)."""
+    """Llama-2-7B with 2-bit Q and 4-bit factors: ranks 64, 128, 256 are published as 2.1, 2.2, 2.4 bits."""
     sites = [site(4096, 4096)] * 4 + [site(11008, 4096)] * 2 + [site(4096, 11008)]
     form = BitForm(lr_bits=4)
     whole = sum(s.parameters for s in sites)
@@ -454,18 +453,6 @@ def test_the_wrong_kind_of_training_is_refused(quantised: Path, settings: Settin
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], says: str, small: Settings) -> None:
     with pytest.raises(RecipeError, match=says):
         recipe_from(small(**changes))
-
-
-@pytest.fixture
-def rankwise(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rankwise", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def test_the_command_line_takes_bits(rankwise: Run, tiny: Path, text: Path, tmp_path: Path) -> None:

@@ -123,7 +123,6 @@ class Quantized:
         low_rank: L and R, or None.
         rotation: U and V.
         errors: tr(E H E^T) / tr(W H W^T) after each outer iteration.
-        kept: which of them is this one's.
         damping: what was added to H, relative to its mean diagonal.
         fallback: whether H was zero, and the identity stood for it.
     """
@@ -132,9 +131,13 @@ class Quantized:
     low_rank: LowRank | None
     rotation: Rotation
     errors: tuple[float, ...]
-    kept: int
     damping: float
     fallback: bool
+
+    @property
+    def kept(self) -> int:
+        """Which iteration this is: the first of least error."""
+        return self.errors.index(min(self.errors))
 
     def reconstruct(self) -> Tensor:
         """The matrix it stands for, shape `[m, n]`."""

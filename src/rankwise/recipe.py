@@ -15,7 +15,7 @@ from rankwise.budget import Budget
 from rankwise.data import parse_source
 from rankwise.errors import RankwiseError, RecipeError, nearest
 from rankwise.evaluation import ObjectiveSettings
-from rankwise.methods import METHODS, AnyMethod, QuantizingMethod, TwoSided, method_named
+from rankwise.methods import METHODS, AnyMethod, TwoSided, method_named
 from rankwise.recovery import Blocks, FullFactors, Refit, Subspace
 
 
@@ -203,26 +203,11 @@ class Recipe(_Node):
 
     @model_validator(mode="after")
     def _size_for_method(self) -> Recipe:
-        method, budget = self.method, self.budget
-        if not isinstance(method, QuantizingMethod):
-            if budget.bits is not None:
-                raise ValueError(f"{method.name} counts parameters, not bits: give keep, or the method caldera")
-            return self
-        if budget.storage != "two_factor":
-            raise ValueError(f"{method.name} stores codes: budget.storage means nothing to it")
-        if self.repair.steps:
-            raise ValueError(f"no repair knows codes: {method.name} is followed by rankwise finetune --method lowrank")
-        if budget.bits is None:
-            missing = [
-                option for option, value in (("q_bits", method.q_bits), ("rank", method.given_rank)) if value is None
-            ]
-            if missing and self.allocation.name != "plan":
-                raise ValueError(f"{method.name} needs {' and '.join(missing)}, or budget.bits to choose by")
-            if self.allocation.name not in ("uniform", "plan"):
-                raise ValueError(f"the allocation {self.allocation.name} spends bits: give budget.bits")
-        elif method.q_bits is not None and method.given_rank is not None:
-            given = "q_bits" if method.name == "quantize" else "q_bits and rank"
-            raise ValueError(f"bits are given beside {given}: leave something to be chosen")
+        self.method.check_size(self.budget, self.allocation.name)
+        if self.method.quantizes and self.repair.steps:
+            raise ValueError(
+                f"no repair knows codes: {self.method.name} is followed by rankwise finetune --method lowrank"
+            )
         return self
 
     @field_validator("method", mode="before")

@@ -188,7 +188,7 @@ class GroupSpace(Space):
         least = float((self.lower * self.weights).sum()) + dense / whole
         if self.total < float((self.lower * self.weights).sum()) - 1e-12:
             staying = sorted({site.role for site in sites if site.name not in self._group_of})
-            held = f"{', '.join(staying)} stays dense ({dense / whole:.3f} of the whole) and " if staying else ""
+            held = f"{', '.join(staying)} stays dense ({dense / whole:.3f} {budget.unit}) and " if staying else ""
             raise BudgetError(
                 f"No plan of {self.name} keeps only {budget.asked}: {held}no group may keep less than {least_each:g}, "
                 f"together at least {least:.3f}.",

@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict
 
 from rankwise.budget.parameters import Budget, Rank
 from rankwise.errors import BudgetError
+from rankwise.quantizers.codes import BLOCK
 from rankwise.sites import Site
 
 FULL_BITS = 16
 """Bits of a number that is not quantised: of factors, scales, and a site that stays dense."""
 
-_BLOCK = 8
 _BISECTIONS = 60
 
 
@@ -99,14 +99,14 @@ class BitForm(BaseModel):
         return signs + (m * _whole(n) * bits + FULL_BITS * rows * groups if bits else 0)
 
     def site_bits(self, shape: tuple[int, int], bits: int, rank: int) -> int:
-        """All bits of a site's weight: B_Q m n + r (B_L m + B_R n) (CALDERA, section 4), and what goes with it."""
+        """All bits of a site's weight: B_Q m n + r (B_L m + B_R n) (CALDERA), and what goes with it."""
         full = self.full(rank)
         return self.q_bits(shape, bits) + full * FULL_BITS * sum(shape) + (rank - full) * self.rank_bits(shape)
 
 
 def _whole(size: int) -> int:
     """Rounded up to whole blocks of eight."""
-    return -(-size // _BLOCK) * _BLOCK
+    return -(-size // BLOCK) * BLOCK
 
 
 class BitBudget(Budget):
@@ -133,6 +133,10 @@ class BitBudget(Budget):
     @property
     def asked(self) -> str:
         return f"{self.bits:g} bits a weight"
+
+    @property
+    def unit(self) -> str:
+        return "bits a weight of the whole"
 
     @property
     def option(self) -> str:

@@ -84,6 +84,11 @@ class Budget(BaseModel):
         return f"{self.keep:g}"
 
     @property
+    def unit(self) -> str:
+        """What a share of it is counted in, in words."""
+        return "of the whole"
+
+    @property
     def option(self) -> str:
         """The option that sets it."""
         return "--keep"

@@ -40,6 +40,19 @@ class Method(BaseModel, ABC):
         """
         return asked
 
+    def check_size(self, asked: Budget, allocation: str) -> None:
+        """Raise when a recipe's budget does not say how large the result may be, in this method's terms.
+
+        Args:
+            asked: as the recipe gives it.
+            allocation: name of the allocation that spends it.
+
+        Raises:
+            ValueError: saying what is missing or too much.
+        """
+        if asked.bits is not None:
+            raise ValueError(f"{self.name} counts parameters, not bits: give keep, or the method caldera")
+
     def requests(self) -> tuple[Request, ...]:
         """Statistics that have to be collected first."""
         return ()

@@ -89,16 +89,9 @@ class Caldera(QuantizingMethod):
             pair = steps.pair_for(rest) if rank else None
             error = weighed_error(rest if pair is None else rest - pair.product(), steps.hessian.matrix)
             errors.append(error / whole if whole > 0 else error)
-            if errors[-1] <= min(errors[:-1], default=errors[-1]):
+            if errors.index(min(errors)) == len(errors) - 1:
                 best = q, pair
-        return Quantized(
-            *best,
-            rotation,
-            tuple(errors),
-            len(errors) - 1 - errors[::-1].index(min(errors)),
-            hessian.damping,
-            hessian.fallback,
-        )
+        return Quantized(*best, rotation, tuple(errors), hessian.damping, hessian.fallback)
 
 
 class _Steps:

@@ -38,4 +38,4 @@ class Quantize(QuantizingMethod):
         q = rounded(self, self.codes(rank.q_bits), target, metric, feedback)
         whole = weighed_error(target, metric)
         error = weighed_error(target - q.dense(), metric) / (whole if whole > 0 else 1.0)
-        return Quantized(q, None, rotation, (error,), 0, hessian.damping, hessian.fallback)
+        return Quantized(q, None, rotation, (error,), hessian.damping, hessian.fallback)

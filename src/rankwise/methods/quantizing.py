@@ -66,6 +66,20 @@ class QuantizingMethod(Method):
     def given_rank(self) -> int | None:
         """The rank that the settings fix; None when a budget chooses it."""
 
+    def check_size(self, asked: Budget, allocation: str) -> None:
+        if asked.storage != "two_factor":
+            raise ValueError(f"{self.name} stores codes: budget.storage means nothing to it")
+        settings = {"q_bits": self.q_bits, "rank": self.given_rank}
+        if asked.bits is None:
+            missing = [option for option, value in settings.items() if value is None]
+            if missing and allocation != "plan":
+                raise ValueError(f"{self.name} needs {' and '.join(missing)}, or budget.bits to choose by")
+            if allocation not in ("uniform", "plan"):
+                raise ValueError(f"the allocation {allocation} spends bits: give budget.bits")
+        elif None not in settings.values():
+            given = " and ".join(option for option in settings if option in type(self).model_fields)
+            raise ValueError(f"bits are given beside {given}: leave something to be chosen")
+
     def requests(self) -> tuple[Request, ...]:
         return (Request(Need.INPUT_MOMENTS),)
 

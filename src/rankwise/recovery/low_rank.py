@@ -1,4 +1,4 @@
-"""Training of L and R beside a frozen Q (CALDERA, arXiv 2405.18886, section 4.4: low-rank adaptation)."""
+"""Training of L and R beside a frozen Q (CALDERA, arXiv 2405.18886: low-rank adaptation)."""
 
 from __future__ import annotations
 
@@ -72,15 +72,9 @@ def open_low_rank(model: nn.Module, sites: Sequence[Site], form: BitForm, settin
 
 
 def _opened(old: QuantizedLinear, form: BitForm, were_full: int) -> QuantizedLinear:
-    bits = 0 if old.q is None else old.q.codes.shape[-1]
     shape = (old.out_features, old.in_features)
     device = next(t.device for t in (*old.buffers(), *old.parameters()))
-    half = getattr(torch, old.form["half"])
-    new = QuantizedLinear(shape[1], shape[0], False, layer_form(form, shape, QuantizedRank(old.rank, bits), half))
-    new.to(device)
-    for parameter in new.parameters():
-        parameter.data = parameter.data.float()
-    new.q, new.bias = old.q, old.bias
+    new = _shell(old, form).to(device)
     full = form.full(old.rank)
     with torch.no_grad():
         if full:
@@ -98,6 +92,17 @@ def _opened(old: QuantizedLinear, form: BitForm, were_full: int) -> QuantizedLin
             elif signs is not None:
                 setattr(new, name, signs)
     return new.requires_grad_(False)
+
+
+def _shell(old: QuantizedLinear, form: BitForm) -> QuantizedLinear:
+    """A layer of another form around the same Q and bias; L R and signs are still to be filled in."""
+    bits = 0 if old.q is None else old.q.codes.shape[-1]
+    shape, half = (old.out_features, old.in_features), getattr(torch, old.form["half"])
+    new = QuantizedLinear(shape[1], shape[0], False, layer_form(form, shape, QuantizedRank(old.rank, bits), half))
+    for parameter in new.parameters():
+        parameter.data = parameter.data.float()
+    new.q, new.bias = old.q, old.bias
+    return new
 
 
 def low_rank_parameters(model: nn.Module, sites: Sequence[Site], signs: bool) -> dict[str, nn.Parameter]:
@@ -141,11 +146,8 @@ def store_low_rank(model: Any, sites: Sequence[Site], form: BitForm, requantize:
 
 def _requantized(old: QuantizedLinear, form: BitForm) -> QuantizedLinear:
     """The same layer with L and R as codes; codes that were kept stay what they were."""
-    shape = (old.out_features, old.in_features)
-    bits = 0 if old.q is None else old.q.codes.shape[-1]
-    half = getattr(torch, old.form["half"])
-    new = QuantizedLinear(shape[1], shape[0], False, layer_form(form, shape, QuantizedRank(old.rank, bits), half))
-    new.q, new.bias, new.signs_in, new.signs_out = old.q, old.bias, old.signs_in, old.signs_out
+    new = _shell(old, form)
+    new.signs_in, new.signs_out = old.signs_in, old.signs_out
     codebook = codebook_named(form.lr_codebook, form.lr_bits, by_row=True)
 
     def put(found: Packed, kept: PackedMatrix | None, into: PackedMatrix) -> None:

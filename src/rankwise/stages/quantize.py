@@ -17,10 +17,9 @@ from rankwise.layers import QuantizedLinear, empty_quantized, fill_quantized
 from rankwise.methods import QuantizingMethod
 from rankwise.sites import Site
 from rankwise.stages.bases import draw_for, naming, weight_and_statistics
+from rankwise.stages.factors import SiteFacts
 from rankwise.stages.work import Work, calibration_key
 from rankwise.statistics import Store
-
-SiteFacts = dict[str, dict[str, Any]]
 
 
 def quantize_sites(work: Work, store: Store, plan: RankPlan) -> SiteFacts:
