@@ -26,7 +26,7 @@ from allocation import Kept, measure, score
 from common import markdown_table, shared_directory, write_result
 from methods import protocols
 from rankwise.checkpoints import load_model
-from rankwise.recipe import read_recipe
+from rankwise.recipes import read_recipe
 
 WIKI, STORIES = "wiki-llama-8m", "stories260k"
 SEEDS = (0, 1, 2)
@@ -137,7 +137,7 @@ def transfer(kept: Kept, shared: Path, run: Path) -> str:
     """Figure 4: a plan found on the original, used on a fine-tuned copy."""
     from rankwise import compress
     from rankwise.progress import Reporter
-    from rankwise.recipe import recipe_from
+    from rankwise.recipes import recipe_from
 
     tuned = str(fine_tune(shared, run))
     held_out = {"source": f"text:{instructions(shared, run)[1]}", "length": 256}

@@ -24,7 +24,7 @@ from rankwise.checkpoints import load_model
 from rankwise.errors import BudgetError
 from rankwise.evaluation import perplexity
 from rankwise.progress import Reporter
-from rankwise.recipe import Evaluation, recipe_from
+from rankwise.recipes import Evaluation, recipe_from
 from rankwise.stages import read_sequences
 
 KEEPS = {"stories260k": (0.9, 0.8, 0.7), "wiki-llama-8m": (0.6, 0.4, 0.25)}

@@ -20,7 +20,7 @@ from common import markdown_table, shared_directory, write_result
 from rankwise.checkpoints import load_model
 from rankwise.data import load_sequences, parse_source
 from rankwise.methods import Bolaco
-from rankwise.sites import Site, find_sites, share_inputs
+from rankwise.models import Site, find_sites, share_inputs
 from rankwise.statistics import collect
 
 BATCH, ROUNDS = 8, 7

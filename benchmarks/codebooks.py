@@ -23,7 +23,7 @@ from rankwise.progress import Reporter
 from rankwise.quantizers import Hessian, Rotation, codebook_named, ldlq, weighed_error
 from rankwise.quantizers.codes import SECOND_SCALE, decode, e8_short_values, e8p_patterns, e8p_values, tables_for
 from rankwise.quantizers.lattice import nearest_e8p, nearest_short, round_e8p
-from rankwise.recipe import recipe_from
+from rankwise.recipes import recipe_from
 from rankwise.runs import Run
 
 COUNT = 1_000_000

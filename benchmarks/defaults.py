@@ -12,7 +12,7 @@ from common import markdown_table, shared_directory, write_result
 from methods import protocols
 from rankwise import compress
 from rankwise.progress import Reporter
-from rankwise.recipe import recipe_from
+from rankwise.recipes import recipe_from
 
 MODEL = "wiki-llama-8m"
 KEEPS = (0.4, 0.25)

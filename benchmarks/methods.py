@@ -15,7 +15,7 @@ from common import markdown_table, shared_directory, write_result
 from rankwise import compress
 from rankwise.methods import FACTORISATIONS
 from rankwise.progress import Reporter
-from rankwise.recipe import recipe_from
+from rankwise.recipes import recipe_from
 
 KEEPS = {"stories260k": (0.879, 0.791, 0.684, 0.9, 0.8, 0.7), "wiki-llama-8m": (0.6, 0.4, 0.25)}
 

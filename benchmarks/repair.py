@@ -23,7 +23,7 @@ from rankwise import compress
 from rankwise.checkpoints import load_model
 from rankwise.errors import BudgetError
 from rankwise.progress import Reporter
-from rankwise.recipe import recipe_from
+from rankwise.recipes import recipe_from
 
 KEEPS = {"stories260k": (0.9, 0.8, 0.7), "wiki-llama-8m": (0.6, 0.4, 0.25, 0.15)}
 SEARCH = "bayesian:spectral"

@@ -23,15 +23,15 @@ from rankwise import stages
 from rankwise.allocation import Tails
 from rankwise.allocation.spaces import Space
 from rankwise.allocation.surrogate import propose
-from rankwise.budget import Budget
 from rankwise.checkpoints import load_model
 from rankwise.evaluation import Objective, ObjectiveSettings
 from rankwise.factors import Basis
 from rankwise.layers import sliced, substitute
+from rankwise.models import Site, find_sites
 from rankwise.progress import Reporter
-from rankwise.recipe import recipe_from
+from rankwise.recipes import recipe_from
 from rankwise.runs import Run
-from rankwise.sites import Site, find_sites
+from rankwise.sizes import Budget
 
 KEEPS = (0.8, 0.6, 0.4)
 ROUNDS = 9

@@ -22,9 +22,9 @@ from torch.nn.functional import linear
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from common import markdown_table, write_result
-from rankwise.budget import Budget
 from rankwise.layers import LowRankLinear, PivotedLinear
-from rankwise.sites import Site, find_sites
+from rankwise.models import Site, find_sites
+from rankwise.sizes import Budget
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

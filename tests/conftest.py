@@ -21,6 +21,64 @@ Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).resolve().parent.parent
 
 
+IDS = list(range(3, 27))
+
+ELSEWHERE = """
+import sys
+sys.modules["rankwise"] = None  # importing it fails, as where it is not installed
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+folder, again, logits = sys.argv[1:]
+expected = torch.load(logits, weights_only=True)
+ids = torch.arange(3, 27)[None]
+model, info = AutoModelForCausalLM.from_pretrained(
+    folder, trust_remote_code=True, dtype="auto", output_loading_info=True
+)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+with torch.no_grad():
+    assert torch.equal(model(input_ids=ids).logits, expected), "logits differ"
+model.save_pretrained(again)
+reloaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True, dtype="auto")
+with torch.no_grad():
+    assert torch.equal(reloaded(input_ids=ids).logits, expected), "logits differ after a round trip"
+base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+assert "Rankwise" in type(base).__name__
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+built = AutoModel.from_config(config, trust_remote_code=True)  # the way serving engines build it
+assert [n for n, _ in built.named_parameters()] == [n for n, _ in base.named_parameters()]
+for kind in (AutoModelForCausalLM, AutoModel):
+    try:
+        kind.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as problem:
+        assert "trust_remote_code" in str(problem)
+    else:
+        raise AssertionError("loaded without trust")
+assert not any(name == "rankwise" or name.startswith("rankwise.") for name, m in sys.modules.items() if m)
+print("fine")
+"""
+"""Loads a checkpoint in a process that cannot import rankwise and compares its logits."""
+
+KILLED = """
+import os, signal, sys
+import yaml
+from rankwise import compress
+from rankwise.stages import bases as stages
+from rankwise.recipes import recipe_from
+from rankwise.checkpoints import save
+where, after, recipe, run_directory = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+owner = save if where == "_write_weights" else stages
+real, calls = getattr(owner, where), []
+def dying(*arguments, **options):
+    calls.append(1)
+    if len(calls) > after:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **options)
+setattr(owner, where, dying)
+compress(recipe_from(yaml.safe_load(open(recipe))), run_directory=run_directory)
+"""
+"""Runs a recipe in a process that kills itself at the n-th call of a function."""
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from rankwise.compress import Compressed, compress
+from rankwise.flows.compress import Compressed, compress
 from rankwise.version import __version__
 
 if TYPE_CHECKING:
-    from rankwise.recipe import Recipe
+    from rankwise.recipes import Recipe
 
 __all__ = ["Compressed", "Recipe", "__version__", "compress"]
 
@@ -14,7 +14,7 @@ __all__ = ["Compressed", "Recipe", "__version__", "compress"]
 def __getattr__(name: str) -> Any:
     # `import rankwise` stays light: PyTorch and transformers load with the first use.
     if name == "Recipe":
-        from rankwise.recipe import Recipe
+        from rankwise.recipes import Recipe
 
         return Recipe
     raise AttributeError(f"module 'rankwise' has no attribute {name!r}")

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from rankwise.budget import Budget, Rank, RankPlan, kept_by
+from rankwise.models import Site
 from rankwise.progress import Reporter
-from rankwise.sites import Site
+from rankwise.sizes import Budget, Rank, RankPlan, kept_by
 
 
 class Looks(IntEnum):

@@ -16,9 +16,9 @@ from rankwise.allocation.search import search
 from rankwise.allocation.spaces import parse_groups, space_named
 from rankwise.allocation.surrogate import propose, require_botorch
 from rankwise.allocation.trials import TrialLog
-from rankwise.budget import Budget, RankPlan
 from rankwise.errors import RankwiseError
-from rankwise.sites import Site
+from rankwise.models import Site
+from rankwise.sizes import Budget, RankPlan
 
 
 class Bayesian(Allocation):

@@ -8,9 +8,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError
 
 from rankwise.allocation.base import Allocation, Choice, Evidence
-from rankwise.budget import BitBudget, Budget
 from rankwise.errors import RecipeError, nearest
-from rankwise.sites import Site
+from rankwise.models import Site
+from rankwise.sizes import BitBudget, Budget
 
 Fraction = Annotated[float, Field(gt=0, le=1)] | Literal["dense"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal, Self
 
 from rankwise.allocation.base import Allocation, Choice, Evidence, note_other_weights
-from rankwise.budget import BitBudget, Budget, QuantizedRank, RankPlan, kept_by
 from rankwise.errors import BudgetError, RecipeError
-from rankwise.sites import Site
+from rankwise.models import Site
+from rankwise.sizes import BitBudget, Budget, QuantizedRank, RankPlan, kept_by
 
 
 class Planned(Allocation):

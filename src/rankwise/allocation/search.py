@@ -13,9 +13,9 @@ from rankwise.allocation.base import Outcome
 from rankwise.allocation.spaces import Space
 from rankwise.allocation.surrogate import generator
 from rankwise.allocation.trials import TrialLog, finite
-from rankwise.budget import Rank
 from rankwise.errors import BudgetError
 from rankwise.progress import Reporter
+from rankwise.sizes import Rank
 
 _MOST_SPREAD = 12
 

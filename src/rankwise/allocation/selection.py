@@ -9,9 +9,9 @@ from torch import Tensor
 
 from rankwise.allocation.spaces import space_named
 from rankwise.allocation.surrogate import generator
-from rankwise.budget import Budget, Rank
 from rankwise.errors import BudgetError
-from rankwise.sites import Site
+from rankwise.models import Site
+from rankwise.sizes import Budget, Rank
 
 _NOT_A_TRIAL = 1 << 40
 

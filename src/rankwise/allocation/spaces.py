@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from rankwise.allocation.spectral import check_smallest, tails_for
-from rankwise.budget import BitBudget, Budget, Rank, kept_by
 from rankwise.errors import BudgetError, RecipeError
-from rankwise.sites import Site
+from rankwise.models import Site
+from rankwise.sizes import BitBudget, Budget, Rank, kept_by
 
 ATTENTION_ROLES = frozenset("qkvo")
 _PAPER_GROUPS = (("q", "k"), ("o",), ("gate",), ("up",), ("down",))

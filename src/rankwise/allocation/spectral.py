@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from rankwise.allocation.base import Allocation, Choice, Evidence, Looks
-from rankwise.budget import BitBudget, Budget, QuantizedRank, Rank
 from rankwise.errors import NotFiniteError, RecipeError
-from rankwise.sites import Site
+from rankwise.models import Site
+from rankwise.sizes import BitBudget, Budget, QuantizedRank, Rank
 
 _BISECTIONS = 45
 _DENSE_SETS_EITHER_SIDE = 2

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Literal, Self
 
 from rankwise.allocation.base import Allocation, Choice, Evidence
-from rankwise.budget import Budget
 from rankwise.errors import RecipeError
-from rankwise.sites import Site
+from rankwise.models import Site
+from rankwise.sizes import Budget
 
 
 class Uniform(Allocation):

@@ -20,7 +20,7 @@ from rankwise.checkpoints.load import CACHE_KEY, CHECKPOINT_KEY, LoadedModel
 from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, base_classes, model_type_for, modeling_source
 from rankwise.errors import ModelError, OutputError, is_disk_full
 from rankwise.layers import FACTORED, REPLACED, LowRankLinear, PivotedLinear, QuantizedLinear
-from rankwise.sites import Site
+from rankwise.models import Site
 
 REPORT_FILE = "rankwise_report.json"
 """Every directory that rankwise writes holds this file; only such directories are ever replaced."""

@@ -13,8 +13,8 @@ from rankwise import __version__
 from rankwise.cli.common import Cache, Device, Json, Precision, Quiet, Trust, print_json, reporter_for
 from rankwise.cli.files import plan_app, recipes_app
 from rankwise.cli.finetuning import finetune
+from rankwise.cli.options import read_fractions, split_assignment, use_plan
 from rankwise.errors import RankwiseError, RecipeError
-from rankwise.options import read_fractions, split_assignment, use_plan
 
 app = typer.Typer(
     help="Make a Hugging Face causal language model smaller, and know what was lost.",
@@ -96,7 +96,7 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Compress MODEL and write a checkpoint to --output."""
-    from rankwise.recipe import read_recipe, recipe_from, set_value
+    from rankwise.recipes import read_recipe, recipe_from, set_value
 
     values = read_recipe(recipe) if recipe else {}
     given: dict[str, Any] = {
@@ -144,7 +144,7 @@ def compress(
         raise RecipeError("No output is given.", where="compress", remedy="add --output DIR")
     valid = recipe_from(values, origin=recipe or "command line")
 
-    from rankwise.compress import compress as run
+    from rankwise.flows.compress import compress as run
 
     result = run(valid, run_directory=run_dir, reporter=reporter_for(quiet))
     if json:
@@ -179,7 +179,7 @@ def sensitivity(
     quiet: Quiet = False,
 ) -> None:
     """Compress one role, then one site, at a time, and draw what each bears."""
-    from rankwise.recipe import recipe_from, set_value
+    from rankwise.recipes import recipe_from, set_value
 
     values: dict[str, Any] = {"model": model, "method": method, "device": device}
     given: dict[str, Any] = {
@@ -197,8 +197,8 @@ def sensitivity(
         set_value(values, *split_assignment(assignment))
     recipe = recipe_from(values, origin="command line")
 
-    from rankwise.sensitivity import FRACTIONS
-    from rankwise.sensitivity import sensitivity as run
+    from rankwise.flows.sensitivity import FRACTIONS
+    from rankwise.flows.sensitivity import sensitivity as run
 
     found = run(
         recipe,
@@ -246,7 +246,7 @@ def evaluate(
     from rankwise.checkpoints import load_model
     from rankwise.evaluation import perplexity
     from rankwise.layers import cache_dense
-    from rankwise.recipe import recipe_from
+    from rankwise.recipes import recipe_from
     from rankwise.stages import device_of, read_sequences
 
     settings = {
@@ -290,7 +290,7 @@ def generate(
     from rankwise.checkpoints import load_model
     from rankwise.evaluation import generate as run
     from rankwise.layers import cache_dense
-    from rankwise.recipe import recipe_from
+    from rankwise.recipes import recipe_from
     from rankwise.stages import device_of
 
     recipe = recipe_from({"model": model, "device": device, "precision": precision}, origin="command line")

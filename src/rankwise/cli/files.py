@@ -12,7 +12,7 @@ from rankwise.cli.common import Json, print_json
 from rankwise.errors import RankwiseError
 
 if TYPE_CHECKING:
-    from rankwise.budget import RankPlan
+    from rankwise.sizes import RankPlan
 
 recipes_app = typer.Typer(help="Ready recipes: whole runs as YAML.", no_args_is_help=True)
 plan_app = typer.Typer(help="Plans: the rank of every site, as a file.", no_args_is_help=True)
@@ -25,7 +25,7 @@ def plan_show(
     json: Json = False,
 ) -> None:
     """Print what a plan was made for, and the rank of every block and role."""
-    from rankwise.budget import RankPlan
+    from rankwise.sizes import RankPlan
 
     plan = RankPlan.load(file)
     if picture is not None:
@@ -53,7 +53,7 @@ def plan_diff(
     json: Json = False,
 ) -> None:
     """Print the sites whose rank differs between two plans. Exit status 1 when any does."""
-    from rankwise.budget import RankPlan, same_shapes
+    from rankwise.sizes import RankPlan, same_shapes
 
     one, other = RankPlan.load(first), RankPlan.load(second)
     same_shapes(one, other, str(first), str(second))
@@ -83,7 +83,7 @@ def _size(plan: RankPlan) -> str:
 @recipes_app.command("ls")
 def recipes_ls() -> None:
     """List the ready recipes."""
-    from rankwise.recipe import ready_recipes
+    from rankwise.recipes import ready_recipes
 
     for name, text in ready_recipes().items():
         first = text.splitlines()[0].removeprefix("#").strip()
@@ -95,7 +95,7 @@ def recipes_show(name: Annotated[str, typer.Argument(help="A ready recipe, or a 
     """Print a recipe with every default filled in, as YAML."""
     import yaml
 
-    from rankwise.recipe import read_recipe, recipe_from
+    from rankwise.recipes import read_recipe, recipe_from
 
     valid = recipe_from({"model": "MODEL", **read_recipe(name)}, origin=name)
     print(yaml.safe_dump(valid.model_dump(mode="json"), sort_keys=False), end="")
@@ -106,7 +106,7 @@ def recipes_validate(
     files: Annotated[list[str], typer.Argument(help="YAML files, or names of ready recipes.")],
 ) -> None:
     """Check recipes; the first problem of each goes to standard error."""
-    from rankwise.recipe import read_recipe, recipe_from
+    from rankwise.recipes import read_recipe, recipe_from
 
     bad = False
     for name in files:

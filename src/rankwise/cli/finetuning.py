@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from rankwise.cli.common import Device, Json, Precision, Quiet, Trust, print_json, reporter_for
+from rankwise.cli.options import split_assignment
 from rankwise.errors import RecipeError, nearest
-from rankwise.options import split_assignment
 
 
 def finetune(
@@ -41,8 +41,8 @@ def finetune(
     from pydantic import ValidationError
 
     from rankwise.data import parse_source
-    from rankwise.finetune import METHODS, FineTune
-    from rankwise.finetune import finetune as run
+    from rankwise.flows.finetune import METHODS, FineTune
+    from rankwise.flows.finetune import finetune as run
 
     if method not in METHODS:
         raise RecipeError(f"There is no method {method!r}.", where="--method", remedy=nearest(method, METHODS))

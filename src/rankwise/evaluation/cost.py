@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rankwise.layers import PackedMatrix, QuantizedLinear
-from rankwise.sites import Site
+from rankwise.models import Site
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.layers.low_rank import LowRankLinear
 from rankwise.layers.pivoted import PivotedLinear
-from rankwise.sites import Site
+from rankwise.models import Site
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _COARSE_TOLERANCE = 0.05

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankwise.budget import QuantizedRank
 from rankwise.factors import Basis
-from rankwise.sites import Site
+from rankwise.models import Site
+from rankwise.sizes import QuantizedRank
 
 
 class _Slices:

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.budget import BitForm, QuantizedRank
 from rankwise.factors import Factors, Quantized
 from rankwise.layers.low_rank import LowRankLinear
 from rankwise.layers.pivoted import PivotedLinear
 from rankwise.layers.quantized import PackedMatrix, QuantizedLinear
 from rankwise.linalg import Pivoted
+from rankwise.models import Site
 from rankwise.quantizers import Packed, packed_signs
-from rankwise.sites import Site
+from rankwise.sizes import BitForm, QuantizedRank
 
 
 def _parameter(values: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

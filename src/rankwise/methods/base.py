@@ -8,9 +8,9 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from rankwise.budget import Budget
 from rankwise.factors import Basis
 from rankwise.linalg import Decomposition, OutputMetric
+from rankwise.sizes import Budget
 from rankwise.statistics import Request, SiteStatistics
 
 

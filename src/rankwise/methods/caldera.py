@@ -8,12 +8,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rankwise.budget import FULL_BITS, BitForm, QuantizedRank
 from rankwise.errors import RankwiseError
 from rankwise.factors import Quantized
 from rankwise.linalg import InputMetric
 from rankwise.methods.quantizing import QuantizingMethod, drawn_rotation, rounded
 from rankwise.quantizers import Codebook, Hessian, LowRank, Packed, codebook_named, low_rank, weighed_error
+from rankwise.sizes import FULL_BITS, BitForm, QuantizedRank
 from rankwise.statistics import SiteStatistics
 
 

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rankwise.budget import BitForm, QuantizedRank
 from rankwise.factors import Quantized
 from rankwise.methods.quantizing import QuantizingMethod, drawn_rotation, rounded
 from rankwise.quantizers import Hessian, weighed_error
+from rankwise.sizes import BitForm, QuantizedRank
 from rankwise.statistics import SiteStatistics
 
 

@@ -9,12 +9,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rankwise.budget import BitBudget, BitForm, Budget, QuantizedRank
 from rankwise.errors import RankwiseError
 from rankwise.factors import Basis, Quantized
 from rankwise.linalg import InputMetric, OutputMetric, decompose
 from rankwise.methods.base import Method
 from rankwise.quantizers import CODEBOOKS, Codebook, Hessian, Packed, Rotation, codebook_named, improve, ldlq
+from rankwise.sizes import BitBudget, BitForm, Budget, QuantizedRank
 from rankwise.statistics import Need, Request, SiteStatistics
 
 _PLAN_DAMPING = 1.0

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rankwise.budget import Budget
 from rankwise.checkpoints import load_model
-from rankwise.compress import compress
 from rankwise.evaluation import generate
+from rankwise.flows.compress import compress
 from rankwise.progress import Reporter
-from rankwise.recipe import Calibration, Evaluation, Recipe
+from rankwise.recipes import Calibration, Evaluation, Recipe
 from rankwise.reports import closing_table
+from rankwise.sizes import Budget
 
 MODEL = Path(__file__).parent / "pydoc-llama"
 """A Llama of 2.4 million parameters, trained by `examples/train_quickstart_model.py`."""

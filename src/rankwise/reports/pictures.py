@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rankwise.budget import RankPlan
 from rankwise.errors import MissingPackageError, OutputError
 from rankwise.reports.plan_table import kept_grid
+from rankwise.sizes import RankPlan
 
 _MARKERS = {"proposed": "o", "spread": "s"}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from rankwise.budget import QuantizedRank, Rank, RankPlan
-from rankwise.sites import place_of
+from rankwise.models import place_of
+from rankwise.sizes import QuantizedRank, Rank, RankPlan
 
 Grid = dict[tuple[int, str], float]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rankwise.budget import RankPlan
 from rankwise.evaluation import Cost, Perplexity
+from rankwise.sizes import RankPlan
 
 
 def build_report(

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankwise.allocation import Looks
-from rankwise.budget import BitBudget
 from rankwise.errors import NotFiniteError
 from rankwise.factors import Basis
 from rankwise.methods import QuantizingMethod
+from rankwise.models import Site
 from rankwise.runs import Stage
-from rankwise.sites import Site
+from rankwise.sizes import BitBudget
 from rankwise.stages.work import Work, calibration_key, model_key
 from rankwise.statistics import Need, SiteStatistics, Store, collect, save_record, streams_of
 

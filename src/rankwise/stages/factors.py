@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.budget import RankPlan, pivots
 from rankwise.checkpoints import LoadedModel
 from rankwise.layers import LowRankLinear, fold_orders, read_factors, substitute, substitute_pivoted
 from rankwise.linalg import pivot
+from rankwise.models import Site
 from rankwise.progress import Reporter
-from rankwise.sites import Site
+from rankwise.sizes import RankPlan, pivots
 from rankwise.stages.bases import load_basis
 from rankwise.stages.work import Work
 

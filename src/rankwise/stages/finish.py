@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import transformers
 
-from rankwise.budget import RankPlan
 from rankwise.checkpoints import REPORT_FILE, save_dense, save_low_rank, writing
 from rankwise.device import describe
 from rankwise.errors import RankwiseError
 from rankwise.evaluation import Cost, Perplexity, perplexity
 from rankwise.reports import build_report, can_draw, draw_iterations, draw_losses, draw_plan, draw_trials, model_card
+from rankwise.sizes import RankPlan
 from rankwise.stages.ranks import Chosen
 from rankwise.stages.repair import Repairing
 from rankwise.stages.work import Work, calibration_key, model_key

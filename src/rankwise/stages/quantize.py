@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from rankwise.budget import QuantizedRank, RankPlan
 from rankwise.errors import NotFiniteError
 from rankwise.factors import Quantized
 from rankwise.layers import QuantizedLinear, empty_quantized, fill_quantized
 from rankwise.methods import QuantizingMethod
-from rankwise.sites import Site
+from rankwise.models import Site
+from rankwise.sizes import QuantizedRank, RankPlan
 from rankwise.stages.bases import draw_for, naming, weight_and_statistics
 from rankwise.stages.factors import SiteFacts
 from rankwise.stages.work import Work, calibration_key

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from rankwise.allocation import Choice, Evidence, Looks, Outcome, by_variance, random_plans
-from rankwise.budget import RankPlan
 from rankwise.errors import DataError
 from rankwise.evaluation import Objective
 from rankwise.layers import sliced
+from rankwise.sizes import RankPlan
 from rankwise.stages.bases import read_energies, site_bases
 from rankwise.stages.work import Work, calibration_key
 

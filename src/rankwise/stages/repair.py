@@ -13,17 +13,14 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rankwise.budget import RankPlan
 from rankwise.data import Examples, load_examples, parse_source
 from rankwise.device import computing
 from rankwise.evaluation import Objective
 from rankwise.layers import LowRankLinear
 from rankwise.linalg import OutputMetric
-from rankwise.recovery import (
-    BlockRunner,
-    Original,
+from rankwise.models import BlockRunner, Original, Site, allocate
+from rankwise.repair import (
     Training,
-    allocate,
     attach_subspace,
     block_parameters,
     merge_subspace,
@@ -33,7 +30,7 @@ from rankwise.recovery import (
     train_block,
     trainable,
 )
-from rankwise.sites import Site
+from rankwise.sizes import RankPlan
 from rankwise.stages.ranks import objective_key, select_samples
 from rankwise.stages.work import Work, sequence_length
 from rankwise.statistics import SiteStatistics, Store

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.budget import BitForm, Budget, RankPlan
 from rankwise.checkpoints import REPORT_FILE, LoadedModel, fingerprint, load_model, save_low_rank, writing
 from rankwise.device import computing
 from rankwise.errors import ModelError, RankwiseError, RecipeError, RunError
 from rankwise.evaluation import perplexity
 from rankwise.layers import FACTORED, REPLACED, LowRankLinear, QuantizedLinear, read_factors, substitute
+from rankwise.models import Site, place_of
 from rankwise.progress import Reporter
-from rankwise.recipe import Evaluation
-from rankwise.recovery import (
+from rankwise.recipes import Evaluation
+from rankwise.repair import (
     Lora,
     LowRankFactors,
     Subspace,
@@ -38,12 +38,12 @@ from rankwise.recovery import (
     trainable,
 )
 from rankwise.reports import can_draw, draw_losses, model_card
-from rankwise.sites import Site, place_of
+from rankwise.sizes import BitForm, Budget, RankPlan
 from rankwise.stages.factors import store
 from rankwise.stages.work import read_sequences
 
 if TYPE_CHECKING:
-    from rankwise.finetune import FineTune
+    from rankwise.flows.finetune import FineTune
 
 SETTINGS_FILE = "settings.json"
 _REPORT_KEYS = {"recipe", "model_fingerprint", "keep", "sites", "notes", "before", "after"}

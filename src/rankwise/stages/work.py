@@ -8,15 +8,15 @@ from typing import Any
 import torch
 import transformers
 
-from rankwise.budget import BitBudget, Budget
 from rankwise.checkpoints import LoadedModel, fingerprint
 from rankwise.data import Sequences, choose, load_sequences, parse_source
 from rankwise.device import best_device
 from rankwise.errors import DataError, ModelError, RecipeError
+from rankwise.models import Site, find_sites, fused_expert_parameters, share_inputs
 from rankwise.progress import Reporter
-from rankwise.recipe import Calibration, Evaluation, Recipe, Validation
+from rankwise.recipes import Calibration, Evaluation, Recipe, Validation
 from rankwise.runs import Run
-from rankwise.sites import Site, find_sites, fused_expert_parameters, share_inputs
+from rankwise.sizes import BitBudget, Budget
 
 _STAGE_FORMAT = 5
 """Raised when the contents or the arithmetic of a stage change, so that old stages are not taken for new ones."""

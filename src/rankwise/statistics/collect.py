@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import NotFiniteError
+from rankwise.models import Site
 from rankwise.progress import Reporter
-from rankwise.sites import Site
 from rankwise.statistics.curvature import CurvatureSums, RowFisher, block_size, squared_rows
 from rankwise.statistics.moments import AbsoluteMean, MomentSums, PooledMoments
 from rankwise.statistics.needs import Need, Request

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankwise.linalg import InputMetric
-from rankwise.sites import Site
+from rankwise.models import Site
 from rankwise.statistics.curvature import Curvature, RowFisher
 from rankwise.statistics.moments import AbsoluteMean, Moments, PooledMoments
 from rankwise.statistics.needs import Need

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rankwise.sites import Site
+from rankwise.models import Site
 
 
 @dataclass(frozen=True)

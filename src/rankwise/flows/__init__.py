@@ -1,0 +1,1 @@
+"""The flows: what a command does from the first line to the last, one readable function each."""

@@ -1,0 +1,105 @@
+"""The flow: checkpoint -> sites -> statistics -> bases -> ranks -> factors or codes in place -> checkpoint.
+
+Read `compress` from top to bottom; each line is a stage, and no stage reaches back. What the stages do is in
+`stages/`, in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rankwise.progress import Reporter
+    from rankwise.recipes import Recipe
+    from rankwise.sizes import RankPlan
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a compression gives.
+
+    Attributes:
+        model: the compressed model, on its device, in the dtypes that were saved.
+        tokenizer: its tokenizer, or None.
+        plan: rank of every site.
+        report: what `rankwise_report.json` holds.
+    """
+
+    model: Any
+    tokenizer: Any
+    plan: RankPlan
+    report: dict[str, Any]
+
+
+def compress(
+    recipe: Recipe, *, run_directory: Path | str | None = None, reporter: Reporter | None = None
+) -> Compressed:
+    """Compress a causal language model.
+
+    Stages that an earlier or a killed run finished are taken from `run_directory`.
+
+    Args:
+        recipe: the whole run.
+        run_directory: where finished stages are kept; by default a folder for this model in the user's cache.
+        reporter: told about stages, progress and notes; silent by default.
+
+    Returns:
+        The model, its plan and the report. When `recipe.output` is set, the checkpoint is there too.
+
+    Raises:
+        RankwiseError: for anything the user can mend; nothing finished is lost.
+    """
+    # Imported here so that `import rankwise` stays light.
+    from rankwise import stages
+    from rankwise.checkpoints import check_output, load_model
+    from rankwise.evaluation import measure_cost
+    from rankwise.progress import Reporter
+    from rankwise.runs import Run, default_run_directory
+
+    reporter = reporter or Reporter(show=False)
+    if recipe.output is not None:
+        check_output(Path(recipe.output))
+    run = Run(Path(run_directory) if run_directory is not None else default_run_directory(recipe.model))
+    with run.locked(lambda: reporter.note(f"waiting for another process that works in {run.directory}")):
+        with reporter.stage("load"):
+            loaded = load_model(
+                recipe.model,
+                precision=recipe.precision,
+                device=stages.device_of(recipe),
+                trust_remote_code=recipe.trust_remote_code,
+            )
+            texts = stages.read_texts(recipe, loaded, reporter, validate=recipe.judges)
+            work = stages.begin(recipe, run, loaded, texts, reporter)
+        dense_cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
+        stages.check_budget(work)
+        with reporter.stage("evaluate dense"):
+            dense_score = stages.score(work, "dense")
+        with reporter.stage("statistics"):
+            store = stages.collect_statistics(work)
+        with reporter.stage("bases"):
+            bases = stages.decompose_sites(work, store)
+        with reporter.stage("ranks"):
+            chosen = stages.choose_ranks(work, bases)
+        repairing = None
+        if recipe.method.quantizes:
+            with reporter.stage("quantisation"):
+                losses = stages.quantize_sites(work, store, chosen.plan)
+        else:
+            with reporter.stage("factors"):
+                repairing = stages.prepare_repair(work, store, bases, chosen.plan)
+                dropped = stages.put_factors(work, bases, chosen.plan)
+            if repairing is not None:
+                for step in recipe.repair.steps:
+                    with reporter.stage(f"repair {step}"):
+                        stages.repair(work, repairing, step)
+            with reporter.stage("storage"):
+                losses = stages.store_factors(work, chosen.plan, dropped)
+        cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
+        with reporter.stage("evaluate compressed"):
+            score = stages.score(work, "compressed", chosen.plan, repairing)
+        with reporter.stage("checkpoint"):
+            report = stages.write(work, chosen, losses, repairing, (dense_cost, cost), (dense_score, score))
+    report["stages"] = dict(reporter.stages)
+    return Compressed(loaded.model, loaded.tokenizer, chosen.plan, report)

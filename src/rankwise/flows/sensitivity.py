@@ -1,0 +1,192 @@
+"""How much each part of a model bears: one role, or one site, compressed at a time (Bolaco, Figures 1 and 5).
+
+The flow is that of `compress` up to the bases; then every point is one forward pass over the validation samples.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rankwise.models import Site
+    from rankwise.progress import Reporter
+    from rankwise.recipes import Recipe
+    from rankwise.sizes import Budget, Rank
+
+FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One thing to compress alone.
+
+    Attributes:
+        kind: `role` (all its sites) or `site`.
+        role: which role.
+        block: which block; None for all.
+        keep: fraction of it to keep.
+    """
+
+    kind: str
+    role: str
+    block: int | None
+    keep: float
+
+    def ranks(self, sites: Sequence[Site], budget: Budget) -> dict[str, Rank]:
+        """Ranks of all sites: dense but for this point's."""
+        return {
+            site.name: budget.round_rank(site, budget.rank_at(site, self.keep))
+            if site.role == self.role and self.block in (None, site.block)
+            else None
+            for site in sites
+        }
+
+
+def points_of(sites: Sequence[Site], fractions: Sequence[float], site_fraction: float) -> list[Point]:
+    """Every role over the fractions, then every site at one fraction."""
+    roles = list(dict.fromkeys(site.role for site in sites))
+    places = list(dict.fromkeys((site.block, site.role) for site in sites))
+    return [Point("role", role, None, keep) for role in roles for keep in fractions] + [
+        Point("site", role, block, site_fraction) for block, role in places
+    ]
+
+
+def sensitivity(
+    recipe: Recipe,
+    output: Path | str,
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    site_fraction: float = 0.5,
+    run_directory: Path | str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Measure, and write `sensitivity.json`, `sensitivity.csv` and (with matplotlib) two figures.
+
+    Args:
+        recipe: model, method, calibration, validation and objective; its budget gives the rank multiple only.
+        output: directory to write; made if absent.
+        fractions: kept fractions for the roles.
+        site_fraction: kept fraction for single sites.
+        run_directory: where finished stages and points are kept; as for `compress`.
+        reporter: told about progress.
+
+    Returns:
+        What `sensitivity.json` holds.
+
+    Raises:
+        RankwiseError: for anything the user can mend; points that are finished stay.
+    """
+    from rankwise import stages
+    from rankwise.allocation import TrialLog, finite
+    from rankwise.checkpoints import load_model
+    from rankwise.errors import RecipeError
+    from rankwise.progress import Reporter
+    from rankwise.runs import Run, default_run_directory
+    from rankwise.sizes import kept_by
+
+    for fraction in (*fractions, site_fraction):
+        if not 0 < fraction < 1:
+            raise RecipeError(
+                f"A kept fraction of {fraction:g} is not between 0 and 1.",
+                where="fractions",
+                remedy="use numbers such as 0.2,0.5,0.8",
+            )
+    if recipe.method.quantizes:
+        raise RecipeError(
+            f"{recipe.method.name} has no kept fractions to vary.",
+            where="method",
+            remedy="use a method of low-rank factors, such as bolaco or two_sided",
+        )
+    reporter = reporter or Reporter(show=False)
+    run = Run(Path(run_directory) if run_directory is not None else default_run_directory(recipe.model))
+    folder = _output_folder(Path(output))
+    with run.locked(lambda: reporter.note(f"waiting for another process that works in {run.directory}")):
+        with reporter.stage("load"):
+            loaded = load_model(
+                recipe.model,
+                precision=recipe.precision,
+                device=stages.device_of(recipe),
+                trust_remote_code=recipe.trust_remote_code,
+            )
+            texts = stages.read_texts(recipe, loaded, reporter, validate=True)
+            work = stages.begin(recipe, run, loaded, texts, reporter)
+        with reporter.stage("statistics"):
+            store = stages.collect_statistics(work)
+        with reporter.stage("bases"):
+            bases = stages.decompose_sites(work, store)
+        samples = stages.select_samples(work, bases)
+        points = points_of(work.sites, fractions, site_fraction)
+        stage = run.stage("sensitivity", {**stages.objective_key(work, samples), "budget": recipe.budget.model_dump()})
+        log = TrialLog(stage.workspace() / "points.jsonl", stage.key, reporter)
+        known = {(r["kind"], r["role"], r["block"], r["keep"]): r for r in log.records}
+        labels = {site.name: site.name for site in work.sites}
+        with reporter.stage("points"), stages.judging(work, bases, samples) as objective:
+            left = [p for p in points if (p.kind, p.role, p.block, p.keep) not in known]
+            done = len(points) - len(left)
+            for point in reporter.track(left, "sensitivity", total=len(points), done=done):
+                ranks = point.ranks(work.sites, recipe.budget)
+                value, perplexity, kl = objective(ranks)
+                of_sites = kept_by(labels, work.sites, ranks, recipe.budget)
+                touched = [s for s in work.sites if s.role == point.role and point.block in (None, s.block)]
+                kept = sum(of_sites[s.name] * s.parameters for s in touched) / sum(s.parameters for s in touched)
+                row = {
+                    "kind": point.kind,
+                    "role": point.role,
+                    "block": point.block,
+                    "keep": point.keep,
+                    "kept": kept,
+                    "perplexity": finite(perplexity),
+                    "kl": finite(kl),
+                    "objective": finite(value),
+                }
+                log.append(row)
+                known[(point.kind, point.role, point.block, point.keep)] = row
+            dense = math.exp(objective.dense_nll)
+    rows = [known[(p.kind, p.role, p.block, p.keep)] for p in points]
+    found = {
+        "format": "rankwise-sensitivity/1",
+        "model_fingerprint": work.fingerprint,
+        "recipe": recipe.model_dump(mode="json"),
+        "dense_perplexity": dense,
+        "points": rows,
+    }
+    (folder / "sensitivity.json").write_text(json.dumps(found, indent=2) + "\n")
+    with (folder / "sensitivity.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    _draw(folder, rows, dense, site_fraction, reporter)
+    return found
+
+
+def _output_folder(folder: Path) -> Path:
+    from rankwise.errors import OutputError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise OutputError(
+            f"The output directory cannot be made ({problem.strerror}).", where=str(folder), remedy="give another"
+        ) from None
+    return folder
+
+
+def _draw(
+    folder: Path, rows: Sequence[Mapping[str, Any]], dense: float, site_fraction: float, reporter: Reporter
+) -> None:
+    from rankwise.reports import can_draw, draw_role_curves, draw_site_map
+
+    if not can_draw():
+        reporter.note("no figures are drawn: matplotlib is not installed (pip install 'rankwise[plots]')")
+        return
+    draw_role_curves(folder / "roles.svg", [r for r in rows if r["kind"] == "role"], dense)
+    draw_site_map(folder / "sites.svg", [r for r in rows if r["kind"] == "site"], dense, site_fraction)
+
+
+__all__ = ["FRACTIONS", "Point", "points_of", "sensitivity"]

@@ -1,0 +1,199 @@
+"""The decoder's blocks run one at a time on hidden states, so that a block can be compared and trained by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.device import computing
+from rankwise.errors import ModelError
+from rankwise.models.sites import decoder_blocks
+
+_AGREEMENT = 0.02
+"""Relative difference allowed between blocks run alone and the model itself: above bfloat16's rounding."""
+
+
+class _Seen(Exception):  # noqa: N818
+    """Ends a forward pass whose rest is not needed."""
+
+
+def first_of(outputs: Any) -> Tensor:
+    """The hidden states among what a block returns."""
+    return outputs[0] if isinstance(outputs, tuple | list) else outputs
+
+
+def allocate(shape: tuple[int, ...], folder: Path | None, name: str, most_bytes: int) -> Tensor:
+    """An empty float32 tensor, in memory or, when it is larger than `most_bytes`, in a file mapped into memory.
+
+    Args:
+        shape: its shape.
+        folder: where such a file goes; None keeps everything in memory.
+        name: of the file.
+        most_bytes: largest size kept in memory.
+    """
+    count = math.prod(shape)
+    if folder is None or 4 * count <= most_bytes:
+        return torch.empty(shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    return torch.from_file(str(folder / name), shared=True, size=count, dtype=torch.float32).view(shape)
+
+
+@dataclass
+class BlockRunner:
+    """Runs blocks of one model on sequences of one length.
+
+    Args:
+        model: the causal language model; blocks are looked up at every call, so their layers may be exchanged.
+        ids: token sequences, shape `[sequences, length]`.
+        batch_size: sequences a batch.
+
+    Attributes:
+        dtype: what blocks compute in.
+    """
+
+    model: Any
+    ids: Tensor
+    batch_size: int
+    _arguments: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.device = next(self.model.parameters()).device
+        self.dtype = self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return decoder_blocks(self.model)[1]
+
+    def batches(self) -> Iterator[slice]:
+        """Slices of the sequences, the last one maybe smaller."""
+        for start in range(0, len(self.ids), self.batch_size):
+            yield slice(start, min(start + self.batch_size, len(self.ids)))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the hidden states: sequences, length, d."""
+        sequences, length = self.ids.shape
+        return sequences, length, self._inputs(self.ids[:1]).shape[-1]
+
+    def embed(self, out: Tensor) -> Tensor:
+        """What the first block reads.
+
+        Args:
+            out: filled and returned, of `shape`.
+        """
+        for part in self.batches():
+            out[part] = self._inputs(self.ids[part]).cpu()
+        return out
+
+    @torch.no_grad()
+    def _inputs(self, ids: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+
+        def stop(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+            seen.append(positional[0] if positional else named["hidden_states"])
+            raise _Seen
+
+        handle = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.model(input_ids=ids.to(self.device), use_cache=False)
+        except _Seen:
+            pass
+        finally:
+            handle.remove()
+        return seen[0]
+
+    @torch.no_grad()
+    def learn(self, size: int) -> None:
+        """Find out once what the model hands its blocks beside hidden states (masks, positions) at a batch size."""
+        if (0, size) in self._arguments:
+            return
+
+        def keep(index: int) -> Any:
+            def hook(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+                others = {key: value for key, value in named.items() if key != "hidden_states"}
+                self._arguments[index, size] = (positional[1:], others)
+
+            return hook
+
+        blocks = self.blocks
+        handles = [block.register_forward_pre_hook(keep(i), with_kwargs=True) for i, block in enumerate(blocks)]
+        try:
+            with computing(self.model):
+                self.model(input_ids=self.ids[:size].to(self.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """A block's output.
+
+        Args:
+            index: which block.
+            hidden: its input, shape `[batch, length, d]`.
+
+        Returns:
+            Shape `[batch, length, d]`, on the model's device.
+        """
+        size = hidden.shape[0]
+        self.learn(size)
+        positional, named = self._arguments[index, size]
+        with computing(self.model):
+            found = self.blocks[index](hidden.to(self.device, self.dtype), *positional, **named)
+        return first_of(found).float()
+
+    @torch.no_grad()
+    def forward_all(self, index: int, hidden: Tensor, out: Tensor) -> Tensor:
+        """A block's output for every sequence.
+
+        Args:
+            index: which block.
+            hidden: shape `[sequences, length, d]`, on the CPU.
+            out: filled and returned; may be `hidden` itself.
+        """
+        for part in self.batches():
+            out[part] = self.run(index, hidden[part]).cpu()
+        return out
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise unless the blocks, one after another, give what the model gives.
+
+        Raises:
+            ModelError: for an architecture whose blocks exchange more than hidden states.
+        """
+        size = min(self.batch_size, len(self.ids), 2)
+        # What blocks are handed beside hidden states must not depend on the tokens: learned from one text, checked on
+        # another.
+        self.learn(size)
+        others = self.ids[:size].flip(-1)
+        seen: list[Tensor] = []
+        handle = self.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(first_of(out).float()))
+        try:
+            with computing(self.model):
+                self.model(input_ids=others.to(self.device), use_cache=False)
+        finally:
+            handle.remove()
+        try:
+            hidden = self._inputs(others)
+            for index in range(len(self.blocks)):
+                hidden = self.run(index, hidden)
+            difference = float((hidden - seen[0]).norm() / seen[0].norm())
+        except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as problem:
+            raise ModelError(
+                f"The blocks of {type(self.model).__name__} cannot be run by themselves ({problem}).",
+                where="repair",
+                remedy="leave refit and blocks out of --repair; subspace and factors train the whole model",
+            ) from problem
+        if not difference <= _AGREEMENT:
+            kind = type(self.model).__name__
+            raise ModelError(
+                f"The blocks of {kind}, run one by one, differ from the model by {difference:.2g}.",
+                where="repair",
+                remedy="leave refit and blocks out of --repair; subspace and factors train the whole model",
+            )

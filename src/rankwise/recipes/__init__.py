@@ -1,0 +1,27 @@
+"""The validated objects that say what a run does; ready recipes lie in `ready/`."""
+
+from rankwise.recipes.compression import (
+    STEPS,
+    Calibration,
+    Evaluation,
+    Recipe,
+    Repair,
+    Validation,
+    read_recipe,
+    ready_recipes,
+    recipe_from,
+    set_value,
+)
+
+__all__ = [
+    "STEPS",
+    "Calibration",
+    "Evaluation",
+    "Recipe",
+    "Repair",
+    "Validation",
+    "read_recipe",
+    "ready_recipes",
+    "recipe_from",
+    "set_value",
+]

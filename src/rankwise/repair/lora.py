@@ -1,0 +1,120 @@
+"""Low-rank adapters by peft on the compressed layers, and two honest ways to merge them.
+
+A site of rank r with an adapter of rank a is the map L R + s B A. Merged by growing it is stored at rank r + a (or the
+largest rank that is smaller than the dense weight), and the budget is counted again; merged by truncation it is cut
+back to rank r. What either loses is measured.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from rankwise.errors import MissingPackageError
+from rankwise.factors import Factors
+from rankwise.layers import LowRankLinear, read_factors, substitute
+from rankwise.models import Site
+from rankwise.repair.training import Training
+
+
+class Lora(Training):
+    """How adapters are trained and merged.
+
+    Attributes:
+        rank: a, of each adapter.
+        alpha: the adapter's product is scaled by alpha / rank.
+        merge: `grow` keeps everything and raises the rank; `truncate` keeps the rank.
+    """
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    relative: bool = False
+    loss: Literal["kl", "lm"] = "lm"
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[int, Field(ge=1)] = 16
+    merge: Literal["grow", "truncate"] = "truncate"
+
+
+def attach_lora(model: Any, sites: Sequence[Site], settings: Lora, seed: int) -> dict[str, nn.Parameter]:
+    """Put a peft adapter on every factored site.
+
+    Returns:
+        What is trained, by name.
+
+    Raises:
+        MissingPackageError: when peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora.layer import LoraLayer
+    except ImportError:
+        raise MissingPackageError("LoRA needs peft.", remedy="pip install 'rankwise[train]'") from None
+
+    adapter = "rankwise"
+
+    class AdaptedLowRank(nn.Module, LoraLayer):
+        """peft's adapter around a low-rank layer: base(x) + s B (A x)."""
+
+        def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:
+            nn.Module.__init__(self)
+            LoraLayer.__init__(self, base_layer)
+            self._active_adapter = adapter_name
+            self.update_layer(adapter_name, options["r"], lora_alpha=options["lora_alpha"], config=options["config"])
+
+        def forward(self, x: Tensor) -> Tensor:
+            down, up = self.lora_A[adapter], self.lora_B[adapter]
+            base: Tensor = self.base_layer(x)
+            return base + (self.scaling[adapter] * up(down(x))).to(base.dtype)
+
+    factored = [site.name for site in sites if isinstance(site.module(model), LowRankLinear)]
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=factored, bias="none"
+    )
+    config._register_custom_module({LowRankLinear: AdaptedLowRank})
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft warns of every layer type that is not its own.
+        warnings.simplefilter("ignore", UserWarning)
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model, adapter_name=adapter)
+    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+def merge_lora(
+    model: Any, sites: Sequence[Site], merge: Literal["grow", "truncate"], limits: Mapping[str, int]
+) -> dict[str, float]:
+    """Bring the adapters into the factors and remove them.
+
+    Args:
+        model: with adapters; changed in place.
+        sites: all sites.
+        merge: `grow` or `truncate`.
+        limits: by site name, the rank beyond which a site does not grow.
+
+    Returns:
+        By site name, the share of the squared norm of the product that is lost; 0 where a site could grow.
+    """
+    lost = {}
+    for site in sites:
+        adapted = site.module(model)
+        base = getattr(adapted, "base_layer", None)
+        if not isinstance(base, LowRankLinear):
+            continue
+        (name,) = adapted.lora_A.keys()
+        old = read_factors(base)
+        scale = adapted.scaling[name]
+        whole = Factors(
+            torch.cat([old.left, scale * adapted.lora_B[name].weight.detach().double().cpu()], 1),
+            torch.cat([old.right, adapted.lora_A[name].weight.detach().double().cpu()]),
+            old.bias,
+        )
+        most = old.rank if merge == "truncate" else max(old.rank, limits[site.name])
+        lost[site.name] = 0.0
+        if whole.rank > most:
+            whole, lost[site.name] = whole.reduced(most)
+        model.set_submodule(site.name, base)
+        substitute(model, site, whole, base.left.weight.dtype)
+    return lost

@@ -1,0 +1,294 @@
+"""Training of a compressed model's few free parameters by the transformers Trainer.
+
+The loss is that of language modelling (`lm`) or the divergence from the original model's predictions (`kl`). What is
+trained, and how it goes back into the factors, is the business of the files beside this one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rankwise.data.instructions import IGNORED
+from rankwise.device import computing
+from rankwise.errors import MissingPackageError, NotFiniteError, RecipeError
+from rankwise.repair.parameters import relative_groups
+
+Teacher = Callable[[Tensor, Tensor], Tensor]
+"""Token ids and attention mask, both `[batch, tokens]` -> logits of the original model."""
+
+_WEIGHTS = "trained.safetensors"
+
+
+class Training(BaseModel):
+    """How parameters are trained.
+
+    Attributes:
+        epochs: passes over the examples.
+        batch_size: examples a step.
+        micro_batch: examples in memory at a time; gradients are accumulated up to `batch_size`.
+        lr: step size of Adam, warmed up and then falling as a cosine.
+        relative: whether `lr` is relative to the root mean square of each tensor.
+        loss: `lm`, or `kl` to the original model.
+        warm_up: fraction of the steps.
+        save_every: steps between checkpoints of the training itself.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: Annotated[float, Field(gt=0)] = 2
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    micro_batch: Annotated[int, Field(ge=1)] = 8
+    lr: Annotated[float, Field(gt=0)] = 0.01
+    relative: bool = True
+    loss: Literal["kl", "lm"] = "kl"
+    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    save_every: Annotated[int, Field(ge=1)] = 100
+
+
+def steps_of(settings: Training, count: int) -> int:
+    """Steps of the optimiser for a training on `count` examples; the last step of an epoch may be a short one."""
+    micro, accumulate = _micro(settings)
+    return max(1, round(settings.epochs * math.ceil(math.ceil(count / micro) / accumulate)))
+
+
+def _micro(settings: Training) -> tuple[int, int]:
+    """Examples in memory at a time, and how many times that make up `batch_size` exactly."""
+    size = settings.batch_size
+    accumulate = next(a for a in range(math.ceil(size / settings.micro_batch), size + 1) if size % a == 0)
+    return size // accumulate, accumulate
+
+
+@dataclass(frozen=True)
+class _Rows(torch.utils.data.Dataset):
+    ids: Sequence[Tensor]
+    labels: Sequence[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.labels[index]}
+
+
+def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Pad on the right; padding is masked and not learned from."""
+
+    def padded(key: str, value: int) -> Tensor:
+        return nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=value)
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    ids = padded("input_ids", 0)
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", IGNORED)}
+
+
+def token_losses(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
+    """The loss summed over the tokens that are learned from.
+
+    Args:
+        logits: shape `[batch, tokens, vocabulary]`.
+        labels: shape `[batch, tokens]`; a token is predicted from the one before it.
+        teacher_logits: the original's, for KL(original || compressed); None for language modelling.
+    """
+    wanted = labels[:, 1:] != IGNORED
+    logs = logits[:, :-1][wanted].float().log_softmax(-1)
+    if teacher_logits is None:
+        return -logs.gather(-1, labels[:, 1:][wanted].unsqueeze(-1)).sum()
+    goal = teacher_logits[:, :-1][wanted].float().log_softmax(-1)
+    return nn.functional.kl_div(logs, goal, reduction="sum", log_target=True)
+
+
+@torch.no_grad()
+def mean_loss(model: Any, examples: Any, settings: Training, teacher: Teacher | None) -> float:
+    """The loss a token over all examples, as training counts it.
+
+    Args:
+        model: the model.
+        examples: `rankwise.data.Examples`.
+        settings: say which loss, and how many examples at a time.
+        teacher: the original's predictions; needed for `kl`.
+    """
+    rows = _Rows(examples.ids, examples.labels)
+    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    for start in range(0, len(rows), settings.micro_batch):
+        batch = _collate([rows[i] for i in range(start, min(start + settings.micro_batch, len(rows)))])
+        batch = {key: value.to(device) for key, value in batch.items()}
+        goal = (
+            None if settings.loss == "lm" or teacher is None else teacher(batch["input_ids"], batch["attention_mask"])
+        )
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        total += float(token_losses(logits, batch["labels"], goal))
+        count += int((batch["labels"][:, 1:] != IGNORED).sum())
+    return total / max(1, count)
+
+
+def train(
+    model: Any,
+    parameters: dict[str, nn.Parameter],
+    examples: Any,
+    settings: Training,
+    *,
+    teacher: Teacher | None,
+    folder: Path,
+    seed: int,
+    step_done: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+) -> list[dict[str, float]]:
+    """Train, in place. A training that was killed goes on from its last checkpoint in `folder`.
+
+    Args:
+        model: the compressed model, every parameter frozen.
+        parameters: what is trained, by name.
+        examples: `rankwise.data.Examples`.
+        settings: how.
+        teacher: the original's predictions; needed for `kl`.
+        folder: for checkpoints of the training.
+        seed: for the order of examples.
+        step_done: told step, number of steps, and loss.
+
+    Returns:
+        The loss curve: step, loss a token in nats, and step size.
+
+    Raises:
+        MissingPackageError: when accelerate is not installed.
+        NotFiniteError: when the loss is no longer finite.
+    """
+    try:
+        import accelerate
+    except ImportError:
+        raise MissingPackageError("Training needs accelerate.", remedy="pip install 'rankwise[train]'") from None
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    micro, accumulate = _micro(settings)
+    steps = steps_of(settings, len(examples))
+    device = next(model.parameters()).device
+    if device.index not in (None, 0):
+        raise RecipeError(
+            f"Training runs on the first GPU, not on {device}.",
+            where="device",
+            remedy=f"set CUDA_VISIBLE_DEVICES={device.index} and use --device cuda",
+        )
+    half = model.get_input_embeddings().weight.dtype if device.type != "cpu" else torch.float32
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulate,
+        max_steps=steps,
+        learning_rate=settings.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(settings.warm_up * steps),
+        weight_decay=0.0,
+        bf16=half == torch.bfloat16,
+        fp16=half == torch.float16,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type != "cpu",
+        remove_unused_columns=False,
+        seed=seed,
+        log_level="error",
+    )
+
+    # One device, the model's: several GPUs would each take a batch, and make more of one step than was asked for.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+
+    class Told(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                if not math.isfinite(logs["loss"]):
+                    raise NotFiniteError(
+                        "The loss of the training is NaN or infinite.",
+                        where=f"step {state.global_step}",
+                        remedy="lower lr",
+                    )
+                step_done(state.global_step, steps, float(logs["loss"]))
+
+    class Recovery(Trainer):
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            # Dropout stays off: the model is repaired, not trained anew.
+            model.eval()
+            labels, ids, mask = inputs["labels"], inputs["input_ids"], inputs["attention_mask"]
+            whole = bool(mask.all())
+            goal = None
+            with computing(model):
+                if settings.loss == "kl":
+                    assert teacher is not None
+                    with torch.no_grad():
+                        goal = teacher(ids, mask)
+                logits = model(input_ids=ids, attention_mask=None if whole else mask, use_cache=False).logits
+            count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORED).sum()
+            loss = token_losses(logits, labels, goal) / count
+            return (loss, logits) if return_outputs else loss
+
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            """Only what is trained: the rest does not change."""
+            target = Path(output_dir or folder)
+            target.mkdir(parents=True, exist_ok=True)
+            save_file({n: p.detach().cpu().contiguous() for n, p in parameters.items()}, target / _WEIGHTS)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            for name, values in load_file(Path(resume_from_checkpoint) / _WEIGHTS).items():
+                parameters[name].data.copy_(values)
+
+    if settings.relative:
+        groups = relative_groups(parameters.values(), settings.lr)
+    else:
+        groups = [{"params": list(parameters.values()), "lr": settings.lr}]
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    use_cache = getattr(model.config, "use_cache", None)
+    try:
+        trainer = Recovery(
+            model=model,
+            args=arguments,
+            train_dataset=_Rows(examples.ids, examples.labels),
+            data_collator=_collate,
+            callbacks=[Told()],
+            optimizers=(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0), None),
+        )
+        trainer.model_accepts_loss_kwargs = True
+        # Whatever the model's own loss does, ours does not count the first token, which is predicted from nothing.
+        trainer._loss_shifts_labels = True
+        for callback in list(trainer.callback_handler.callbacks):
+            if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+                trainer.remove_callback(callback)
+        last = _last_checkpoint(folder)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        history = [
+            {"step": row["step"], "loss": row["loss"], "lr": row["learning_rate"]}
+            for row in trainer.state.log_history
+            if "loss" in row
+        ]
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        model.eval()
+        # The Trainer leaves marks on the model: a setting that would be saved, and on a GPU a wrapped forward.
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        if hasattr(model, "_original_forward"):
+            accelerate.utils.extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    return history
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a training, or None."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists() and (p / _WEIGHTS).exists()]
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)

@@ -1,0 +1,78 @@
+"""Recipes: every ready one is valid, every mistake names its place and the nearest right word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rankwise.errors import RecipeError
+from rankwise.methods import METHODS, method_named
+from rankwise.recipes import Recipe, read_recipe, ready_recipes, recipe_from, set_value
+
+
+@pytest.mark.parametrize("name", ready_recipes())
+def test_ready_recipes_are_valid_and_survive_a_round_trip(name: str) -> None:
+    recipe = recipe_from({"model": "M", **read_recipe(name)})
+    assert recipe_from(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
+
+
+def test_every_method_can_be_named() -> None:
+    for name, kind in METHODS.items():
+        assert type(method_named(name)) is kind
+        size = {"budget": {"bits": 3}} if kind.quantizes else {}
+        assert recipe_from({"model": "M", "method": name, **size}).method == kind()
+        assert recipe_from({"model": "M", "method": {"name": name}, **size}).method == kind()
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"modle": "M"}, r"'modle' is no key(.|\n)*did you mean 'model'"),
+        ({"model": "M", "budget": {"kep": 1}}, r"'kep' is no key(.|\n)*budget\.kep(.|\n)*'keep'"),
+        ({"model": "M", "calibration": {"sequence": 1}}, r"did you mean 'sequences'"),
+        ({"model": "M", "method": {"name": "bolaco", "group": 4}}, r"method\.group(.|\n)*did you mean 'groups'"),
+        ({"model": "M", "method": "bolacco"}, "did you mean 'bolaco'"),
+        ({"model": "M", "method": {"name": "bolacco"}}, "did you mean 'bolaco'"),
+        ({"model": "M", "allocation": "uniformly"}, "did you mean 'uniform'"),
+        ({"method": "svd"}, "'model' is missing"),
+        ({"model": "M", "budget": {"keep": 0}}, r"budget\.keep.*greater than 0.*given: 0"),
+        ({"model": "M", "budget": {"keep": 1.5}}, r"less than or equal to 1"),
+        ({"model": "M", "budget": {"rank_multiple": 0}}, r"rank_multiple"),
+        ({"model": "M", "calibration": {"source": "txt:x"}}, "did you mean 'text'"),
+        ({"model": "M", "format": "densee"}, "format"),
+        ({"model": "M", "max_shard_size": "much"}, "max_shard_size"),
+    ],
+)
+def test_mistakes_are_explained(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        recipe_from(values)
+
+
+def test_overrides_reach_any_depth_and_named_nodes() -> None:
+    values: dict[str, Any] = {"model": "M", "method": "bolaco"}
+    set_value(values, "method.groups", 4)
+    set_value(values, "budget.rank_multiple", 1)
+    recipe = recipe_from(values)
+    assert recipe.method.model_dump() == {"name": "bolaco", "groups": 4, "bias": True}
+    assert recipe.budget.rank_multiple == 1
+    fresh: dict[str, Any] = {"model": "M"}
+    set_value(fresh, "method.damping", 1e-3)
+    assert recipe_from(fresh).method == Recipe(model="M").method.model_copy(update={"damping": 1e-3})
+    with pytest.raises(RecipeError, match="holds a value"):
+        set_value(values, "model.x", 1)
+
+
+def test_unreadable_recipes_say_why(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- a\n")
+    (tmp_path / "bad.yaml").write_text("a: [1,\n")
+    for name, says in (
+        (str(tmp_path / "list.yaml"), "not a mapping"),
+        (str(tmp_path / "bad.yaml"), "not YAML"),
+        (str(tmp_path / "none.yaml"), "cannot be read"),
+        ("lord-2", "did you mean 'lord-20'"),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            read_recipe(name)

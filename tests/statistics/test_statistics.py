@@ -1,0 +1,286 @@
+"""Statistics: merging is addition, groups drop nothing, streams agree with watching every output."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conftest import tiny_llama
+from rankwise.errors import NotFiniteError
+from rankwise.models import Site, find_sites, share_inputs
+from rankwise.progress import Reporter
+from rankwise.statistics import (
+    Moments,
+    Need,
+    PooledMoments,
+    Request,
+    SiteStatistics,
+    Store,
+    collect,
+    save_record,
+    streams_of,
+)
+from rankwise.statistics.collect import group_ends
+from rankwise.statistics.curvature import CurvatureSums, block_size, squared_rows
+from rankwise.statistics.moments import MomentSums
+
+
+def samples(count: int, d: int, seed: int, offset: float = 0.0) -> Tensor:
+    return torch.randn(count, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + offset
+
+
+@given(
+    counts=st.lists(st.integers(1, 20), min_size=2, max_size=5), seed=st.integers(0, 10**6), offset=st.floats(-50, 50)
+)
+@settings(deadline=None)
+def test_merging_equals_collecting_together_in_any_order(counts: list[int], seed: int, offset: float) -> None:
+    parts = [samples(count, 4, seed + i, offset * i) for i, count in enumerate(counts)]
+    whole = Moments.of(torch.cat(parts))
+    moments = [Moments.of(part) for part in parts]
+    left = moments[0]
+    for each in moments[1:]:
+        left = left.merge(each)
+    right = moments[-1]
+    for each in reversed(moments[:-1]):
+        right = each.merge(right)
+    for merged in (left, right):
+        assert merged.count == whole.count
+        torch.testing.assert_close(merged.mean, whole.mean, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(merged.scatter, whole.scatter, atol=1e-6, rtol=1e-9)
+
+
+def test_welford_is_merging_one_vector_at_a_time() -> None:
+    x = samples(30, 5, 0, 7.0)
+    moments = Moments.of(x[:1])
+    for row in x[1:]:
+        moments = moments.merge(Moments.of(row[None]))
+    torch.testing.assert_close(moments.covariance(), torch.cov(x.T))
+    torch.testing.assert_close(moments.second_moment(), x.T @ x / 30)
+
+
+def test_float32_sums_keep_the_covariance_of_inputs_with_a_large_mean() -> None:
+    x = samples(4000, 6, 1, 3000.0)
+    sums = MomentSums(6, torch.device("cpu"))
+    for part in x.float().split(700):
+        sums.add(part)
+    torch.testing.assert_close(sums.take().covariance(), torch.cov(x.float().double().T), atol=2e-3, rtol=2e-3)
+    assert sums.empty
+
+
+@pytest.mark.parametrize("d", [1, 127, 300])
+def test_float32_sums_give_both_halves_of_the_gram_matrix(d: int) -> None:
+    x = samples(50, d, 2).float()
+    sums = MomentSums(d, torch.device("cpu"))
+    sums.add(x)
+    found = sums.take()
+    torch.testing.assert_close(found.scatter, Moments.of(x).scatter, atol=1e-3, rtol=1e-4)
+    assert torch.equal(found.scatter, found.scatter.T)
+
+
+@given(sequences=st.integers(1, 200), groups=st.integers(1, 40))
+def test_groups_are_equal_to_within_one_and_drop_no_sequence(sequences: int, groups: int) -> None:
+    groups = min(groups, sequences)
+    ends = group_ends(sequences, groups)
+    lengths = [b - a for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    assert sum(lengths) == sequences
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_squared_rows_equal_the_squared_weight_gradient() -> None:
+    x, g = samples(3 * 5, 4, 2).view(3, 5, 4), samples(3 * 5, 6, 3).view(3, 5, 6)
+    expected = sum((g[i].T @ x[i]).square().sum(1) for i in range(3))
+    torch.testing.assert_close(squared_rows(x, g), expected)
+
+
+@given(m=st.integers(1, 60), largest=st.integers(0, 80))
+def test_block_sizes_divide(m: int, largest: int) -> None:
+    size = block_size(m, largest)
+    assert m % size == 0
+    assert size <= max(1, largest)
+
+
+def test_curvature_blocks_are_blocks_of_the_full_matrix() -> None:
+    g = samples(50, 6, 4).float()
+    full, parts = CurvatureSums(6, 6, torch.device("cpu")), CurvatureSums(6, 2, torch.device("cpu"))
+    full.add(g)
+    parts.add(g)
+    whole, blocks = full.take().value()[0], parts.take().value()
+    for i in range(3):
+        torch.testing.assert_close(blocks[i], whole[2 * i : 2 * i + 2, 2 * i : 2 * i + 2])
+
+
+class Setup:
+    """A tiny model, its sites and random tokens."""
+
+    def __init__(self, sequences: int = 11) -> None:
+        self.model = tiny_llama()
+        self.tokens = torch.randint(0, 2048, (sequences, 9), generator=torch.Generator().manual_seed(5))
+        self.sites = share_inputs(self.model, find_sites(self.model), self.tokens[:1])
+
+    def site(self, name: str) -> Site:
+        return next(site for site in self.sites if site.name.endswith(name))
+
+    def outputs(self, site: Site) -> Tensor:
+        """What a hook on the site's output sees, shape [sequences, tokens, m], float64."""
+        seen: list[Tensor] = []
+        handle = site.module(self.model).register_forward_hook(lambda _m, _a, y: seen.append(y.detach().double()))
+        with torch.no_grad():
+            self.model(input_ids=self.tokens)
+        handle.remove()
+        return seen[0]
+
+    def statistics(self, folder: Path, site: Site, *requests: Request, **options: Any) -> SiteStatistics:
+        options = {"batch_size": 4, **options}
+        records = collect(self.model, self.sites, self.tokens, requests, **options)
+        for need, by_stream in records.items():
+            for key, record in by_stream.items():
+                save_record(folder / need / f"{key}.safetensors", record)
+        stream_of = {n: {name: s.key for s in streams_of(n, self.sites) for name in s.sites} for n in records}
+        store = Store({need: folder / need for need in records}, stream_of)
+        weight = site.weight(self.model).double()
+        return SiteStatistics(site, weight, site.bias(self.model), store)
+
+
+@pytest.mark.parametrize("name", ["0.self_attn.q_proj", "1.self_attn.v_proj", "0.mlp.up_proj", "1.mlp.down_proj"])
+def test_input_statistics_give_the_outputs_moments(name: str, tmp_path: Path) -> None:
+    setup = Setup()
+    site = setup.site(name)
+    y = setup.outputs(site).flatten(0, 1)
+    seen = setup.statistics(tmp_path, site, Request(Need.MOMENTS)).covariance()
+    weight = site.weight(setup.model).double()
+    measured = seen.outputs if seen.outputs is not None else seen.inputs.output_moment(weight)
+    assert (seen.outputs is not None) == ("down" in name)
+    torch.testing.assert_close(seen.mean_output, y.mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(measured, torch.cov(y.T), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("groups", "batch_size"), [(4, 4), (4, 3), (3, 11), (11, 2)])
+def test_pooled_covariance_averages_groups_that_hold_every_sequence(
+    groups: int, batch_size: int, tmp_path: Path
+) -> None:
+    setup = Setup()
+    site = setup.site("0.mlp.down_proj")
+    y = setup.outputs(site)
+    ends = group_ends(len(y), groups)
+    parts = [y[a:b].flatten(0, 1) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    expected = sum(torch.cov(part.T) for part in parts) / groups
+    request = Request(Need.POOLED_MOMENTS, groups=groups)
+    seen = setup.statistics(tmp_path, site, request, batch_size=batch_size).pooled_covariance()
+    assert seen.outputs is not None
+    torch.testing.assert_close(seen.outputs, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(seen.mean_output, sum(p.mean(0) for p in parts) / groups, atol=1e-5, rtol=1e-4)
+
+
+def test_one_group_is_the_sample_covariance() -> None:
+    moments = Moments.of(samples(20, 3, 6))
+    torch.testing.assert_close(PooledMoments.of_group(moments).covariance(), moments.covariance())
+
+
+def test_fewer_sequences_than_groups_means_fewer_groups_and_is_said() -> None:
+    setup = Setup(sequences=3)
+    reporter = Reporter(show=False)
+    records = collect(
+        setup.model, setup.sites, setup.tokens, [Request(Need.POOLED_MOMENTS)], batch_size=8, reporter=reporter
+    )
+    assert {record.groups for record in records[Need.POOLED_MOMENTS].values()} == {3}
+    assert reporter.notes == ["3 calibration sequences make 3 pooling groups, not 32"]
+
+
+def test_absolute_mean(tmp_path: Path) -> None:
+    setup = Setup()
+    site = setup.site("0.self_attn.o_proj")
+    seen: list[Tensor] = []
+    site.module(setup.model).register_forward_pre_hook(lambda _m, a: seen.append(a[0].detach()))
+    found = setup.statistics(tmp_path, site, Request(Need.ABSOLUTE_MEAN), batch_size=11).absolute_mean()
+    torch.testing.assert_close(found, seen[0].double().abs().mean((0, 1)), atol=1e-6, rtol=1e-5)
+
+
+def test_gradients_are_those_of_the_text_loss(tmp_path: Path) -> None:
+    """Curvature and row Fisher against autograd on the weights themselves."""
+    setup = Setup(sequences=5)
+    site = setup.site("1.mlp.gate_proj")
+    requests = (Request(Need.CURVATURE, labels="text"), Request(Need.ROW_FISHER, labels="text"))
+    found = setup.statistics(tmp_path, site, *requests, batch_size=2)
+    weight = site.module(setup.model).weight.requires_grad_()
+    rows, second = torch.zeros(site.m).double(), torch.zeros(site.m, site.m).double()
+    for sequence in setup.tokens:
+        kept: list[Tensor] = []
+        handle = site.module(setup.model).register_forward_hook(
+            lambda _m, _a, y, kept=kept: (y.retain_grad(), kept.append(y))[0]
+        )
+        logits = setup.model(input_ids=sequence[None]).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum").backward()
+        handle.remove()
+        g = kept[0].grad[0].double()
+        second += g.T @ g
+        rows += weight.grad.double().square().sum(1)
+        weight.grad = None
+    torch.testing.assert_close(found.curvature()[0], second / setup.tokens.numel(), atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(found.row_fisher(), rows / len(setup.tokens), atol=1e-6, rtol=1e-3)
+
+
+def test_the_backward_pass_leaves_no_gradient_on_any_weight() -> None:
+    setup = Setup()
+    for parameter in setup.model.parameters():
+        parameter.requires_grad_(True)
+    collect(setup.model, setup.sites, setup.tokens, [Request(Need.CURVATURE, labels="sampled")], batch_size=4)
+    assert all(parameter.grad is None for parameter in setup.model.parameters())
+    assert all(parameter.requires_grad for parameter in setup.model.parameters())
+
+
+def test_a_small_memory_limit_cuts_curvature_to_blocks_and_says_so() -> None:
+    setup = Setup()
+    reporter = Reporter(show=False)
+    request = Request(Need.CURVATURE, labels="text", curvature_gb=1e-4)
+    records = collect(setup.model, setup.sites, setup.tokens, [request], batch_size=4, reporter=reporter)
+    total = sum(record.blocks.numel() for record in records[Need.CURVATURE].values())
+    assert total * 12 <= 1e-4 * 1e9 < sum(site.m**2 for site in setup.sites) * 12
+    assert "diagonal blocks" in reporter.notes[0]
+
+
+def test_an_activation_that_is_not_finite_names_the_layer() -> None:
+    setup = Setup()
+    with torch.no_grad():
+        setup.model.model.layers[1].input_layernorm.weight[3] = float("inf")
+    with pytest.raises(NotFiniteError, match=r"layers\.1\.self_attn\.q_proj"):
+        collect(setup.model, setup.sites, setup.tokens, [Request(Need.MOMENTS)], batch_size=4)
+
+
+def test_a_pass_killed_between_snapshots_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["rankwise.statistics.collect"]
+    monkeypatch.setattr(module, "_SNAPSHOT_SECONDS", 0.0)
+    setup = Setup(sequences=12)
+    requests = [Request(Need.MOMENTS, groups=6), Request(Need.CURVATURE, groups=6, labels="sampled")]
+
+    def run(snapshot: Path | None) -> Any:
+        return collect(setup.model, setup.sites, setup.tokens, requests, batch_size=2, snapshot=snapshot)
+
+    whole = run(None)
+    real, calls = module._backward, []
+
+    def dies(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(module, "_backward", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "snapshot")
+    resumed = run(tmp_path / "snapshot")
+    assert len(calls) == 4 + 3  # three of six batches were not done again
+    for need in (Need.MOMENTS, Need.CURVATURE):
+        for key, record in whole[need].items():
+            again = resumed[need][key]
+            assert record.count == again.count
+            field = "scatter" if need is Need.MOMENTS else "blocks"
+            assert torch.equal(getattr(record, field), getattr(again, field))
