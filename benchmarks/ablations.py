@@ -152,7 +152,7 @@ def transfer(kept: Kept, shared: Path, run: Path) -> str:
                 "model": model,
                 "method": "bolaco",
                 "allocation": allocation,
-                "budget": {"keep": 0.4, "rank_multiple": 1},
+                "budget": {"keep": 0.4, "rank_multiple": 1, "storage": "two_factor"},
                 "calibration": calibration,
                 "validation": valid,
             }
@@ -200,7 +200,7 @@ def objectives(kept: Kept, shared: Path, run: Path) -> str:
         values["allocation"] = {**values["allocation"], **settings}
         row = [name]
         for keep in keeps:
-            values["budget"] = {"keep": keep, "rank_multiple": 1}
+            values["budget"] = {"keep": keep, "rank_multiple": 1, "storage": "two_factor"}
             figures = [
                 once(
                     kept,

@@ -147,7 +147,7 @@ def main() -> None:
             for keep in KEEPS[model]:
                 label = {"row": row, "keep": keep, "seed": seed}
                 if kept.get(label) is None:
-                    budget = {"keep": keep, "rank_multiple": 1}
+                    budget = {"keep": keep, "rank_multiple": 1, "storage": "two_factor"}
                     found = measure(
                         model, shared, folder / "run", method=method, allocation=allocation, budget=budget, seed=seed
                     )

@@ -21,7 +21,15 @@ from rankwise.checkpoints import load_model
 from rankwise.device import best_device
 from rankwise.progress import Reporter
 from rankwise.quantizers import Hessian, Rotation, codebook_named, ldlq, weighed_error
-from rankwise.quantizers.codes import SECOND_SCALE, decode, e8_short_values, e8p_patterns, e8p_values, tables_for
+from rankwise.quantizers.codes import (
+    SECOND_SCALE,
+    decode,
+    e8_short_values,
+    e8p_patterns,
+    e8p_values,
+    tables_for,
+    tile_of,
+)
 from rankwise.quantizers.lattice import nearest_e8p, nearest_short, round_e8p
 from rankwise.recipes import recipe_from
 from rankwise.runs import Run
@@ -85,7 +93,7 @@ def feedback_rows() -> list[list[str]]:
             weight, seen = stages.weight_and_statistics(work, store, site)
             rotation = Rotation.drawn(site.m, site.n, stages.draw_for(work, site))
             hessian = Hessian(rotation.hessian(Hessian.of(seen.input_second_moment(), 0.01).matrix), 0.01)
-            target, feedback = rotation.weight(weight), hessian.feedback()
+            target, feedback = rotation.weight(weight), hessian.feedback(tile_of("e8p")[1])
             for name, bits in kinds:
                 codebook = codebook_named(name, bits, by_row=True)
                 for factor in FACTORS:
@@ -103,7 +111,7 @@ def pass_seconds() -> list[tuple[str, int, float]]:
     hessian = Hessian.of((inputs.T @ inputs / len(inputs)).double(), 0.01)
     weight = torch.randn(SIDE, SIDE, generator=source).to(device).double()
     started = time.perf_counter()
-    feedback = hessian.feedback()
+    feedback = hessian.feedback(tile_of("e8p")[1])
     rows = [("factor of H", 0, time.perf_counter() - started)]
     for name, bits in (("e8p", 2), ("e8p", 3), ("e8p", 4), ("uniform", 2)):
         codebook = codebook_named(name, bits, by_row=True)

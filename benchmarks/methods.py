@@ -48,7 +48,7 @@ def main() -> None:
                             "model": str(shared / "models" / model),
                             "method": method,
                             "allocation": "uniform",
-                            "budget": {"keep": keep, "rank_multiple": 1},
+                            "budget": {"keep": keep, "rank_multiple": 1, "storage": "two_factor"},
                             "calibration": calibration,
                             "evaluation": evaluation,
                         }

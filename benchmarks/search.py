@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,21 @@ import torch
 from common import markdown_table, shared_directory, write_result
 from methods import protocols
 from rankwise import stages
-from rankwise.allocation import Tails
+from rankwise.allocation import Cuts, MultipleChoice, Problem, fill
 from rankwise.allocation.spaces import Space
 from rankwise.allocation.surrogate import propose
 from rankwise.checkpoints import load_model
 from rankwise.evaluation import Objective, ObjectiveSettings
 from rankwise.factors import Basis
 from rankwise.layers import sliced, substitute
+from rankwise.layers.sliced import Beside
+from rankwise.methods import estimated_losses
 from rankwise.models import Site, find_sites
 from rankwise.progress import Reporter
+from rankwise.quantizers import Rotation
 from rankwise.recipes import recipe_from
 from rankwise.runs import Run
-from rankwise.sizes import Budget
+from rankwise.sizes import DENSE, Allowance, Budget, Form, low_rank_candidates
 
 KEEPS = (0.8, 0.6, 0.4)
 ROUNDS = 9
@@ -59,39 +63,40 @@ def trials(shared: Path, folder: str) -> tuple[list[list[str]], list[dict[str, A
             "method": "two_sided",
             "calibration": calibration,
             "validation": {"source": f"text:{shared}/data/wikitext2.valid.txt", "sequences": 32, "length": 256},
-            "budget": {"keep": 0.8, "rank_multiple": 1},
+            "budget": {"keep": 0.8, "rank_multiple": 1, "storage": "two_factor"},
         }
     )
     reporter = Reporter(show=False)
     loaded = load_model(recipe.model)
     texts = stages.read_texts(recipe, loaded, reporter, validate=True)
     work = stages.begin(recipe, Run(Path(folder)), loaded, texts, reporter)
-    bases = stages.decompose_sites(work, stages.collect_statistics(work))
+    outlooks = stages.Outlooks(work, stages.collect_statistics(work))
+    outlooks.look()
     assert texts.validation is not None
     ids = texts.validation.ids
-    kept = {site.name: stages.load_basis(bases / f"{site.name}.safetensors") for site in work.sites}
+    kept = {site.name: outlooks.of(site, 0).basis for site in work.sites}
     rows, figures = [], []
     for form in ("top_k", "head_inputs"):
         settings = ObjectiveSettings(predictions=form)
         with sliced(
             loaded.model,
             work.sites,
-            lambda s: {None: (None, kept[s.name])},
-            recipe.budget.largest_rank,
+            lambda s: {0: (None, Rotation(), kept[s.name])},
+            work.problem.candidates,
             loaded.stored_dtypes,
-        ) as set_ranks:
-            objective = Objective(loaded.model, ids, settings, set_ranks)
+        ) as set_cuts:
+            objective = Objective(loaded.model, ids, settings, set_cuts)
             for keep in KEEPS:
-                plan = Budget(keep=keep, rank_multiple=1).fill(work.sites, {s.name: 1.0 for s in work.sites})
+                plan = uniform(work.problem, keep)
                 ratios = []
                 for _ in range(ROUNDS):
-                    set_ranks({site.name: None for site in work.sites})
+                    set_cuts({site.name: DENSE for site in work.sites})
                     bare = clock(bare_forward, loaded.model, ids)
                     ratios.append(clock(objective, plan) / bare)
                 figures.append({"form": form, "keep": keep, "ratio": statistics.median(ratios), "all": ratios})
                 rows.append([f"{form}, keep {keep}", f"{statistics.median(ratios):.2f}", spread(ratios)])
-    objective = Objective(loaded.model, ids, ObjectiveSettings(predictions="top_k"), lambda _ranks: None)
-    plan = Budget(keep=0.8, rank_multiple=1).fill(work.sites, {s.name: 1.0 for s in work.sites})
+    objective = Objective(loaded.model, ids, ObjectiveSettings(predictions="top_k"), lambda _cuts: None)
+    plan = uniform(work.problem, 0.8)
     ratios = []
     for _ in range(5):
         bare = clock(bare_forward, loaded.model, ids)
@@ -114,12 +119,14 @@ def bare_forward(model: Any, ids: torch.Tensor) -> None:
         model(input_ids=batch.to(model.device), use_cache=False)
 
 
-def rebuild(model: Any, sites: list[Site], kept: dict[str, Basis], plan: dict[str, Any], objective: Objective) -> None:
+def rebuild(model: Any, sites: list[Site], kept: dict[str, Basis], plan: Cuts, objective: Objective) -> None:
     """A trial as research code does it: a copy of the model, new layers, a forward."""
     copied = copy.deepcopy(model)
     for site in sites:
-        if plan[site.name] is not None:
-            substitute(copied, site, kept[site.name].truncate(plan[site.name]))
+        rank = plan[site.name].rank
+        if rank is not None:
+            dtype = site.weight(copied).dtype
+            substitute(copied, site.name, kept[site.name].truncate(rank), "two_factor", dtype)
     objective.model = copied
     objective(plan)
     objective.model = model
@@ -129,11 +136,11 @@ class Cube(Space):
     """d coordinates with one equation, for timing alone."""
 
     def __init__(self, d: int) -> None:
-        self.name, self.labels, self.sites = "cube", [str(i) for i in range(d)], []
+        self.name, self.labels = "cube", [str(i) for i in range(d)]
         self.lower, self.upper = torch.full((d,), 0.2).double(), torch.ones(d).double()
         self.weights, self.total, self.attention = torch.full((d,), 1 / d).double(), 0.6, [False] * d
 
-    def ranks(self, point: torch.Tensor) -> dict[str, Any]:
+    def cuts(self, point: torch.Tensor) -> Cuts:
         return {}
 
     def starts(self, plan: Any, coordinates: Any) -> list[tuple[str, torch.Tensor]]:
@@ -157,9 +164,35 @@ def optimiser() -> tuple[list[list[str]], list[dict[str, Any]]]:
     return rows, figures
 
 
-def plan_afresh(sites: list[Site], energies: dict[str, torch.Tensor], budget: Budget) -> None:
+def uniform(problem: Problem, keep: float) -> Cuts:
+    """The same fraction of every site."""
+    budget = problem.allowance.budget.model_copy(update={"keep": keep})
+    asked = replace(problem, allowance=replace(problem.allowance, budget=budget))
+    return fill(asked, {site.name: 1.0 for site in problem.sites})
+
+
+def problem_of(sites: list[Site], keep: float, multiple: int) -> Problem:
+    """What a plan of low rank chooses from, in two factors of 16-bit numbers."""
+    budget = Budget(keep=keep, rank_multiple=multiple, storage="two_factor")
+    form = Form(storage="two_factor")
+    shapes = {(site.m, site.n) for site in sites}
+    tables = {shape: low_rank_candidates(shape, form, multiple) for shape in shapes}
+    allowance = Allowance(budget, sum(site.parameters for site in sites), form.number_bits)
+    return Problem(sites, {site.name: tables[site.m, site.n] for site in sites}, form, allowance)
+
+
+def with_losses(problem: Problem, energies: dict[str, torch.Tensor]) -> Problem:
+    """The same with losses from energies."""
+    tables = {
+        name: table.with_losses(estimated_losses(table, {0: energies[name]}, {0: {}}))
+        for name, table in problem.candidates.items()
+    }
+    return replace(problem, candidates=tables)
+
+
+def plan_afresh(sites: list[Site], energies: dict[str, torch.Tensor], multiple: int) -> None:
     """Candidates and plan."""
-    Tails(sites, energies, budget).plan()
+    MultipleChoice(with_losses(problem_of(sites, 0.8, multiple), energies)).plan()
 
 
 def spectral() -> tuple[list[list[str]], list[dict[str, Any]]]:
@@ -175,10 +208,9 @@ def spectral() -> tuple[list[list[str]], list[dict[str, Any]]]:
     }
     rows, figures = [], []
     for multiple in (8, 1):
-        budget = Budget(keep=0.8, rank_multiple=multiple)
-        whole = clock(plan_afresh, sites, energies, budget)
-        tails = Tails(sites, energies, budget)
-        again = clock(tails.plan)
+        whole = clock(plan_afresh, sites, energies, multiple)
+        choice = MultipleChoice(with_losses(problem_of(sites, 0.8, multiple), energies))
+        again = clock(choice.plan)
         figures.append({"rank_multiple": multiple, "seconds": whole, "seconds_again": again})
         rows.append([str(multiple), f"{whole:.2f}", f"{again:.2f}"])
     return rows, figures
@@ -194,23 +226,23 @@ def large_trials() -> tuple[list[list[str]], list[dict[str, Any]]]:
         model: Any = LlamaForCausalLM(config).eval()
     model.to(torch.bfloat16)
     sites = find_sites(model)
-    budget = Budget(keep=0.8)
+    problem = problem_of(sites, 0.8, 8)
 
-    def basis(site: Site) -> dict[int | None, tuple[torch.Tensor | None, Basis]]:
-        k = budget.largest_rank(site)
+    def load(site: Site) -> dict[int, Beside]:
+        k = problem.candidates[site.name].largest_rank
         scale = (site.m * k) ** -0.25
         made = Basis(torch.randn(site.m, k) * scale, torch.randn(k, site.n) * scale, torch.ones(k))
-        return {None: (None, made)}
+        return {0: (None, Rotation(), made)}
 
     rows, figures = [], []
     ids = torch.randint(0, 32000, (16, 2048))
-    with sliced(model, sites, basis, budget.largest_rank, {}) as set_ranks:
-        objective = Objective(model, ids, ObjectiveSettings(), set_ranks, batch_size=4)
+    with sliced(model, sites, load, problem.candidates, {}) as set_cuts:
+        objective = Objective(model, ids, ObjectiveSettings(), set_cuts, batch_size=4)
         for keep in KEEPS:
-            plan = Budget(keep=keep).fill(sites, {s.name: 1.0 for s in sites})
+            plan = uniform(problem, keep)
             ratios = []
             for _ in range(ROUNDS):
-                set_ranks({site.name: None for site in sites})
+                set_cuts({site.name: DENSE for site in sites})
                 bare = clock(bare_forward, model, ids)
                 ratios.append(clock(objective, plan) / bare)
             figures.append({"keep": keep, "ratio": statistics.median(ratios), "all": ratios, "bare_seconds": bare})

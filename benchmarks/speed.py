@@ -24,7 +24,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from common import markdown_table, write_result
 from rankwise.layers import LowRankLinear, PivotedLinear
 from rankwise.models import Site, find_sites
-from rankwise.sizes import Budget
+from rankwise.sizes import Form
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -34,6 +34,7 @@ CONTEXT = 512
 KEEPS = (0.8, 0.5)
 TOKENS = (1, 8, 512, 4096)
 ROUNDS = 9 if GPU else 3
+MULTIPLE = 8
 MODES = {
     "prefill 1 x 512": (1, 512),
     "prefill 8 x 512": (8, 512),
@@ -75,13 +76,13 @@ def factored(model: Any, keep: float, storage: str, ranks_of: str) -> tuple[floa
     Returns:
         Numbers in the layers, and the layers by name.
     """
-    budget = Budget.model_validate({"keep": keep, "storage": ranks_of})
-    own = Budget.model_validate({"storage": storage})
+    asked = Form.model_validate({"storage": ranks_of})
+    own = Form.model_validate({"storage": storage})
     total, layers = 0, {}
     for site in find_sites(model):
-        rank = budget.round_rank(site, budget.rank_at(site, keep))
-        assert rank is not None
-        total += own.cost(site, rank)
+        shape = (site.m, site.n)
+        rank = round(asked.rank_of_numbers(shape, keep * site.parameters) / MULTIPLE) * MULTIPLE
+        total += own.numbers(shape, rank)
         layers[site.name] = layer_of(site, rank, storage, folded=site.role == "up")
     return float(total), layers
 
@@ -209,8 +210,7 @@ def separate(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
 def parts() -> tuple[list[list[str]], list[dict[str, Any]]]:
     """What one pivoted layer [4096, 4096] does beside its two products, and ways to do it; milliseconds."""
     m = n = 4096
-    budget = Budget(keep=0.5, storage="pivoted")
-    rank = round(budget.rank_at(Site("", "q", 0, m, n, False, False, ""), 0.5))
+    rank = round(Form(storage="pivoted").rank_of_numbers((m, n), 0.5 * m * n))
     first, rest = (torch.randn(shape, device=DEVICE, dtype=DTYPE) for shape in ((rank, n), (m - rank, rank)))
     place = torch.randperm(m, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.int32)
     stacked = torch.cat([first, first, first])

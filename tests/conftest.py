@@ -14,7 +14,11 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rankwise import cli
+from rankwise.allocation import Problem
+from rankwise.methods import method_named
+from rankwise.models import Site
 from rankwise.quickstart import MODEL
+from rankwise.sizes import Allowance, Budget
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -62,7 +66,7 @@ KILLED = """
 import os, signal, sys
 import yaml
 from rankwise import compress
-from rankwise.stages import bases as stages
+from rankwise.stages import outlooks as stages
 from rankwise.recipes import recipe_from
 from rankwise.checkpoints import save
 where, after, recipe, run_directory = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
@@ -114,6 +118,19 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
     }
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
+def make_site(name: str, m: int, n: int, role: str = "q") -> Site:
+    return Site(name, role, 0, m, n, False, False, name)
+
+
+def make_problem(sites: list[Site], method: str = "svd", number_bits: int = 16, **budget: Any) -> Problem:
+    """What an allocation chooses from, for a method with its default settings."""
+    asked = Budget(**{"storage": "two_factor", **budget})
+    kind = method_named(method)
+    form = kind.form(asked, number_bits)
+    candidates = {s.name: kind.candidates((s.m, s.n), form, asked.rank_multiple, False) for s in sites}
+    return Problem(sites, candidates, form, Allowance(asked, sum(s.parameters for s in sites), number_bits))
 
 
 def failed(result: tuple[int, str, str], *says: str) -> None:

@@ -7,10 +7,32 @@ from typing import Any
 
 import torch
 
+from rankwise.errors import RecipeError
+
 
 def best_device() -> torch.device:
     """A GPU when PyTorch sees one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def named_device(name: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda`, `cuda:1`, ... stands for.
+
+    Raises:
+        RecipeError: when PyTorch has no such device here.
+    """
+    if name == "auto":
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        raise RecipeError(
+            f"The device {name!r} cannot be used ({str(problem).splitlines()[0]}).",
+            where="device",
+            remedy="use auto or cpu",
+        ) from None
+    return device
 
 
 def computing(model: Any) -> AbstractContextManager[Any]:

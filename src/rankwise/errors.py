@@ -48,6 +48,18 @@ class NotFiniteError(RankwiseError):
     """A weight, an activation or a factor holds NaN or an infinity."""
 
 
+class IllConditionedError(RankwiseError):
+    """Factors cannot be stored in the form asked for; another form can hold them.
+
+    Attributes:
+        largest: the entry that is too large.
+    """
+
+    def __init__(self, problem: str, largest: float) -> None:
+        super().__init__(problem)
+        self.largest = largest
+
+
 class OutputError(RankwiseError):
     """The output directory is not usable."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.allocation import Tails, TrialLog, allocation_from, by_variance, random_plans
+from conftest import make_problem
+from rankwise.allocation import (
+    Cuts,
+    MultipleChoice,
+    Problem,
+    TrialLog,
+    allocation_from,
+    by_variance,
+    fill,
+    random_plans,
+)
 from rankwise.allocation.base import Outcome
 from rankwise.allocation.search import search
 from rankwise.allocation.spaces import GroupSpace, MultiplierSpace, Space, space_named
 from rankwise.allocation.surrogate import propose
 from rankwise.errors import BudgetError, NotFiniteError, RecipeError, RunError
+from rankwise.methods import estimated_losses
 from rankwise.models import Site, place_of
 from rankwise.progress import Reporter
-from rankwise.sizes import Budget, RankPlan
+from rankwise.sizes import DENSE, Cut, Form, Plan
 
 ROLES = {
     "q": (64, 64),
@@ -54,12 +66,27 @@ def decaying(sites: list[Site], seed: int = 0) -> dict[str, torch.Tensor]:
     return energies
 
 
-def kept(sites: list[Site], ranks: dict[str, int | None]) -> float:
-    return sum(Budget().cost(s, ranks[s.name]) for s in sites) / sum(s.parameters for s in sites)
+def seen(sites: list[Site], energies: dict[str, torch.Tensor], **budget: Any) -> Problem:
+    """A problem whose losses are what the energies say."""
+    problem = make_problem(sites, "two_sided", **budget)
+    candidates = {
+        name: table.with_losses(estimated_losses(table, {0: energies[name]}, {0: {}}))
+        for name, table in problem.candidates.items()
+    }
+    return replace(problem, candidates=candidates)
 
 
-def dropped(sites: list[Site], energies: dict[str, torch.Tensor], ranks: dict[str, int | None]) -> float:
-    return sum(0.0 if (r := ranks[s.name]) is None else float(energies[s.name][r:].sum()) for s in sites)
+def planned(sites: list[Site], energies: dict[str, torch.Tensor], **budget: Any) -> Cuts:
+    return MultipleChoice(seen(sites, energies, **budget)).plan()
+
+
+def kept(sites: list[Site], cuts: Cuts) -> float:
+    form = Form(storage="two_factor")
+    return sum(form.bits((s.m, s.n), cuts[s.name]) for s in sites) / sum(16 * s.parameters for s in sites)
+
+
+def dropped(sites: list[Site], energies: dict[str, torch.Tensor], cuts: Cuts) -> float:
+    return sum(0.0 if (r := cuts[s.name].rank) is None else float(energies[s.name][r:].sum()) for s in sites)
 
 
 @given(seed=st.integers(0, 10_000), keep=st.floats(0.3, 0.95), wild=st.booleans())
@@ -71,15 +98,15 @@ def test_the_spectral_plan_is_near_the_best_of_all_plans(seed: int, keep: float,
     for site in sites:
         energy = torch.rand(min(site.m, site.n), generator=source, dtype=torch.float64) ** 4
         energies[site.name] = energy if wild else energy.sort(descending=True).values
-    budget = Budget(keep=keep, rank_multiple=1)
-    choices = [[*range(1, budget.largest_rank(site) + 1), None] for site in sites]
-    plans = [dict(zip([s.name for s in sites], ranks, strict=True)) for ranks in itertools.product(*choices)]
+    problem = make_problem(sites, keep=keep, rank_multiple=1)
+    choices = [problem.candidates[site.name].cuts for site in sites]
+    plans = [dict(zip([s.name for s in sites], cuts, strict=True)) for cuts in itertools.product(*choices)]
     fitting = [dropped(sites, energies, p) for p in plans if kept(sites, p) <= keep + 1e-12]
     if not fitting:
         with pytest.raises(BudgetError):
-            Tails(sites, energies, budget).plan()
+            planned(sites, energies, keep=keep, rank_multiple=1)
         return
-    ranks = Tails(sites, energies, budget).plan()
+    ranks = planned(sites, energies, keep=keep, rank_multiple=1)
     assert kept(sites, ranks) <= keep + 1e-9
     everything = sum(float(e.sum()) for e in energies.values())
     # Three sites of a few ranks are the worst case for a multiplier: one step is a large part of the budget.
@@ -92,17 +119,17 @@ def test_the_spectral_plan_is_near_the_best_of_all_plans(seed: int, keep: float,
 def test_the_spectral_plan_beats_uniform_and_small_changes(keep: float) -> None:
     sites = llama_sites()
     energies = decaying(sites)
-    budget = Budget(keep=keep, rank_multiple=1)
-    ranks = Tails(sites, energies, budget).plan()
+    problem = make_problem(sites, keep=keep, rank_multiple=1)
+    ranks = planned(sites, energies, keep=keep, rank_multiple=1)
     assert keep - 0.005 < kept(sites, ranks) <= keep
     found = dropped(sites, energies, ranks)
-    assert found < dropped(sites, energies, budget.fill(sites, {s.name: 1.0 for s in sites}))
+    assert found < dropped(sites, energies, fill(problem, {s.name: 1.0 for s in sites}))
     for first, second in itertools.permutations(sites, 2):
         # One rank less here, one more there: better only by what rounding leaves.
-        a, b = ranks[first.name], ranks[second.name]
-        if a is None or b is None or a < 2 or b + 1 > budget.largest_rank(second):
+        a, b = ranks[first.name].rank, ranks[second.name].rank
+        if a is None or b is None or a < 2 or b + 1 > problem.candidates[second.name].largest_rank:
             continue
-        changed = {**ranks, first.name: a - 1, second.name: b + 1}
+        changed = {**ranks, first.name: Cut(a - 1), second.name: Cut(b + 1)}
         if kept(sites, changed) <= keep:
             assert dropped(sites, energies, changed) >= (1 - 2e-3) * found
 
@@ -110,13 +137,14 @@ def test_the_spectral_plan_beats_uniform_and_small_changes(keep: float) -> None:
 def test_weights_move_rank_and_rounding_holds() -> None:
     sites = llama_sites(scale=4)
     energies = decaying(sites)
-    tails = Tails(sites, energies, Budget(keep=0.5, rank_multiple=8))
+    tails = MultipleChoice(seen(sites, energies, keep=0.5, rank_multiple=8))
     plain = tails.plan()
     heavy = tails.plan(torch.tensor([50.0 if s.role == "down" else 1.0 for s in sites]))
-    assert all(rank is None or rank % 8 == 0 for plan in (plain, heavy) for rank in plan.values())
+    assert all(cut.dense or cut.rank % 8 == 0 for plan in (plain, heavy) for cut in plan.values())
 
-    def of_down(plan: dict[str, int | None]) -> int:
-        return sum(Budget().cost(s, plan[s.name]) for s in sites if s.role == "down")
+    def of_down(plan: Cuts) -> float:
+        down = [s for s in sites if s.role == "down"]
+        return kept(down, plan)
 
     assert of_down(heavy) > of_down(plain)
     assert tails.plan(torch.ones(len(sites))) == plain
@@ -125,13 +153,13 @@ def test_weights_move_rank_and_rounding_holds() -> None:
 def test_spectral_edges() -> None:
     sites = llama_sites(blocks=1)
     energies = decaying(sites)
-    assert set(Tails(sites, energies, Budget(keep=1.0)).plan().values()) == {None}
+    assert set(planned(sites, energies, keep=1.0).values()) == {DENSE}
     with pytest.raises(BudgetError, match="Nothing fits"):
-        Tails(sites, energies, Budget(keep=0.001, rank_multiple=1)).plan()
+        planned(sites, energies, keep=0.001, rank_multiple=1)
     flat = {name: torch.zeros_like(energy) for name, energy in energies.items()}
-    assert kept(sites, Tails(sites, flat, Budget(keep=0.5, rank_multiple=1)).plan()) <= 0.5
+    assert kept(sites, planned(sites, flat, keep=0.5, rank_multiple=1)) <= 0.5
     with pytest.raises(NotFiniteError, match=sites[2].name):
-        Tails(sites, {**energies, sites[2].name: torch.full((32,), torch.nan)}, Budget())
+        planned(sites, {**energies, sites[2].name: torch.full((32,), torch.nan)}, keep=0.8)
 
 
 SPACES = ("5x1", "5x4", "5xlayers", "rolesx1", "rolesx2", "1x4", "spectral")
@@ -141,8 +169,7 @@ SPACES = ("5x1", "5x4", "5xlayers", "rolesx1", "rolesx2", "1x4", "spectral")
 @pytest.mark.parametrize("keep", [0.5, 0.8])
 def test_every_point_is_on_the_budget(name: str, keep: float) -> None:
     sites = llama_sites()
-    budget = Budget(keep=keep, rank_multiple=1)
-    space = space_named(name, sites, budget, decaying(sites), 0.2)
+    space = space_named(name, seen(sites, decaying(sites), keep=keep, rank_multiple=1), 0.2)
     points = torch.cat(
         [space.draw(20, torch.Generator().manual_seed(3)), torch.stack([p for _, p in space.starts(None, {})])]
     )
@@ -152,50 +179,50 @@ def test_every_point_is_on_the_budget(name: str, keep: float) -> None:
     torch.testing.assert_close(points @ space.weights, torch.full((len(points),), space.total).double())
     torch.testing.assert_close(space.project(points), points)
     for point in points:
-        ranks = space.ranks(point)
-        assert keep - 0.004 < kept(sites, ranks) <= keep + 1e-12
-        assert space.ranks(point) == ranks
+        cuts = space.cuts(point)
+        assert keep - 0.004 < kept(sites, cuts) <= keep + 1e-12
+        assert space.cuts(point) == cuts
 
 
 def test_the_papers_groups() -> None:
     sites = llama_sites()
-    budget = Budget(keep=0.8, rank_multiple=1)
-    space = GroupSpace(sites, budget, "5", 1, 0.2, {})
+    problem = make_problem(sites, keep=0.8, rank_multiple=1)
+    space = GroupSpace(problem, "5", 1, 0.2)
     assert space.labels == ["q+k", "o", "gate", "up", "down"]
     assert space.attention == [True, True, False, False, False]
-    ranks = space.ranks(space.project(torch.full((5,), 0.5).double()))
-    assert all((rank is None) == (site.role == "v") for site, rank in zip(sites, ranks.values(), strict=True))
+    cuts = space.cuts(space.project(torch.full((5,), 0.5).double()))
+    assert all(cuts[site.name].dense == (site.role == "v") for site in sites)
     point = space.project(torch.tensor([0.3, 0.5, 0.8, 0.8, 1.0]).double())
     assert point[4] == 1
-    assert all(space.ranks(point)[s.name] is None for s in sites if s.role == "down")
-    deep = GroupSpace(sites, budget, "5", 4, 0.2, {})
+    assert all(space.cuts(point)[s.name].dense for s in sites if s.role == "down")
+    deep = GroupSpace(problem, "5", 4, 0.2)
     assert deep.dimensions == 20
     assert deep.labels[0] == "q+k@1/4"
     with pytest.raises(RecipeError, match="more than the model's 4 blocks"):
-        GroupSpace(sites, budget, "5", 5, 0.2, {})
+        GroupSpace(problem, "5", 5, 0.2)
 
 
 def test_a_budget_no_plan_can_meet_is_said_with_the_least_it_needs() -> None:
-    with pytest.raises(BudgetError, match=r"v stays dense .* at least 0\.238") as caught:
-        GroupSpace(llama_sites(), Budget(keep=0.23, rank_multiple=1), "5", 1, 0.2, {})
+    with pytest.raises(BudgetError, match=r"v stays dense .* at least a fraction of 0\.238") as caught:
+        GroupSpace(make_problem(llama_sites(), keep=0.23, rank_multiple=1), "5", 1, 0.2)
     assert "bayesian:spectral" in str(caught.value)
 
 
 def test_multipliers_start_at_the_spectral_plan() -> None:
     sites = llama_sites()
-    budget, energies = Budget(keep=0.6, rank_multiple=1), decaying(sites)
-    space = MultiplierSpace(sites, budget, energies)
+    problem = seen(sites, decaying(sites), keep=0.6, rank_multiple=1)
+    space = MultiplierSpace(problem)
     (name, zero), *_ = space.starts(None, {})
     assert name == "spectral"
     assert space.labels[-1] == "slope"
-    assert space.ranks(zero) == Tails(sites, energies, budget).plan()
+    assert space.cuts(zero) == MultipleChoice(problem).plan()
     slope = torch.zeros(space.dimensions).double()
     slope[-1] = 2.0
 
-    def late(ranks: dict[str, int | None]) -> int:
-        return sum(Budget().cost(s, ranks[s.name]) for s in sites if s.block >= 2)
+    def late(cuts: Cuts) -> float:
+        return kept([s for s in sites if s.block >= 2], cuts)
 
-    assert late(space.ranks(slope)) > late(space.ranks(zero))
+    assert late(space.cuts(slope)) > late(space.cuts(zero))
 
 
 @pytest.mark.parametrize("bad", ["3x1", "5x0", "5", "5x", "rolesxmany", "x"])
@@ -206,15 +233,15 @@ def test_bad_spaces_are_explained(bad: str) -> None:
 
 
 class Bowl(Space):
-    """Coordinates that sum to one; no ranks."""
+    """Coordinates that sum to one, as ranks of a million."""
 
     def __init__(self, d: int) -> None:
-        self.name, self.labels, self.sites = "bowl", [str(i) for i in range(d)], []
+        self.name, self.labels = "bowl", [str(i) for i in range(d)]
         self.lower, self.upper = torch.full((d,), 0.2).double(), torch.ones(d).double()
         self.weights, self.total, self.attention = torch.full((d,), 1 / d).double(), 0.6, [i < 2 for i in range(d)]
 
-    def ranks(self, point: torch.Tensor) -> dict[str, int | None]:
-        return {str(i): round(float(x) * 1e6) for i, x in enumerate(point)}
+    def cuts(self, point: torch.Tensor) -> Cuts:
+        return {str(i): Cut(round(float(x) * 1e6)) for i, x in enumerate(point)}
 
     def starts(self, plan: Any, coordinates: Any) -> list[tuple[str, torch.Tensor]]:
         return [("uniform", self.project(torch.full((len(self.labels),), 0.5).double()))]
@@ -223,8 +250,8 @@ class Bowl(Space):
         return {}
 
 
-def bowl(ranks: Any) -> Outcome:
-    x = torch.tensor([float(v) for v in ranks.values()]).double() / 1e6
+def bowl(cuts: Cuts) -> Outcome:
+    x = torch.tensor([float(cut.rank or 0) for cut in cuts.values()]).double() / 1e6
     target = torch.linspace(0.25, 0.95, len(x)).double()
     value = 5 * math.exp(8 * float((x - target).square().sum()))
     return Outcome(value, value, 0.0)
@@ -242,7 +269,7 @@ def run_bowl(log: TrialLog, trials: int, objective: Any = bowl, d: int = 4, **op
 @pytest.mark.parametrize("options", [{}, {"scales": "paper"}, {"acquisition": "qlog_nei"}], ids=str)
 def test_the_search_finds_the_bottom_of_a_bowl(options: dict[str, Any]) -> None:
     best = run_bowl(TrialLog(None, "", Reporter(show=False)), 22, **options)
-    start = bowl(Bowl(4).ranks(Bowl(4).starts(None, {})[0][1])).value
+    start = bowl(Bowl(4).cuts(Bowl(4).starts(None, {})[0][1])).value
     assert best["objective"] < 5 + 0.1 * (start - 5)
     assert sum(best["point"]) / 4 == pytest.approx(0.6)
 
@@ -282,15 +309,15 @@ def test_failed_trials_are_recorded_and_the_search_goes_on() -> None:
     log = TrialLog(None, "", reporter)
     calls = []
 
-    def sometimes(ranks: Any) -> Outcome:
+    def sometimes(cuts: Any) -> Outcome:
         calls.append(1)
-        return Outcome(math.nan, math.inf, 1.0) if len(calls) % 3 == 0 else bowl(ranks)
+        return Outcome(math.nan, math.inf, 1.0) if len(calls) % 3 == 0 else bowl(cuts)
 
     best = run_bowl(log, 12, objective=sometimes)
     assert [r["failed"] for r in log.records] == [i % 3 == 2 for i in range(12)]
     assert best["objective"] == min(r["objective"] for r in log.records if not r["failed"])
     with pytest.raises(BudgetError, match="Every trial"):
-        run_bowl(TrialLog(None, "", reporter), 4, objective=lambda _ranks: Outcome(math.nan, math.nan, 0.0))
+        run_bowl(TrialLog(None, "", reporter), 4, objective=lambda _cuts: Outcome(math.nan, math.nan, 0.0))
 
 
 def test_a_log_of_other_settings_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
@@ -310,21 +337,23 @@ def test_samples_that_vary_most_are_taken() -> None:
     assert by_variance(table, 2, largest=True).tolist() == [1, 3]
     assert by_variance(table, 2, largest=False).tolist() == [0, 2]
     sites = llama_sites()
-    plans = random_plans("5x1", sites, Budget(keep=0.7, rank_multiple=1), 0.2, 20, 0)
+    plans = random_plans("5x1", make_problem(sites, keep=0.7, rank_multiple=1), 0.2, 20, 0)
     assert len({tuple(p.values()) for p in plans}) == 20
-    assert random_plans("spectral", sites, Budget(keep=0.15, rank_multiple=1), 0.2, 3, 0)
+    assert random_plans("spectral", make_problem(sites, keep=0.15, rank_multiple=1), 0.2, 3, 0)
 
 
 def test_plans_remember_what_they_were_made_for(tmp_path: Path) -> None:
     sites = llama_sites()
-    ranks = Tails(sites, decaying(sites), Budget(keep=0.5, rank_multiple=1)).plan()
+    problem = seen(sites, decaying(sites), keep=0.5, rank_multiple=1)
+    cuts = MultipleChoice(problem).plan()
     facts = {"architecture": "L", "method": "two_sided", "allocation": "spectral"}
-    plan = RankPlan.make(sites, ranks, Budget(keep=0.5, rank_multiple=1), **facts, fingerprint="f", groups={"q": 0.5})
+    parts = (problem.form, problem.allowance)
+    plan = Plan.make(sites, cuts, *parts, **facts, fingerprint="f", groups={"q": 0.5})
     path = tmp_path / "plan.json"
     path.write_text(plan.model_dump_json())
-    again = RankPlan.load(path)
+    again = Plan.load(path)
     assert again == plan
-    assert again.fitting(sites, "plan.json") == ranks
+    assert again.fitting(sites, "plan.json") == cuts
     wider = [*sites[:3], Site(sites[3].name, "o", 0, 65, 64, False, False, "x"), *sites[4:]]
     with pytest.raises(BudgetError, match=r"o_proj is \[65, 64\], and the plan has \[64, 64\]"):
         plan.fitting(wider, "plan.json")

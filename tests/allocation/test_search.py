@@ -29,7 +29,7 @@ from rankwise.flows.sensitivity import sensitivity
 from rankwise.progress import Reporter
 from rankwise.recipes import recipe_from
 from rankwise.reports import draw_plan
-from rankwise.sizes import RankPlan
+from rankwise.sizes import Plan
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -59,7 +59,7 @@ def test_a_search_is_never_worse_than_its_first_trial_and_is_written_down(search
     assert search["objective"]["value"] == min(t["objective"] for t in trials) <= trials[0]["objective"]
     assert search["validation"]["sequences"] == 6
     assert search["seconds"]["bare_forward"] > 0
-    plan = RankPlan.load(tmp_path / "out" / "plan.json")
+    plan = Plan.load(tmp_path / "out" / "plan.json")
     assert plan == result.plan
     assert plan.fingerprint == result.report["model_fingerprint"]
     assert plan.space == "spectral"
@@ -198,8 +198,8 @@ def test_plans_travel_to_a_fine_tune_and_are_refused_elsewhere(
     as_it_is = rankwise("compress", str(tuned), "-o", "zero", *common, cwd=tmp_path)
     assert as_it_is.returncode == 0, as_it_is.stderr
     assert "same architecture with other weights" in as_it_is.stderr
-    moved = RankPlan.load(tmp_path / "zero" / "plan.json")
-    assert moved.ranks == first.plan.ranks
+    moved = Plan.load(tmp_path / "zero" / "plan.json")
+    assert moved.cuts == first.plan.cuts
     assert moved.method == "two_sided"
     warm = rankwise("compress", str(tuned), "-o", "warm", *common, *small, "--trials", "4", "-q", cwd=tmp_path)
     assert warm.returncode == 0, warm.stderr
@@ -209,7 +209,7 @@ def test_plans_travel_to_a_fine_tune_and_are_refused_elsewhere(
     assert trials[1]["point"] == pytest.approx(list(first.plan.coordinates.values()), abs=1e-9)
     scaled = rankwise("compress", str(tuned), "-o", "scaled", *common, "--keep", "0.5", cwd=tmp_path)
     assert scaled.returncode == 0, scaled.stderr
-    assert 0.47 < RankPlan.load(tmp_path / "scaled" / "plan.json").kept <= 0.5
+    assert 0.47 < Plan.load(tmp_path / "scaled" / "plan.json").kept <= 0.5
     same = rankwise("plan", "diff", plan, "zero/plan.json", cwd=tmp_path)
     assert (same.returncode, same.stdout.strip()) == (0, "the plans are the same")
     other = rankwise("plan", "diff", plan, "scaled/plan.json", cwd=tmp_path)
@@ -277,7 +277,7 @@ def test_validation_that_nothing_uses_is_said(settings: Settings, text: Path) ->
 
 def test_an_impossible_budget_is_said_before_anything_is_measured(searching: Settings, tmp_path: Path) -> None:
     values = searching(allocation={"space": "5x1"}, budget={"keep": 0.2, "rank_multiple": 1})
-    with pytest.raises(BudgetError, match="no group may keep less than"):
+    with pytest.raises(BudgetError, match="no group may take less than"):
         compress(recipe_from(values), run_directory=tmp_path / "run")
     assert not list((tmp_path / "run").glob("statistics*"))
 

@@ -25,6 +25,8 @@ from rankwise.recipes import recipe_from
 
 Settings = Callable[..., dict[str, Any]]
 
+TWO_FACTORS = {"keep": 0.6, "rank_multiple": 1, "storage": "two_factor"}
+
 
 @pytest.mark.parametrize(("tied", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
 def test_a_process_without_rankwise_gets_the_same_logits(
@@ -51,7 +53,7 @@ def test_a_process_without_rankwise_gets_the_same_logits(
 
 def test_the_directory_is_complete_and_sizes_are_true(settings: Settings, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    result = compress(recipe_from(settings(output=str(output))))
+    result = compress(recipe_from(settings(output=str(output), budget=TWO_FACTORS)))
     names = {p.name for p in output.iterdir()}
     assert names >= {
         "config.json", "generation_config.json", "model.safetensors", "modeling_rankwise.py", "plan.json", "README.md",
@@ -66,7 +68,7 @@ def test_the_directory_is_complete_and_sizes_are_true(settings: Settings, tmp_pa
     assert sum(t.nbytes for t in tensors.values()) == report["after"]["bytes"]
     factors = sum(t.numel() for name, t in tensors.items() if ".left.weight" in name or ".right.weight" in name)
     dense = sum(t.numel() for name, t in tensors.items() if name.endswith("_proj.weight"))
-    assert factors + dense == report["after"]["linear_parameters"] == result.plan.kept_parameters
+    assert factors + dense == report["after"]["linear_parameters"] == result.plan.kept_bits / 32
     assert report["after"]["linear_parameters"] <= 0.6 * report["before"]["linear_parameters"]
     assert report["biases_added"] == sum(t.numel() for name, t in tensors.items() if name.endswith(".left.bias"))
     assert report["bytes_on_disk"] == (output / "model.safetensors").stat().st_size
@@ -77,7 +79,7 @@ def test_the_directory_is_complete_and_sizes_are_true(settings: Settings, tmp_pa
 
 def test_our_own_checkpoints_load_without_running_their_code(settings: Settings, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    compress(recipe_from(settings(output=str(output))))
+    compress(recipe_from(settings(output=str(output), budget=TWO_FACTORS)))
     (output / "modeling_rankwise.py").write_text("raise SystemExit('ran')")
     loaded = load_model(str(output))
     assert any(isinstance(m, LowRankLinear) for m in loaded.model.modules())

@@ -65,7 +65,13 @@ def test_recipes_and_options_that_override_them(rankwise: Run, compress: Run, tm
     status, out, _ = compress("--recipe", tmp_path / "mine.yaml", "--json")
     report = json.loads(out)
     assert report["recipe"]["method"]["name"] == "bolaco"
-    assert report["recipe"]["budget"] == {"keep": 0.5, "rank_multiple": 1, "storage": "two_factor", "bits": None}
+    assert report["recipe"]["budget"] == {
+        "keep": 0.5,
+        "bits": None,
+        "size": None,
+        "rank_multiple": 1,
+        "storage": "auto",
+    }
 
 
 @pytest.mark.parametrize(
@@ -73,7 +79,10 @@ def test_recipes_and_options_that_override_them(rankwise: Run, compress: Run, tm
     [
         (["--keep", 0], "greater than 0"),
         (["--keep", 1.2], "less than or equal to 1"),
-        (["--keep", 0.2, "--set", "budget.rank_multiple=16"], "one step of 16"),
+        (["--keep", 0.2, "--set", "budget.rank_multiple=16"], "lower budget.rank_multiple (16 now)"),
+        (["--keep", 0.5, "--bits", 4], "give one of them"),
+        (["--size", "9 pounds"], "is no size"),
+        (["--size", "60KB"], "raise --size to"),
         (["--set", "budget.keeep=0.5"], "did you mean 'keep'"),
         (["--set", "nonsense"], "key=value"),
         (["--method", "svdd"], "did you mean 'svd'"),

@@ -20,6 +20,8 @@ from rankwise.evaluation.predictions import HeadInputs, TopK
 from rankwise.factors import Basis
 from rankwise.layers import LowRankLinear, SlicedLinear, sliced, substitute
 from rankwise.models import Site, find_sites
+from rankwise.quantizers import Rotation
+from rankwise.sizes import DENSE, Candidates, Cut
 
 DIRECTIONS = ("compressed_original", "original_compressed")
 
@@ -44,37 +46,47 @@ def ids() -> torch.Tensor:
 
 def bases_of(model: Any) -> Callable[[Site], Any]:
     """What `sliced` reads: one basis a site, and no Q beside it."""
-    return lambda site: {None: (None, basis_of(site, model))}
+    return lambda site: {0: (None, Rotation(), basis_of(site, model))}
 
 
-def some_ranks(sites: list[Site]) -> dict[str, int | None]:
-    return {site.name: None if i % 4 == 3 else 3 + i % 5 for i, site in enumerate(sites)}
+def some_cuts(sites: list[Site]) -> dict[str, Cut]:
+    return {site.name: DENSE if i % 4 == 3 else Cut(3 + i % 5) for i, site in enumerate(sites)}
+
+
+def every_rank(sites: list[Site]) -> dict[str, Candidates]:
+    """All ranks of each site, and the dense weight."""
+    cuts = {site.name: (*map(Cut, range(1, min(site.m, site.n) + 1)), DENSE) for site in sites}
+    return {
+        name: Candidates(each, torch.arange(len(each)), torch.arange(len(each)), (0.0, 16.0))
+        for name, each in cuts.items()
+    }
 
 
 def test_slices_are_what_substitution_makes_and_leave_no_trace(model: Any, ids: torch.Tensor) -> None:
     sites = find_sites(model)
     before = copy.deepcopy(model.state_dict())
-    ranks = some_ranks(sites)
+    cuts = some_cuts(sites)
     with (
-        sliced(model, sites, bases_of(model), lambda s: min(s.m, s.n), {}) as set_ranks,
+        sliced(model, sites, bases_of(model), every_rank(sites), {}) as set_cuts,
         torch.no_grad(),
     ):
         dense = model(ids).logits
-        set_ranks(ranks)
+        set_cuts(cuts)
         small = model(ids).logits
-        set_ranks(dict.fromkeys(ranks))
+        set_cuts(dict.fromkeys(cuts, DENSE))
         torch.testing.assert_close(model(ids).logits, dense)
         layer = sites[0].module(model)
         assert isinstance(layer, SlicedLinear)
         with pytest.raises(ValueError, match=r"1\.\."):
-            layer.set_rank(33)
+            layer.set_cut(Cut(33))
     assert not any(isinstance(m, SlicedLinear | LowRankLinear) for m in model.modules())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     for site in sites:
-        rank = ranks[site.name]
+        rank = cuts[site.name].rank
         if rank is not None:
-            substitute(model, site, basis_of(site, model).truncate(rank, site.bias(model)))
+            factors = basis_of(site, model).truncate(rank, site.bias(model))
+            substitute(model, site.name, factors, "two_factor", torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, small, rtol=1e-4, atol=1e-4)
     assert (small - dense).abs().max() > 0.1
@@ -88,7 +100,7 @@ def test_the_model_is_whole_again_after_an_error(model: Any) -> None:
             raise NotFiniteError("bad", where=site.name)
         return bases_of(model)(site)
 
-    with pytest.raises(NotFiniteError), sliced(model, sites, broken, lambda s: min(s.m, s.n), {}):
+    with pytest.raises(NotFiniteError), sliced(model, sites, broken, every_rank(sites), {}):
         pass
     assert not any(isinstance(m, SlicedLinear) for m in model.modules())
 
@@ -97,17 +109,17 @@ def test_the_model_is_whole_again_after_an_error(model: Any) -> None:
 def test_the_objective_is_perplexity_and_divergence(model: Any, ids: torch.Tensor, direction: Any) -> None:
     sites = find_sites(model)
     settings = ObjectiveSettings(kl_weight=2.5, kl_direction=direction, predictions="head_inputs")
-    ranks = some_ranks(sites)
+    cuts = some_cuts(sites)
     with (
-        sliced(model, sites, bases_of(model), lambda s: min(s.m, s.n), {}) as set_ranks,
+        sliced(model, sites, bases_of(model), every_rank(sites), {}) as set_cuts,
         torch.no_grad(),
     ):
         dense = model(ids).logits[:, :-1].log_softmax(-1)
-        objective = Objective(model, ids, settings, set_ranks, batch_size=4)
-        value, ppl, kl = objective(ranks)
+        objective = Objective(model, ids, settings, set_cuts, batch_size=4)
+        value, ppl, kl = objective(cuts)
         small = model(ids).logits[:, :-1].log_softmax(-1)
-        by_sample = objective.sample_perplexities(ranks)
-        assert objective(dict.fromkeys(ranks))[2] == pytest.approx(0, abs=1e-6)
+        by_sample = objective.sample_perplexities(cuts)
+        assert objective(dict.fromkeys(cuts, DENSE))[2] == pytest.approx(0, abs=1e-6)
     first, second = (small, dense) if direction == "compressed_original" else (dense, small)
     expected = functional.kl_div(second, first, log_target=True, reduction="none").sum(-1).mean()
     assert kl == pytest.approx(float(expected), rel=1e-4)
@@ -157,14 +169,14 @@ def test_a_head_whose_logits_are_bent_falls_back_to_the_top_k(ids: torch.Tensor)
 def test_what_the_top_k_miss_is_measured(model: Any, ids: torch.Tensor) -> None:
     sites = find_sites(model)
     settings = ObjectiveSettings(predictions="top_k", k=16)
-    with sliced(model, sites, bases_of(model), lambda s: min(s.m, s.n), {}) as set_ranks:
-        objective = Objective(model, ids, settings, set_ranks)
+    with sliced(model, sites, bases_of(model), every_rank(sites), {}) as set_cuts:
+        objective = Objective(model, ids, settings, set_cuts)
         assert objective.kl_error is None
-        objective(some_ranks(sites))
+        objective(some_cuts(sites))
         assert objective.kl_error is not None
         assert 0 < objective.kl_error < 1
-        plain = Objective(model, ids, ObjectiveSettings(kl_weight=0), set_ranks)
-        value, ppl, kl = plain(some_ranks(sites))
+        plain = Objective(model, ids, ObjectiveSettings(kl_weight=0), set_cuts)
+        value, ppl, kl = plain(some_cuts(sites))
         assert (value, kl, plain.predictions_bytes) == (ppl, 0.0, 0)
 
 

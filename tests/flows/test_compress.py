@@ -12,20 +12,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from conftest import KILLED
 from rankwise import compress
 from rankwise.checkpoints import load_model
 from rankwise.data import load_sequences, parse_source
 from rankwise.errors import RunError
-from rankwise.factors import Basis
 from rankwise.layers import substitute
 from rankwise.methods import FACTORISATIONS
 from rankwise.models import find_sites
 from rankwise.progress import Reporter
 from rankwise.recipes import recipe_from
-from rankwise.stages import bases as stages
+from rankwise.stages import outlooks as stages
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -44,16 +42,14 @@ def test_every_method_runs_and_full_rank_changes_nothing(method: str, settings: 
     loaded = load_model(str(tiny))
     with torch.no_grad():
         dense = loaded.model(input_ids=ids).logits
-    folder = next(Path(result.report["run_directory"]).glob(f"bases-{method}-*"))
+    folder = next(Path(result.report["run_directory"]).glob(f"outlooks-{method}-*"))
     for site in find_sites(loaded.model):
-        parts = load_file(folder / f"{site.name}.safetensors")
-        parts.pop("damping")
-        basis = Basis(**parts)
+        basis = stages.load_outlook(folder / f"{site.name}.safetensors", "e8p").basis
         energy = basis.energy
         assert (energy >= 0).all()
         if method != "two_sided":  # Its directions come from a damped metric, its energies from the measured one.
             assert (energy[:-1] >= energy[1:] - 1e-6 * energy[0]).all()
-        substitute(loaded.model, site, basis.truncate(basis.rank))
+        substitute(loaded.model, site.name, basis.truncate(basis.rank), "two_factor", torch.float32)
     with torch.no_grad():
         whole = loaded.model(input_ids=ids).logits
     scale = dense.abs().max()
@@ -93,8 +89,8 @@ def test_another_keep_or_method_reuses_what_is_still_valid(
         return real(model, sites, tokens, requests, **options)
 
     monkeypatch.setattr(stages, "collect", counting)
-    save = stages.save_basis
-    monkeypatch.setattr(stages, "save_basis", lambda path, basis: (decomposed.append(path.name), save(path, basis)))
+    save = stages.save_outlook
+    monkeypatch.setattr(stages, "save_outlook", lambda path, *rest: (decomposed.append(path.name), save(path, *rest)))
 
     def run(**changes: Any) -> None:
         compress(recipe_from(settings(**changes)), run_directory=tmp_path / "run")
@@ -113,19 +109,19 @@ def test_another_keep_or_method_reuses_what_is_still_valid(
 
 
 def test_after_kills_the_same_command_ends_with_the_same_bytes(settings: Settings, tmp_path: Path) -> None:
-    """Killed while it writes statistics, then among the bases, then in the checkpoint, then left to finish."""
+    """Killed while it writes statistics, then among the outlooks, then in the checkpoint, then left to finish."""
     values = settings(method="two_sided", output=str(tmp_path / "out"))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     whole = compress(recipe_from({**values, "output": str(tmp_path / "whole")}), run_directory=tmp_path / "other")
     run = tmp_path / "run"
-    for where, after in (("save_record", 3), ("save_basis", 5), ("_write_weights", 0)):
+    for where, after in (("save_record", 3), ("save_outlook", 5), ("_write_weights", 0)):
         arguments = [where, str(after), str(tmp_path / "recipe.yaml"), str(run)]
         done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert not (tmp_path / "out").exists()
-        if where == "save_basis":
-            partial = next(run.glob("bases-*.partial"))
-            assert len(list(partial.glob("*.safetensors"))) == 5
+        if where == "save_outlook":
+            kept = next(run.glob("outlooks-*"))
+            assert len(list(kept.glob("*.safetensors"))) == 5
     again = compress(recipe_from(values), run_directory=run)
     assert again.plan == whole.plan
     names = ("model.safetensors", "plan.json", "modeling_rankwise.py")
@@ -149,13 +145,13 @@ def test_a_disk_that_fills_up_among_the_stages_is_said_and_continued(
     with pytest.raises(RunError, match="disk is full"):
         compress(recipe_from(settings()), run_directory=tmp_path / "run")
     compress(recipe_from(settings()), run_directory=tmp_path / "run")
-    assert len(calls) == 6 + 9  # five of fourteen bases were not done again
+    assert len(calls) == 6 + 9  # five of fourteen outlooks were not done again
 
 
 def test_the_report_tells_times_sizes_and_scores(settings: Settings, text: Path) -> None:
     evaluation = {"source": f"text:{text}", "length": 32, "sequences": 10}
     report = compress(recipe_from(settings(evaluation=evaluation))).report
-    assert set(report["stages"]) >= {"load", "statistics", "bases", "factors", "evaluate dense", "checkpoint"}
+    assert set(report["stages"]) >= {"load", "statistics", "plan", "fits", "evaluate dense", "checkpoint"}
     assert all(stage["seconds"] >= 0 and stage["peak_memory_bytes"] > 0 for stage in report["stages"].values())
     assert report["evaluation"]["dense"]["tokens"] == 10 * 31
     assert report["keep"] == {"asked": 0.6, "got": pytest.approx(0.6, abs=0.01)}

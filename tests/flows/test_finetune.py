@@ -20,10 +20,9 @@ from rankwise.checkpoints import REPORT_FILE, load_model
 from rankwise.data import load_examples, parse_source
 from rankwise.data.instructions import IGNORED, prompt_of, read_instructions
 from rankwise.errors import DataError
-from rankwise.flows import finetune as finetune_flow
-from rankwise.models import Site
-from rankwise.recipes import recipe_from
-from rankwise.sizes import Budget, RankPlan
+from rankwise.flows.finetune import finetune as finetune_flow
+from rankwise.recipes import FineTune, recipe_from
+from rankwise.sizes import Cut, Plan
 from rankwise.stages import tuning
 
 Run = Callable[..., tuple[int, str, str]]
@@ -89,20 +88,21 @@ def test_every_method_gives_a_checkpoint_that_stands_alone(
     assert facts["examples"]["count"] == 20
     assert facts["trained_parameters"] > 0
     assert all(row["loss"] > 0 for row in facts["history"])
-    before, after = (RankPlan.load(compressed.with_name(name) / "plan.json") for name in ("small", "tuned"))
+    before, after = (Plan.load(compressed.with_name(name) / "plan.json") for name in ("small", "tuned"))
     if "grow" in words and facts["accepted"]:
-        whole = Budget(keep=None, rank_multiple=1, storage="pivoted")
-        sites = {name: Site(name, "q", 0, *before.shapes[name], False, False, name) for name in before.shapes}
+        # Pivoted, every rank below the full one takes less than the dense weight: r (m + n - r) < m n.
+        most = {name: min(shape) - 1 for name, shape in before.shapes.items()}
         grown = {
-            name: max(rank, min(rank + 2, whole.largest_rank(sites[name])))
-            for name, rank in before.ranks.items()
-            if rank is not None
+            name: Cut(max(cut.rank, min(cut.rank + 2, most[name])))
+            for name, cut in before.cuts.items()
+            if cut.rank is not None
         }
-        assert {name: after.ranks[name] for name in grown} == grown
+        assert {name: after.cuts[name] for name in grown} == grown
         assert report["keep"]["got"] == after.kept > before.kept
-        assert "raised the ranks" in err
+        assert "the model has grown" in err
+        assert "raise ranks" in err
     else:
-        assert after.ranks == before.ranks
+        assert after.cuts == before.cuts
         assert report["after"]["linear_parameters"] == facts["cost_before"]["linear_parameters"]
     tuned = compressed.with_name("tuned")
     logits = load_model(str(tuned)).model(input_ids=torch.tensor([IDS])).logits.detach()
@@ -133,7 +133,7 @@ def test_a_diverging_training_is_rolled_back_and_said(
     finetune: Run, compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rising = iter([1.0, 1.5])
-    monkeypatch.setattr(repair, "mean_loss", lambda *_: next(rising))
+    monkeypatch.setattr(tuning, "mean_loss", lambda *_: next(rising))
     status, _, err = finetune("--method", "full-factors", "--set", "norms=true", "--lr", 0.5)
     assert status == 0
     assert "the training was undone" in err
@@ -198,9 +198,8 @@ def test_what_cannot_be_tuned(finetune: Run, compressed: Path, tiny: Path, text:
     shapes = {**whole_plan["shapes"], "model.layers.1.mlp.up_proj": [88, 32]}
     (compressed / "plan.json").write_text(json.dumps({**whole_plan, "shapes": shapes}))
     failed(finetune(), "not those of its plan", "model.layers.1.mlp.up_proj")
-    (compressed / "plan.json").write_text(
-        json.dumps({**json.loads((compressed / "plan.json").read_text()), "ranks": dict.fromkeys(report["sites"])})
-    )
+    dense = {name: {"rank": None} for name in report["sites"]}
+    (compressed / "plan.json").write_text(json.dumps({**whole_plan, "cuts": dense}))
     failed(finetune(), "not those of its plan")
     (compressed / REPORT_FILE).write_text(json.dumps({"recipe": report["recipe"]}))
     failed(finetune(), "no directory that rankwise compress wrote")
@@ -260,12 +259,12 @@ def test_the_prompt_and_the_seed_tasks_form(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_the_flow_is_there_for_python_too(compressed: Path, instructions: Path, tmp_path: Path) -> None:
-    wanted = finetune_flow.FineTune(
+    wanted = FineTune(
         model=str(compressed), data=f"alpaca:{instructions}", output=str(tmp_path / "mine"), length=32, held_out=5
     )
-    report = finetune_flow.finetune(wanted)
+    report = finetune_flow(wanted)
     assert report["finetune"][0]["settings"]["method"] == "full-factors"
     assert report["finetune"][0]["settings"]["settings"]["epochs"] == 4
     assert type(wanted.model_copy(update={"method": "lora"}).training).__name__ == "Lora"
     with pytest.raises(ValueError, match="not those of lora"):
-        finetune_flow.FineTune(**{**wanted.model_dump(), "method": "lora", "settings": repair.Subspace()})
+        FineTune(**{**wanted.model_dump(), "method": "lora", "settings": repair.Subspace()})

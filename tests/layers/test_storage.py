@@ -19,11 +19,10 @@ from conftest import ELSEWHERE, IDS, tiny_llama
 from rankwise import compress
 from rankwise.checkpoints import REPORT_FILE, load_model
 from rankwise.factors import Factors
-from rankwise.layers import LowRankLinear, PivotedLinear, fold_orders, read_factors, substitute, substitute_pivoted
-from rankwise.linalg import pivot
+from rankwise.layers import LowRankLinear, PivotedLinear, fold_orders, kind_of, kinds, substitute
 from rankwise.models import Site, find_sites
 from rankwise.recipes import recipe_from
-from rankwise.stages import factors as factors_stage
+from rankwise.sizes import Plan
 
 
 def one_site(m: int, n: int, rank: int, bias: bool) -> tuple[nn.Sequential, Site, Factors]:
@@ -39,13 +38,13 @@ def test_both_layers_compute_the_same_map(m: int, n: int, bias: bool, data: st.D
     rank = data.draw(st.integers(1, min(m - 1, n)))
     model, site, factors = one_site(m, n, rank, bias)
     x = torch.randn(3, 5, n)
-    two = substitute(model, site, factors)
+    two = substitute(model, site.name, factors, "two_factor", torch.float32)
     expected = model(x)
-    layer = substitute_pivoted(model, site, pivot(factors.left, factors.right), factors.bias, torch.float32)
+    layer = substitute(model, site.name, factors, "pivoted", torch.float32)
     torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(layer.dense_weight(), two.dense_weight(), atol=1e-5, rtol=1e-5)
     assert sum(p.numel() for name, p in layer.named_parameters() if "bias" not in name) == rank * (m + n - rank)
-    again = read_factors(layer)
+    again = kind_of(layer).factors(layer)
     torch.testing.assert_close(again.reconstruct(), layer.dense_weight())
     if bias:
         torch.testing.assert_close(again.bias.float(), factors.bias.float())
@@ -53,7 +52,7 @@ def test_both_layers_compute_the_same_map(m: int, n: int, bias: bool, data: st.D
 
 def test_gradients_reach_every_part_of_a_pivoted_layer() -> None:
     model, site, factors = one_site(9, 7, 4, True)
-    layer = substitute_pivoted(model, site, pivot(factors.left, factors.right), factors.bias, torch.float32)
+    layer = substitute(model, site.name, factors, "pivoted", torch.float32)
     layer.requires_grad_(True)
     model(torch.randn(6, 7)).square().sum().backward()
     assert all(p.grad is not None and float(p.grad.abs().max()) > 0 for p in layer.parameters())
@@ -66,8 +65,8 @@ def pivot_all(model: Any, share: float = 0.6, leave: tuple[str, ...] = ()) -> li
             continue
         u, s, v = torch.linalg.svd(site.weight(model).double(), full_matrices=False)
         rank = max(1, int(share * len(s)))
-        whole = pivot(u[:, :rank] * s[:rank], v[:rank])
-        substitute_pivoted(model, site, whole, torch.randn(site.m) * 0.1, torch.float32)
+        whole = Factors(u[:, :rank] * s[:rank], v[:rank], torch.randn(site.m) * 0.1)
+        substitute(model, site.name, whole, "pivoted", torch.float32)
     return sites
 
 
@@ -129,7 +128,8 @@ def test_a_checkpoint_of_pivoted_layers_stands_alone(storage: str, settings: Any
     assert integers == report["after"]["linear_indices"] > 0
     counted = report["after"]["linear_parameters"] + (integers if storage == "auto" else 0)
     # What auto counts for an order that is then folded away is not stored.
-    assert counted <= result.plan.kept_parameters <= counted + (2 * 80 if storage == "auto" else 0)
+    numbers = result.plan.kept_bits / 32
+    assert counted <= numbers <= counted + (2 * 80 if storage == "auto" else 0)
     assert {facts.get("storage") for facts in report["sites"].values()} <= {"pivoted", "two_factor", None}
 
 
@@ -137,15 +137,18 @@ def budget(storage: str) -> dict[str, Any]:
     return {"keep": 0.7, "rank_multiple": 1, "storage": storage}
 
 
+def in_pivot_rows(plan: Plan) -> Plan:
+    """The same cuts, stored as pivot rows, on no budget."""
+    return plan.model_copy(update={"form": plan.form.model_copy(update={"storage": "pivoted"}), "keep": None})
+
+
 def test_both_storages_give_the_same_model_at_equal_ranks(settings: Any, tmp_path: Path) -> None:
     two = compress(recipe_from(settings(budget=budget("two_factor"))))
-    (tmp_path / "plan.json").write_text(
-        two.plan.model_copy(update={"storage": "pivoted", "keep": None}).model_dump_json()
-    )
+    (tmp_path / "plan.json").write_text(in_pivot_rows(two.plan).model_dump_json())
     kept = {"keep": None, "rank_multiple": 1, "storage": "pivoted"}
     plan = {"name": "plan", "file": str(tmp_path / "plan.json")}
     pivoted = compress(recipe_from(settings(budget=kept, allocation=plan)))
-    assert pivoted.plan.ranks == two.plan.ranks
+    assert pivoted.plan.cuts == two.plan.cuts
     assert pivoted.plan.kept < two.plan.kept
     ids = torch.tensor([IDS])
     expected, found = (result.model(input_ids=ids).logits.float() for result in (two, pivoted))
@@ -158,14 +161,16 @@ def test_a_plan_made_for_one_storage_is_scaled_for_another(settings: Any, tmp_pa
     plan = {"name": "plan", "file": str(tmp_path / "plan.json")}
     result = compress(recipe_from(settings(budget=budget("pivoted"), allocation=plan)))
     assert two.plan.kept <= 0.7 >= result.plan.kept > 0.68
-    assert sum(r or 0 for r in result.plan.ranks.values()) > sum(r or 0 for r in two.plan.ranks.values())
+    assert sum(cut.rank or 0 for cut in result.plan.cuts.values()) > sum(
+        cut.rank or 0 for cut in two.plan.cuts.values()
+    )
     assert any("storage" in note for note in result.report["notes"])
 
 
 def test_ill_conditioned_pivots_fall_back_to_two_factors(
     settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(factors_stage, "_ILL_CONDITIONED", 1e-6)
+    monkeypatch.setattr(kinds, "ILL_CONDITIONED", 1e-6)
     result = compress(recipe_from(settings(output=str(tmp_path / "out"), budget=budget("pivoted"))))
     assert not any(isinstance(m, PivotedLinear) for m in result.model.modules())
     assert any(isinstance(m, LowRankLinear) for m in result.model.modules())
@@ -187,19 +192,18 @@ def test_in_bfloat16_the_storages_differ_by_less_than_a_fifth_of_a_percent(bundl
     values: dict[str, Any] = {
         "model": str(bundled),
         "method": "bolaco",
-        "budget": {"keep": 0.7, "rank_multiple": 1},
+        "budget": {"keep": 0.7, "rank_multiple": 1, "storage": "two_factor"},
         "calibration": {"source": "bundled:train", "sequences": 32, "length": 128},
         "evaluation": {"source": "bundled:heldout", "sequences": 32, "length": 128},
     }
     two = compress(recipe_from(values), run_directory=tmp_path / "run")
-    plan = two.plan.model_copy(update={"storage": "pivoted", "keep": None})
-    (tmp_path / "plan.json").write_text(plan.model_dump_json())
+    (tmp_path / "plan.json").write_text(in_pivot_rows(two.plan).model_dump_json())
     values["budget"] = {"keep": None, "rank_multiple": 1, "storage": "pivoted"}
     values["allocation"] = {"name": "plan", "file": str(tmp_path / "plan.json")}
     pivoted = compress(recipe_from(values), run_directory=tmp_path / "run")
     assert {str(p.dtype) for p in pivoted.model.parameters()} == {"torch.bfloat16"}
     factored = [name for name, facts in pivoted.report["sites"].items() if facts.get("storage") == "pivoted"]
-    assert len(factored) == len(pivoted.plan.ranks)
+    assert len(factored) == len(pivoted.plan.cuts)
     expected, found = (result.report["evaluation"]["compressed"]["perplexity"] for result in (two, pivoted))
     assert found == pytest.approx(expected, rel=0.002)
     assert found != expected

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from rankwise import compress
 from rankwise.checkpoints import load_model
-from rankwise.flows.finetune import FineTune, finetune
-from rankwise.recipes import recipe_from
+from rankwise.flows.finetune import finetune
+from rankwise.recipes import FineTune, recipe_from
 
 SMALL: dict[str, Any] = {
     "vocab_size": 128,
@@ -72,7 +72,7 @@ def test_gradients_reach_every_site(name: str, tokens: str, tmp_path: Path) -> N
         recipe_from({**values, "method": "two_sided", "allocation": "uniform", "calibration": {"source": tokens}})
     )
     compressed = [site for site in small.report["sites"].values() if site["rank"]]
-    assert len(compressed) == len(small.plan.ranks)
+    assert len(compressed) == len(small.plan.cuts)
     assert all(0 < site["dropped_energy"] < 1 for site in compressed)
 
 
@@ -85,7 +85,7 @@ def test_both_formats_load_and_agree(name: str, tokens: str, tmp_path: Path) -> 
         "model": str(tmp_path / "dense"),
         "output": str(tmp_path / "small"),
         "method": {"name": "bolaco", "bias": name not in WITHOUT_BIAS},
-        "budget": {"keep": 0.5, "rank_multiple": 1},
+        "budget": {"keep": 0.5, "rank_multiple": 1, "storage": "two_factor"},
         "calibration": {"source": tokens},
     }
     small = compress(recipe_from(values))

@@ -7,6 +7,7 @@ import itertools
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -17,17 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rankwise.errors import RecipeError
-from rankwise.factors import Quantized
-from rankwise.layers import QuantizedLinear, cache_dense, empty_quantized, fill_quantized
+from rankwise.factors import Factors, Fit
+from rankwise.layers import QuantizedLinear, cache_dense, substitute
 from rankwise.linalg import InputMetric
 from rankwise.methods.caldera import Caldera
 from rankwise.methods.quantize import Quantize
-from rankwise.models import Site
 from rankwise.quantizers import (
     CODEBOOKS,
     Codebook,
     Hessian,
-    LowRank,
     Rotation,
     codebook_named,
     improve,
@@ -49,7 +48,7 @@ from rankwise.quantizers.codes import (
 )
 from rankwise.quantizers.lattice import nearest_e8p, nearest_short, round_e8p
 from rankwise.quantizers.rotation import rotate, rotation_parts
-from rankwise.sizes import BitForm, QuantizedRank
+from rankwise.sizes import Budget, Cut, Form
 
 seeds = st.integers(0, 2**31 - 1)
 KNOWN = [(name, bits) for name, kind in CODEBOOKS.items() for bits in kind.known_bits]
@@ -80,9 +79,9 @@ def decaying(n: int, seed: int) -> Tensor:
     return (basis * torch.exp(-torch.arange(n, dtype=torch.float64) / (n / 8))) @ basis.T
 
 
-def whole_blocks(hessian: Tensor) -> Tensor:
-    """H with the mean of its diagonal for the columns that pad it to whole blocks of eight."""
-    short = -len(hessian) % 8
+def whole_blocks(hessian: Tensor, width: int = 8) -> Tensor:
+    """H with the mean of its diagonal for the columns that pad it to whole blocks."""
+    short = -len(hessian) % width
     return torch.block_diag(hessian, hessian.diagonal().mean() * torch.eye(short, dtype=hessian.dtype))
 
 
@@ -96,6 +95,7 @@ class Seen:
 
     moment: Tensor
     outputs: int = 0
+    bias: Tensor | None = None
 
     def input_second_moment(self) -> Tensor:
         return self.moment
@@ -437,20 +437,20 @@ def test_no_rotation_changes_nothing() -> None:
     assert torch.equal(rotation.hessian(hessian), hessian)
 
 
-@given(n=st.integers(1, 40), seed=seeds)
+@given(n=st.integers(1, 40), seed=seeds, width=st.sampled_from([8, 1, 4, 16]))
 @settings(max_examples=40, deadline=None)
-def test_the_feedback_factors_the_hessian_in_blocks(n: int, seed: int) -> None:
+def test_the_feedback_factors_the_hessian_in_blocks(n: int, seed: int, width: int) -> None:
     hessian = Hessian.of(second_moment(n, n + 4, seed), 0.01)
-    feedback = hessian.feedback()
-    wide = whole_blocks(hessian.matrix)
+    feedback = hessian.feedback(width)
+    wide = whole_blocks(hessian.matrix, width)
     assert feedback.shape == wide.shape
-    block = torch.arange(len(wide)) // 8
+    block = torch.arange(len(wide)) // width
     assert not feedback[block[:, None] >= block].abs().gt(1e-9).any()
     unit = feedback + torch.eye(len(wide), dtype=torch.float64)
     half = torch.linalg.solve(unit, wide)
     middle = torch.linalg.solve(unit, half.T)
     scale = float(wide.diagonal().max())
-    assert float(middle[block[:, None] != block].abs().max() if len(wide) > 8 else 0) <= 1e-9 * scale
+    assert float(middle[block[:, None] != block].abs().max() if len(wide) > width else 0) <= 1e-9 * scale
     diagonal = torch.where(block[:, None] == block, middle, 0.0)
     torch.testing.assert_close(unit @ diagonal @ unit.T, wide, atol=1e-9 * scale, rtol=1e-9)
     assert float(torch.linalg.eigvalsh(diagonal).min()) > 0
@@ -489,7 +489,7 @@ def test_a_hessian_that_is_not_finite_or_not_semi_definite_is_refused() -> None:
 
 
 def fed_back(weight: Tensor, hessian: Hessian, codebook: Codebook) -> float:
-    packed = ldlq(weight, hessian.feedback(), codebook, codebook.scales(weight, feedback=True))
+    packed = ldlq(weight, hessian.feedback(codebook.tile[1]), codebook, codebook.scales(weight, feedback=True))
     return weighed_error(weight - packed.dense(), hessian.matrix)
 
 
@@ -525,7 +525,7 @@ def test_feedback_beats_rounding_to_the_nearest_across_panels(name: str, bits: i
 def test_feedback_along_the_identity_is_rounding_to_the_nearest(name: str, bits: int, group: int) -> None:
     weight, codebook = random_matrix(10, 150, 2), codebook_named(name, bits, group)
     scale = codebook.scales(weight)
-    feedback = Hessian.of(torch.eye(150, dtype=torch.float64), 0.01).feedback()
+    feedback = Hessian.of(torch.eye(150, dtype=torch.float64), 0.01).feedback(codebook.tile[1])
     fed = ldlq(weight, feedback, codebook, scale)
     assert torch.equal(fed.codes, codebook.quantize(weight, scale).codes)
     assert torch.equal(fed.dense(), codebook.quantize(weight).dense())
@@ -538,7 +538,7 @@ def test_feedback_leaves_only_what_each_rounding_misses(name: str, bits: int, n:
     hessian = Hessian.of(second_moment(n, n + 9, n), 0.01)
     wide = whole_blocks(hessian.matrix)
     weight, codebook = random_matrix(6, n, n + 1), codebook_named(name, bits, by_row=True)
-    feedback = hessian.feedback()
+    feedback = hessian.feedback(codebook.tile[1])
     packed = ldlq(weight, feedback, codebook, codebook.scales(weight, feedback=True))
     unit = wide_scale(packed.scale, 0, len(wide)).expand(6, len(wide))
     values = codebook.decode(packed.codes) * unit
@@ -562,7 +562,7 @@ def test_improving_never_raises_the_error_of_a_row(blocks: int, seed: int, passe
     n = 8 * blocks
     hessian = Hessian.of(second_moment(n, max(2, n // 2), seed), 0.01)
     weight, codebook = random_matrix(6, n, seed + 1), codebook_named(*book, by_row=True)
-    packed = ldlq(weight, hessian.feedback(), codebook, codebook.scales(weight, feedback=True))
+    packed = ldlq(weight, hessian.feedback(codebook.tile[1]), codebook, codebook.scales(weight, feedback=True))
     before = error_by_row(weight - packed.dense(), hessian.matrix)
     codes = packed.codes.clone()
     after = error_by_row(weight - improve(weight, hessian.matrix, packed, codebook, passes).dense(), hessian.matrix)
@@ -576,7 +576,7 @@ def test_improving_never_raises_the_error_where_the_last_block_is_cut(name: str,
     for n, seed in itertools.product((9, 10, 12), range(13)):
         hessian = Hessian.of(second_moment(n, n // 2, seed + 1), 0.01)
         weight = random_matrix(6, n, seed)
-        packed = ldlq(weight, hessian.feedback(), codebook, codebook.scales(weight, feedback=True))
+        packed = ldlq(weight, hessian.feedback(codebook.tile[1]), codebook, codebook.scales(weight, feedback=True))
         better = improve(weight, hessian.matrix, packed, codebook, 1)
         before = weighed_error(weight - packed.dense(), hessian.matrix)
         assert weighed_error(weight - better.dense(), hessian.matrix) <= before * (1 + 1e-9)
@@ -644,7 +644,7 @@ def test_more_rank_never_costs_more(m: int, n: int, seed: int) -> None:
 def test_the_low_rank_part_is_what_its_codes_say(name: str, bits: int, right_feedback: bool) -> None:
     residual, hessian = random_matrix(13, 21, 0), Hessian.of(second_moment(21, 30, 1), 0.01)
     codebook = codebook_named(name, bits, by_row=True)
-    feedback = hessian.feedback() if right_feedback else None
+    feedback = hessian.feedback(codebook.tile[1]) if right_feedback else None
     found = low_rank(residual, InputMetric(hessian.matrix), 5, codebook, 3, feedback)
     assert found.packed is not None
     packed_left, packed_right = found.packed
@@ -682,36 +682,53 @@ def test_more_turns_of_quantised_factors_never_cost_more(bits: int) -> None:
     assert errors[-1] < weighed_error(residual, hessian)
 
 
-def run(method: Caldera | Quantize, weight: Tensor, moment: Tensor, rank: int = 0, q_bits: int = 2) -> Quantized:
-    return method.quantize(weight, Seen(moment), QuantizedRank(rank, q_bits), drawn(11))
+def not_looking(_q_bits: int) -> Any:
+    raise AssertionError("codes are fitted without an outlook")
 
 
-def kept_error(found: Quantized) -> float:
-    return found.errors[found.kept]
+def fitted(method: Caldera | Quantize, weight: Tensor, seen: Seen, cut: Cut, seed: int) -> tuple[Factors, Fit]:
+    return method.fit(weight, seen, cut, drawn(seed), not_looking)
+
+
+def run(
+    method: Caldera | Quantize, weight: Tensor, moment: Tensor, rank: int = 0, q_bits: int = 2
+) -> tuple[Factors, Fit]:
+    return fitted(method, weight, Seen(moment), Cut(rank, q_bits, method.beside_bits), 11)
+
+
+def product(found: Factors) -> Tensor:
+    """L R of what is rotated."""
+    left, right = found.pair()
+    return left @ right
+
+
+def kept_error(fit: Fit) -> float:
+    return fit.errors[fit.kept]
 
 
 @pytest.mark.parametrize("book", FEW)
 def test_caldera_along_the_identity_takes_the_svd_of_what_q_leaves(book: tuple[str, int]) -> None:
     weight = random_matrix(18, 24, 0)
     method = Caldera(codebook=book[0], damping=1e-12, hadamard=False, lr_bits=16, outer=4)
-    found = run(method, weight, torch.eye(24, dtype=torch.float64), rank=5, q_bits=book[1])
+    found, _ = run(method, weight, torch.eye(24, dtype=torch.float64), rank=5, q_bits=book[1])
     assert found.q is not None
-    assert found.low_rank is not None
+    assert (found.rank, found.full) == (5, 5)
     wanted = truncated(weight - found.q.dense(), 5)
-    torch.testing.assert_close(found.low_rank.product(), wanted, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(product(found), wanted, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("choices", [{}, {"feedback": False}, {"passes": 2}, {"group": 8, "hadamard": False}])
 def test_caldera_without_rank_is_quantisation_alone(choices: dict) -> None:
     weight, moment = random_matrix(18, 24, 0), second_moment(24, 30, 1)
-    alone, found = run(Quantize(**choices), weight, moment), run(Caldera(**choices), weight, moment)
+    (alone, of_alone), (found, fit) = run(Quantize(**choices), weight, moment), run(Caldera(**choices), weight, moment)
     assert alone.q is not None
     assert found.q is not None
-    assert found.low_rank is None
+    assert found.rank == 0
+    assert (found.left, found.right, found.packed) == (None, None, None)
     assert torch.equal(found.q.codes, alone.q.codes)
     assert torch.equal(found.q.scale, alone.q.scale)
     assert torch.equal(found.reconstruct(), alone.reconstruct())
-    assert found.errors == alone.errors
+    assert fit.errors == of_alone.errors
 
 
 @given(
@@ -729,31 +746,31 @@ def test_the_best_iteration_is_kept_and_its_error_is_that_of_the_weight(
 ) -> None:
     weight, moment = random_matrix(m, n, seed), second_moment(n, max(1, n // 2), seed + 1)
     method = Caldera(hadamard=hadamard, lr_bits=lr_bits, outer=5, inner=3, passes=passes)
-    found = run(method, weight, moment, rank=max(1, min(m, n) // 3), q_bits=q_bits)
-    assert kept_error(found) == min(found.errors)
-    damped = moment + found.damping * moment.diagonal().mean() * torch.eye(n, dtype=torch.float64)
+    found, fit = run(method, weight, moment, rank=max(1, min(m, n) // 3), q_bits=q_bits)
+    assert kept_error(fit) == min(fit.errors)
+    damped = moment + fit.damping * moment.diagonal().mean() * torch.eye(n, dtype=torch.float64)
     error = weighed_error(weight - found.reconstruct(), damped) / weighed_error(weight, damped)
-    assert kept_error(found) == pytest.approx(error, rel=1e-6, abs=1e-12)
+    assert kept_error(fit) == pytest.approx(error, rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("hadamard", [False, True])
 @pytest.mark.parametrize(("m", "n"), [(18, 24), (24, 18)])
 def test_caldera_without_q_is_the_best_approximation_of_its_rank(m: int, n: int, hadamard: bool) -> None:
     weight, moment = random_matrix(m, n, 0), second_moment(n, n + 9, 1)
-    found = run(Caldera(q_bits=0, lr_bits=16, hadamard=hadamard), weight, moment, rank=5, q_bits=0)
-    damped = moment + found.damping * moment.diagonal().mean() * torch.eye(n, dtype=torch.float64)
+    found, fit = run(Caldera(q_bits=0, lr_bits=16, hadamard=hadamard), weight, moment, rank=5, q_bits=0)
+    damped = moment + fit.damping * moment.diagonal().mean() * torch.eye(n, dtype=torch.float64)
     root = torch.linalg.cholesky(damped)
     best = torch.linalg.solve_triangular(root, truncated(weight @ root, 5), upper=False, left=False)
     assert found.q is None
     torch.testing.assert_close(found.reconstruct(), best, atol=1e-6, rtol=1e-6)
     values = torch.linalg.svdvals(weight @ root).square()
-    assert kept_error(found) == pytest.approx(float(values[5:].sum() / values.sum()), rel=1e-9)
+    assert kept_error(fit) == pytest.approx(float(values[5:].sum() / values.sum()), rel=1e-9)
 
 
 @pytest.mark.parametrize("choices", [{}, {"lr_bits": 16}, {"downdate": True}, {"right_feedback": True}])
 def test_more_outer_iterations_never_cost_more(choices: dict) -> None:
     weight, moment = random_matrix(24, 40, 0), second_moment(40, 20, 1)
-    runs = [run(Caldera(outer=outer, inner=3, **choices), weight, moment, rank=6) for outer in (1, 2, 5)]
+    runs = [run(Caldera(outer=outer, inner=3, **choices), weight, moment, rank=6)[1] for outer in (1, 2, 5)]
     for fewer, more in itertools.pairwise(runs):
         assert more.errors[: len(fewer.errors)] == fewer.errors
         assert kept_error(more) <= kept_error(fewer)
@@ -763,7 +780,7 @@ def test_more_outer_iterations_never_cost_more(choices: dict) -> None:
 def test_more_bits_of_q_never_cost_more(lr_bits: int) -> None:
     weight, moment = random_matrix(24, 40, 0), second_moment(40, 60, 1)
     method = Caldera(lr_bits=lr_bits, outer=4, inner=3)
-    errors = [kept_error(run(method, weight, moment, rank=4, q_bits=bits)) for bits in (2, 3, 4)]
+    errors = [kept_error(run(method, weight, moment, rank=4, q_bits=bits)[1]) for bits in (2, 3, 4)]
     assert errors == sorted(errors, reverse=True)
 
 
@@ -771,7 +788,7 @@ def test_more_bits_of_q_never_cost_more(lr_bits: int) -> None:
 def test_more_rank_beside_q_never_costs_more(lr_bits: int) -> None:
     weight, moment = random_matrix(24, 40, 0), second_moment(40, 60, 1)
     method = Caldera(lr_bits=lr_bits, outer=4, inner=3)
-    errors = [kept_error(run(method, weight, moment, rank=rank)) for rank in (0, 2, 6, 16)]
+    errors = [kept_error(run(method, weight, moment, rank=rank)[1]) for rank in (0, 2, 6, 16)]
     assert errors == sorted(errors, reverse=True)
 
 
@@ -779,20 +796,20 @@ def test_more_rank_beside_q_never_costs_more(lr_bits: int) -> None:
 @pytest.mark.parametrize("rank", [1, 3, 7, 8])
 def test_a_downdated_hessian_gives_finite_errors_at_every_rank(rank: int, lr_bits: int) -> None:
     weight, moment = random_matrix(20, 8, 0), second_moment(8, 12, 1)
-    found = run(Caldera(downdate=True, lr_bits=lr_bits, outer=4, inner=3), weight, moment, rank=rank)
-    assert len(found.errors) == 4
-    assert all(abs(error) < 1 for error in found.errors)
+    _, fit = run(Caldera(downdate=True, lr_bits=lr_bits, outer=4, inner=3), weight, moment, rank=rank)
+    assert len(fit.errors) == 4
+    assert all(abs(error) < 1 for error in fit.errors)
 
 
 @pytest.mark.parametrize("hadamard", [False, True])
 def test_a_site_that_was_never_activated_is_quantised_along_the_identity(hadamard: bool) -> None:
     weight = random_matrix(12, 20, 0)
     for method, rank in ((Caldera(outer=3, hadamard=hadamard), 3), (Quantize(hadamard=hadamard), 0)):
-        found = run(method, weight, torch.zeros(20, 20, dtype=torch.float64), rank=rank)
-        same = run(method, weight, torch.eye(20, dtype=torch.float64), rank=rank)
-        assert found.fallback
-        assert not same.fallback
-        assert kept_error(found) == pytest.approx(
+        found, fit = run(method, weight, torch.zeros(20, 20, dtype=torch.float64), rank=rank)
+        _, of_same = run(method, weight, torch.eye(20, dtype=torch.float64), rank=rank)
+        assert fit.fallback
+        assert not of_same.fallback
+        assert kept_error(fit) == pytest.approx(
             float((weight - found.reconstruct()).square().sum() / weight.square().sum())
         )
 
@@ -810,44 +827,57 @@ def test_quantising_leaves_the_weight_and_the_statistics_alone(hadamard: bool, n
 
 def test_the_same_source_gives_the_same_codes_and_another_does_not() -> None:
     weight, seen = random_matrix(16, 24, 0), Seen(second_moment(24, 30, 1))
-    found = [Quantize().quantize(weight, seen, QuantizedRank(0, 2), drawn(seed)) for seed in (1, 1, 2)]
+    found = [fitted(Quantize(), weight, seen, Cut(0, 2), seed)[0] for seed in (1, 1, 2)]
     codes = [each.q.codes for each in found if each.q is not None]
     assert torch.equal(codes[0], codes[1])
     assert not torch.equal(codes[0], codes[2])
 
 
-def test_the_residual_basis_is_of_what_q_leaves() -> None:
+def test_the_outlook_is_of_what_q_leaves() -> None:
     weight, seen = random_matrix(12, 20, 0), Seen(second_moment(20, 30, 1), 12)
     method = Caldera(outer=2)
-    coarse, basis = method.residual_basis(weight, seen, 2, drawn(11))
-    torch.testing.assert_close(coarse, run(method, weight, seen.moment).reconstruct())
-    torch.testing.assert_close(basis.left @ basis.right, weight - coarse, atol=1e-8, rtol=1e-8)
-    assert float(basis.energy.min()) >= 0
+    outlook = method.outlook(weight, seen, 2, drawn(11))
+    coarse = Factors(None, None, q=outlook.q, rotation=outlook.rotation).reconstruct()
+    torch.testing.assert_close(coarse, run(method, weight, seen.moment)[0].reconstruct())
+    torch.testing.assert_close(outlook.basis.left @ outlook.basis.right, weight - coarse, atol=1e-8, rtol=1e-8)
+    assert float(outlook.basis.energy.min()) >= 0
 
 
-def quantised_site(m: int, n: int, dtype: torch.dtype = torch.float32) -> tuple[nn.ModuleDict, Site]:
+def quantised_site(m: int, n: int, dtype: torch.dtype = torch.float32) -> nn.ModuleDict:
     model = nn.ModuleDict({"block": nn.Linear(n, m, dtype=dtype)})
     with torch.no_grad():
         model["block"].weight.copy_(random_matrix(m, n, m))
         model["block"].bias.copy_(random_matrix(1, m, n)[0])
-    return model, Site("block", "up", 0, m, n, False, True, "block")
+    return model
+
+
+def cut_for(method: Caldera | Quantize, rank: int, q_bits: int) -> Cut:
+    return Cut(rank, q_bits, method.beside_bits)
+
+
+@cache
+def codes_of(m: int, n: int, method: Caldera | Quantize, cut: Cut) -> Factors:
+    """Do not change them."""
+    return fitted(method, random_matrix(m, n, 0), Seen(second_moment(n, n + 5, 1)), cut, 3)[0]
 
 
 @cache
 def filled(
-    m: int, n: int, method: Caldera | Quantize, rank: QuantizedRank, dtype: torch.dtype = torch.float32
-) -> tuple[QuantizedLinear, Quantized]:
+    m: int, n: int, method: Caldera | Quantize, cut: Cut, dtype: torch.dtype = torch.float32
+) -> tuple[QuantizedLinear, Factors]:
     """A layer with codes, and what they stand for, 16-bit factors rounded as the layer holds them. Do not change it."""
-    model, site = quantised_site(m, n, dtype)
-    moment = second_moment(n, n + 5, 1)
-    found = method.quantize(random_matrix(m, n, 0), Seen(moment), rank, drawn(3))
-    layer = empty_quantized(model, site, method.form(), rank, dtype)
+    model = quantised_site(m, n, dtype)
+    found = replace(codes_of(m, n, method, cut), bias=model["block"].bias.detach())
+    layer = substitute(model, "block", found, "quantized", dtype)
+    assert isinstance(layer, QuantizedLinear)
     assert model["block"] is layer
-    fill_quantized(layer, found)
-    if found.low_rank is not None and found.low_rank.packed is None:
-        left, right = found.low_rank.left, found.low_rank.right
-        found = replace(found, low_rank=LowRank(left.bfloat16().double(), right.bfloat16().double()))
+    if found.left is not None and found.right is not None:
+        found = replace(found, left=found.left.bfloat16().double(), right=found.right.bfloat16().double())
     return layer, found
+
+
+def form_of(method: Caldera | Quantize) -> Form:
+    return method.form(Budget(), 16)
 
 
 def stored_bits(layer: QuantizedLinear) -> int:
@@ -856,19 +886,19 @@ def stored_bits(layer: QuantizedLinear) -> int:
 
 
 LAYERS = pytest.mark.parametrize(
-    ("method", "rank"),
+    ("method", "sizes"),
     [
-        pytest.param(Caldera(outer=2, inner=2), QuantizedRank(5, 2), id="caldera-rotated-4"),
-        pytest.param(Caldera(outer=2, lr_bits=16), QuantizedRank(5, 2), id="caldera-rotated-16"),
-        pytest.param(Caldera(outer=2, inner=2, hadamard=False), QuantizedRank(5, 3), id="caldera-4"),
-        pytest.param(Caldera(outer=2, lr_bits=16, hadamard=False), QuantizedRank(5, 4), id="caldera-16"),
-        pytest.param(Caldera(inner=2), QuantizedRank(5, 0), id="no-q-rotated-4"),
-        pytest.param(Caldera(lr_bits=16, hadamard=False), QuantizedRank(5, 0), id="no-q-16"),
-        pytest.param(Caldera(outer=2, row_scales=False, group=16), QuantizedRank(3, 2), id="grouped"),
-        pytest.param(Caldera(outer=2, inner=2, codebook="nf", lr_bits=6), QuantizedRank(4, 5), id="nf-6"),
-        pytest.param(Quantize(row_scales=False), QuantizedRank(0, 2), id="one-scale"),
-        pytest.param(Quantize(codebook="uniform", hadamard=False), QuantizedRank(0, 3), id="uniform"),
-        pytest.param(Quantize(codebook="nf", row_scales=False, group=8), QuantizedRank(0, 3), id="nf-grouped"),
+        pytest.param(Caldera(outer=2, inner=2), (5, 2), id="caldera-rotated-4"),
+        pytest.param(Caldera(outer=2, lr_bits=16), (5, 2), id="caldera-rotated-16"),
+        pytest.param(Caldera(outer=2, inner=2, hadamard=False), (5, 3), id="caldera-4"),
+        pytest.param(Caldera(outer=2, lr_bits=16, hadamard=False), (5, 4), id="caldera-16"),
+        pytest.param(Caldera(inner=2), (5, 0), id="no-q-rotated-4"),
+        pytest.param(Caldera(lr_bits=16, hadamard=False), (5, 0), id="no-q-16"),
+        pytest.param(Caldera(outer=2, row_scales=False, group=16), (3, 2), id="grouped"),
+        pytest.param(Caldera(outer=2, inner=2, codebook="nf", lr_bits=6), (4, 5), id="nf-6"),
+        pytest.param(Quantize(row_scales=False), (0, 2), id="one-scale"),
+        pytest.param(Quantize(codebook="uniform", hadamard=False), (0, 3), id="uniform"),
+        pytest.param(Quantize(codebook="nf", row_scales=False, group=8), (0, 3), id="nf-grouped"),
     ],
 )
 SHAPES = pytest.mark.parametrize(("m", "n"), [(24, 40), (13, 7), (172, 64)])
@@ -877,9 +907,9 @@ SHAPES = pytest.mark.parametrize(("m", "n"), [(24, 40), (13, 7), (172, 64)])
 @SHAPES
 @LAYERS
 def test_a_quantised_layer_gives_the_outputs_of_its_weight(
-    m: int, n: int, method: Caldera | Quantize, rank: QuantizedRank
+    m: int, n: int, method: Caldera | Quantize, sizes: tuple[int, int]
 ) -> None:
-    layer, found = filled(m, n, method, rank)
+    layer, found = filled(m, n, method, cut_for(method, *sizes))
     x = random_matrix(6, n, 8).reshape(2, 3, n)
     wanted = x @ found.reconstruct().T + layer.bias.double()
     size = float(wanted.abs().max())
@@ -893,9 +923,9 @@ def test_a_quantised_layer_gives_the_outputs_of_its_weight(
 @SHAPES
 @LAYERS
 def test_the_dense_weight_of_a_quantised_layer_is_the_one_meant(
-    m: int, n: int, method: Caldera | Quantize, rank: QuantizedRank
+    m: int, n: int, method: Caldera | Quantize, sizes: tuple[int, int]
 ) -> None:
-    layer, found = filled(m, n, method, rank)
+    layer, found = filled(m, n, method, cut_for(method, *sizes))
     torch.testing.assert_close(layer.dense_weight(), found.reconstruct(), atol=1e-10, rtol=1e-10)
 
 
@@ -903,16 +933,16 @@ def test_the_dense_weight_of_a_quantised_layer_is_the_one_meant(
 @LAYERS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_quantised_layer_takes_exactly_the_bits_of_its_form(
-    m: int, n: int, method: Caldera | Quantize, rank: QuantizedRank, dtype: torch.dtype
+    m: int, n: int, method: Caldera | Quantize, sizes: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    form = method.form()
-    layer = empty_quantized(*quantised_site(m, n, dtype), form, rank, dtype)
-    assert stored_bits(layer) == form.site_bits((m, n), rank.q_bits, int(rank))
+    cut = cut_for(method, *sizes)
+    layer, _ = filled(m, n, method, cut, dtype)
+    assert stored_bits(layer) == form_of(method).bits((m, n), cut)
 
 
 @torch.no_grad()
 def test_turning_the_cache_off_decodes_the_codes_again() -> None:
-    layer = deepcopy(filled(24, 40, Quantize(), QuantizedRank(0, 2))[0])
+    layer = deepcopy(filled(24, 40, Quantize(), Cut(0, 2))[0])
     x = random_matrix(3, 40, 0).float()
     cache_dense(layer, True)
     before = layer(x)
@@ -927,7 +957,7 @@ def test_turning_the_cache_off_decodes_the_codes_again() -> None:
 
 def test_a_cached_layer_still_learns() -> None:
     """Where a gradient is taken, codes are decoded and the factors used, cache or not."""
-    layer = deepcopy(filled(24, 40, Caldera(lr_bits=16, outer=1), QuantizedRank(3, 2))[0])
+    layer = deepcopy(filled(24, 40, Caldera(lr_bits=16, outer=1), Cut(3, 2, 16))[0])
     cache_dense(layer, True)
     x = random_matrix(3, 40, 0).float()
     with torch.inference_mode():
@@ -939,9 +969,11 @@ def test_a_cached_layer_still_learns() -> None:
 
 
 def test_a_quantised_layer_keeps_the_bias_it_found() -> None:
-    model, site = quantised_site(13, 7)
+    model = quantised_site(13, 7)
     bias = model["block"].bias.detach().clone()
-    layer = empty_quantized(model, site, BitForm(), QuantizedRank(2, 2), torch.float32)
+    seen = Seen(second_moment(7, 12, 1), bias=model["block"].bias.detach())
+    found, _ = fitted(Caldera(outer=1, inner=1), random_matrix(13, 7, 0), seen, Cut(2, 2, 4), 3)
+    layer = substitute(model, "block", found, "quantized", torch.float32)
     assert layer.bias is not None
     assert torch.equal(layer.bias, bias)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
@@ -949,6 +981,7 @@ def test_a_quantised_layer_keeps_the_bias_it_found() -> None:
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 def test_a_layer_without_row_scales_has_room_for_the_scales_of_its_codebook(codebook: str) -> None:
-    layer, found = filled(13, 24, Quantize(codebook=codebook, row_scales=False), QuantizedRank(0, 3))
+    method = Quantize(codebook=codebook, row_scales=False)
+    layer, found = filled(13, 24, method, Cut(0, 3))
     assert found.q is not None
-    assert layer.q.scale.shape == found.q.scale.shape
+    assert layer.q.scale.shape == found.q.scale.shape == form_of(method).scales((13, 24))

@@ -22,7 +22,7 @@ def test_ready_recipes_are_valid_and_survive_a_round_trip(name: str) -> None:
 def test_every_method_can_be_named() -> None:
     for name, kind in METHODS.items():
         assert type(method_named(name)) is kind
-        size = {"budget": {"bits": 3}} if kind.quantizes else {}
+        size = {} if kind.default_keep else {"budget": {"bits": 3}}
         assert recipe_from({"model": "M", "method": name, **size}).method == kind()
         assert recipe_from({"model": "M", "method": {"name": name}, **size}).method == kind()
 

@@ -25,7 +25,7 @@ from rankwise import compress
 from rankwise.data import Examples
 from rankwise.errors import NotFiniteError, RankwiseError, RecipeError
 from rankwise.factors import Factors
-from rankwise.layers import LowRankLinear, PivotedLinear, read_factors, substitute
+from rankwise.layers import LowRankLinear, PivotedLinear, kind_of, substitute
 from rankwise.linalg import OutputMetric
 from rankwise.models import BlockRunner, Original, Site, find_sites
 from rankwise.recipes import recipe_from
@@ -35,11 +35,7 @@ from rankwise.repair import (
     Lora,
     Refit,
     Subspace,
-    attach_lora,
-    attach_subspace,
     block_parameters,
-    merge_lora,
-    merge_subspace,
     refit_block,
     steps_of,
     train,
@@ -51,7 +47,7 @@ from rankwise.repair.training import _micro, mean_loss, token_losses
 from rankwise.reports import closing_table
 
 Settings = Callable[..., dict[str, Any]]
-stage_module: Any = importlib.import_module("rankwise.stages.repair")
+stage_module: Any = importlib.import_module("rankwise.stages.repairing")
 
 IDS = torch.randint(0, 2048, (6, 24), generator=torch.Generator().manual_seed(3))
 
@@ -66,8 +62,13 @@ def factored_llama(share: float = 0.4, **changes: Any) -> tuple[Any, list[Site],
     for site in sites:
         u, s, v = torch.linalg.svd(site.weight(model).double(), full_matrices=False)
         rank = max(1, int(share * len(s)))
-        substitute(model, site, Factors(u[:, :rank] * s[:rank], v[:rank], torch.zeros(site.m)), torch.float32)
+        factors = Factors(u[:, :rank] * s[:rank], v[:rank], torch.zeros(site.m))
+        substitute(model, site.name, factors, "two_factor", torch.float32)
     return model, sites, original
+
+
+def factors_of(layer: Any) -> Factors:
+    return kind_of(layer).factors(layer)
 
 
 def logits(model: Any) -> Tensor:
@@ -199,13 +200,14 @@ def test_the_fixed_subspace_merges_without_raising_the_rank(directions: int) -> 
     model, sites, _ = factored_llama()
     before = logits(model)
     ranks = {site.name: site.module(model).right.out_features for site in sites}
-    parameters = attach_subspace(model, sites, Subspace(directions=directions))
+    training = Subspace(directions=directions)
+    parameters = training.attach(model, sites, 0)
     torch.testing.assert_close(logits(model), before)
     for parameter in parameters.values():
         parameter.data += 0.1 * torch.randn_like(parameter)
     unmerged = logits(model)
     assert not torch.allclose(unmerged, before, atol=1e-3)
-    merge_subspace(model, sites)
+    assert training.fold_in(model, sites, {}) == {}
     torch.testing.assert_close(logits(model), unmerged, rtol=1e-4, atol=1e-4)
     assert {site.name: site.module(model).right.out_features for site in sites} == ranks
     assert all(isinstance(site.module(model), LowRankLinear) for site in sites)
@@ -217,7 +219,8 @@ def test_adapters_merge_honestly(merge: Any) -> None:
     before = logits(model)
     ranks = {site.name: site.module(model).right.out_features for site in sites}
     state = torch.random.get_rng_state()
-    parameters = attach_lora(model, sites, Lora(rank=3), seed=0)
+    training = Lora(rank=3, merge=merge)
+    parameters = training.attach(model, sites, 0)
     assert torch.equal(state, torch.random.get_rng_state())
     assert len(parameters) == 2 * len(sites)
     torch.testing.assert_close(logits(model), before)
@@ -225,18 +228,19 @@ def test_adapters_merge_honestly(merge: Any) -> None:
         parameter.data += 0.02 * torch.randn_like(parameter)
     wholes = {site.name: site.module(model) for site in sites}
     products = {
-        name: read_factors(module.base_layer).reconstruct()
+        name: factors_of(module.base_layer).reconstruct()
         + module.scaling["rankwise"]
         * (module.lora_B["rankwise"].weight @ module.lora_A["rankwise"].weight).detach().double()
         for name, module in wholes.items()
     }
-    lost = merge_lora(model, sites, merge, {site.name: ranks[site.name] + 3 - (site.role == "q") for site in sites})
+    limits = {site.name: ranks[site.name] + 3 - (site.role == "q") for site in sites}
+    lost = training.fold_in(model, sites, limits)["norm_lost_in_merging"]
     now = {site.name: site.module(model).right.out_features for site in sites}
     limited = [site for site in sites if merge == "truncate" or site.role == "q"]
     assert now == {s.name: ranks[s.name] + (0 if merge == "truncate" else 2 if s.role == "q" else 3) for s in sites}
     for site in sites:
         product = products[site.name]
-        merged = read_factors(site.module(model)).reconstruct()
+        merged = factors_of(site.module(model)).reconstruct()
         if site not in limited:
             torch.testing.assert_close(merged, product, rtol=1e-3, atol=1e-4)
             assert lost[site.name] == 0
@@ -370,7 +374,7 @@ def test_a_killed_repair_goes_on_with_the_next_block(
     steps: str, repairing: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = compress(recipe_from(repairing(steps)), run_directory=tmp_path / "whole")
-    calls, judge = [], stage_module.judge
+    calls, judge = [], stage_module.judge_repair
 
     def stop(*arguments: Any) -> float:
         calls.append(1)
@@ -378,12 +382,12 @@ def test_a_killed_repair_goes_on_with_the_next_block(
             raise KeyboardInterrupt
         return judge(*arguments)
 
-    monkeypatch.setattr(stage_module, "judge", stop)
+    monkeypatch.setattr(stage_module, "judge_repair", stop)
     with pytest.raises(KeyboardInterrupt):
         compress(recipe_from(repairing(steps)), run_directory=tmp_path / "killed")
     done = len(list((tmp_path / "killed").glob(f"repair-{steps}-*.partial/block-*.safetensors")))
     assert done == 1
-    monkeypatch.setattr(stage_module, "judge", judge)
+    monkeypatch.setattr(stage_module, "judge_repair", judge)
     again = compress(recipe_from(repairing(steps)), run_directory=tmp_path / "killed")
     for name, parameter in whole.model.named_parameters():
         torch.testing.assert_close(again.model.get_parameter(name), parameter, rtol=1e-5, atol=1e-6, msg=name)
@@ -395,7 +399,7 @@ def test_a_repair_that_harms_is_undone_and_said(
 ) -> None:
     plain = compress(recipe_from(repairing("")), run_directory=tmp_path / "run")
     rising = iter(range(1, 1000))
-    monkeypatch.setattr(stage_module, "judge", lambda *_: float(next(rising)))
+    monkeypatch.setattr(stage_module, "judge_repair", lambda *_: float(next(rising)))
     result = compress(recipe_from(repairing(steps)), run_directory=tmp_path / "run")
     assert not result.report["repair"][0]["accepted"]
     assert any("undone" in note for note in result.report["notes"])
@@ -407,7 +411,7 @@ def test_a_repair_that_harms_is_undone_and_said(
 
 def test_a_repair_to_nan_is_undone(repairing: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([2.0, float("nan"), float("nan")])
-    monkeypatch.setattr(stage_module, "judge", lambda *_: next(values))
+    monkeypatch.setattr(stage_module, "judge_repair", lambda *_: next(values))
     result = compress(recipe_from(repairing("blocks")), run_directory=tmp_path / "run")
     step = result.report["repair"][0]
     assert step["objective_after"] == 2.0
@@ -500,7 +504,7 @@ def test_training_leaves_no_mark_and_counts_no_first_token(tmp_path: Path) -> No
     sites = find_sites(model)
     for site in sites:
         u, s, v = torch.linalg.svd(site.weight(model).double(), full_matrices=False)
-        substitute(model, site, Factors(u[:, :8] * s[:8], v[:8], site.bias(model)))
+        substitute(model, site.name, Factors(u[:, :8] * s[:8], v[:8], site.bias(model)), "two_factor", torch.float32)
     rows = examples(4)
     settings = FullFactors(loss="lm", epochs=1, batch_size=4, lr=1e-6)
     expected = mean_loss(model, rows, settings, None)

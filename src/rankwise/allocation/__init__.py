@@ -1,4 +1,4 @@
-"""How much rank each site gets."""
+"""How size is spread over the sites."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rankwise.allocation.base import Allocation, Choice, Evidence, Looks, Outcome
+from rankwise.allocation.base import Allocation, Choice, Cuts, Evidence, Looks, Outcome, Problem
 from rankwise.allocation.bayesian import Bayesian
+from rankwise.allocation.choice import MultipleChoice
+from rankwise.allocation.fill import fill, nearest_cuts
 from rankwise.allocation.manual import Manual
 from rankwise.allocation.planned import Planned
 from rankwise.allocation.selection import by_variance, random_plans
-from rankwise.allocation.spectral import Spectral, Tails
+from rankwise.allocation.spectral import Spectral
 from rankwise.allocation.trials import TrialLog, finite
 from rankwise.allocation.uniform import Uniform
 from rankwise.errors import RecipeError, nearest
@@ -45,17 +47,21 @@ __all__ = [
     "AnyAllocation",
     "Bayesian",
     "Choice",
+    "Cuts",
     "Evidence",
     "Looks",
     "Manual",
+    "MultipleChoice",
     "Outcome",
     "Planned",
+    "Problem",
     "Spectral",
-    "Tails",
     "TrialLog",
     "Uniform",
     "allocation_from",
     "by_variance",
+    "fill",
     "finite",
+    "nearest_cuts",
     "random_plans",
 ]

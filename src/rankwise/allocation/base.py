@@ -10,19 +10,86 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from rankwise.models import Site
 from rankwise.progress import Reporter
-from rankwise.sizes import Budget, Rank, RankPlan, kept_by
+from rankwise.sizes import DENSE, Allowance, Candidates, Cut, Form, Plan
+
+Cuts = dict[str, Cut]
+"""By site name."""
 
 
 class Looks(IntEnum):
     """What an allocation looks at, cheapest first; each includes the ones before it."""
 
-    SHAPES = 0
-    ENERGIES = 1
+    SIZES = 0
+    LOSSES = 1
     OBJECTIVE = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A multiple choice: one cut for every site, all together within an allowance.
+
+    Attributes:
+        sites: all that the allowance counts.
+        candidates: by site name, what it may choose from.
+        form: how cuts are stored, which says what they take.
+        allowance: what all may take together.
+    """
+
+    sites: Sequence[Site]
+    candidates: Mapping[str, Candidates]
+    form: Form
+    allowance: Allowance
+
+    def cost(self, site: Site, cut: Cut) -> int:
+        """Bits of a site under a cut, which need not be among its candidates."""
+        return self.form.bits((site.m, site.n), cut)
+
+    def spent(self, cuts: Mapping[str, Cut]) -> int:
+        """Bits of all sites."""
+        return sum(self.cost(site, cuts[site.name]) for site in self.sites)
+
+    def units(self, site: Site) -> int:
+        """Bits of a site at one unit a weight, see `Allowance.unit_bits`."""
+        return site.parameters * self.allowance.unit_bits
+
+    def kept_by(self, labels: Mapping[str, str], cuts: Mapping[str, Cut]) -> dict[str, float]:
+        """What each group of sites takes a weight: a fraction of it, or bits, as the budget is spelled.
+
+        Args:
+            labels: site name -> group.
+            cuts: by site name.
+        """
+        whole: dict[str, int] = {}
+        kept: dict[str, int] = {}
+        for site in self.sites:
+            label = labels[site.name]
+            whole[label] = whole.get(label, 0) + self.units(site)
+            kept[label] = kept.get(label, 0) + self.cost(site, cuts[site.name])
+        return {label: kept[label] / whole[label] for label in whole}
+
+    def by_role(self, cuts: Cuts) -> Choice:
+        """A choice without a search, its groups being the roles."""
+        return Choice(cuts, self.kept_by({site.name: site.role for site in self.sites}, cuts))
+
+    def check_smallest(self, compressed: Callable[[Site], bool] = lambda _site: True) -> None:
+        """Raise when the smallest candidates are already too much.
+
+        Args:
+            compressed: whether a site is; the others stay dense.
+
+        Raises:
+            BudgetError: saying what can be reached.
+        """
+        smallest = sum(
+            self.candidates[site.name].smallest if compressed(site) else self.cost(site, DENSE) for site in self.sites
+        )
+        multiple = self.allowance.budget.rank_multiple
+        self.allowance.require(
+            smallest, f", lower budget.rank_multiple ({multiple} now), or let more sites be compressed"
+        )
 
 
 @dataclass(frozen=True)
@@ -42,11 +109,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a plan may be chosen from.
+    """What a choice may be made from, beside the problem.
 
     Attributes:
-        energies: by site name, each component's loss, shape `[k]`; empty for an allocation that looks at shapes only.
-        objective: ranks -> outcome, one forward pass; None unless the allocation looks at it.
+        objective: cuts -> outcome, one forward pass; None unless the allocation looks at it.
         log: file for finished trials; None keeps them in memory.
         log_key: hash of all that a trial's outcome depends on.
         seed: for everything drawn.
@@ -54,8 +120,7 @@ class Evidence:
         fingerprint: of the model's weights.
     """
 
-    energies: Mapping[str, Tensor] = field(default_factory=dict)
-    objective: Callable[[Mapping[str, Rank]], Outcome] | None = None
+    objective: Callable[[Mapping[str, Cut]], Outcome] | None = None
     log: Path | None = None
     log_key: str = ""
     seed: int = 0
@@ -65,42 +130,37 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Choice:
-    """Ranks, and how they came about.
+    """Cuts, and how they came about.
 
     Attributes:
-        ranks: by site name; None for dense.
-        groups: by group, the fraction kept.
+        cuts: by site name.
+        groups: by group, what it takes a weight in the unit of the budget.
         space: the space searched, or None.
         coordinates: the point chosen in it, by label.
         objective: its outcome as plain numbers, or None.
         trials: every trial of a search as plain values.
     """
 
-    ranks: dict[str, Rank]
+    cuts: Cuts
     groups: dict[str, float] = field(default_factory=dict)
     space: str | None = None
     coordinates: dict[str, float] = field(default_factory=dict)
     objective: dict[str, float] | None = None
     trials: list[dict[str, Any]] = field(default_factory=list)
 
-    @classmethod
-    def by_role(cls, sites: Sequence[Site], ranks: dict[str, Rank], budget: Budget) -> Choice:
-        """A choice without a search, its groups being the roles."""
-        return cls(ranks, kept_by({site.name: site.role for site in sites}, sites, ranks, budget))
 
-
-def note_other_weights(plan: RankPlan, file: str, evidence: Evidence) -> None:
+def note_other_weights(plan: Plan, file: str, evidence: Evidence) -> None:
     """Say that a plan was made for the same shapes with other weights, such as the model before fine-tuning."""
     if evidence.fingerprint is not None and plan.fingerprint not in (None, evidence.fingerprint):
         evidence.reporter.note(f"{file} was made for a model of the same architecture with other weights")
 
 
 class Allocation(BaseModel, ABC):
-    """A frozen settings object that is its own node in a recipe and turns a budget into ranks."""
+    """A frozen settings object that is its own node in a recipe and chooses a cut for every site."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    looks: ClassVar[Looks] = Looks.SHAPES
+    looks: ClassVar[Looks] = Looks.SIZES
 
     name: str
 
@@ -118,18 +178,21 @@ class Allocation(BaseModel, ABC):
             RecipeError: when it cannot be read.
         """
 
-    def check(self, sites: Sequence[Site], budget: Budget) -> None:
-        """Find out, before anything slow, that no plan can meet the budget.
+    def check(self, problem: Problem) -> None:
+        """Find out, before anything slow, that no plan can meet the allowance.
+
+        Args:
+            problem: its candidates without losses.
 
         Raises:
             BudgetError: saying what has to be kept at least.
             RecipeError: when the settings do not fit these sites.
         """
-        self.choose(sites, budget, Evidence())
+        self.choose(problem, Evidence())
 
     @abstractmethod
-    def choose(self, sites: Sequence[Site], budget: Budget, evidence: Evidence) -> Choice:
-        """Choose ranks.
+    def choose(self, problem: Problem, evidence: Evidence) -> Choice:
+        """Choose a cut for every site.
 
         Raises:
             BudgetError: when nothing fits.

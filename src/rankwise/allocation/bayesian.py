@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -11,14 +11,13 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from rankwise.allocation.base import Allocation, Choice, Evidence, Looks, note_other_weights
+from rankwise.allocation.base import Allocation, Choice, Cuts, Evidence, Looks, Problem, note_other_weights
 from rankwise.allocation.search import search
 from rankwise.allocation.spaces import parse_groups, space_named
 from rankwise.allocation.surrogate import propose, require_botorch
 from rankwise.allocation.trials import TrialLog
 from rankwise.errors import RankwiseError
-from rankwise.models import Site
-from rankwise.sizes import Budget, RankPlan
+from rankwise.sizes import Plan
 
 
 class Bayesian(Allocation):
@@ -28,7 +27,7 @@ class Bayesian(Allocation):
         space: `5x1`, `5x4` or another GxL (role groups by depth groups), or `spectral` (multipliers of that plan).
         trials: forward passes over the validation samples in all, the known starts among them. May be raised later.
         plan: a plan's file to start from as well, or None.
-        lowest: smallest kept fraction of a group in GxL.
+        lowest: smallest fraction of its bits that a group in GxL keeps.
         length_scales: of the Matern 5/2 kernel: `fitted`, or `paper` (1.0 for attention, 0.8 for MLP coordinates).
         acquisition: `log_ei`, or `qlog_nei` for a noisy objective.
     """
@@ -59,27 +58,27 @@ class Bayesian(Allocation):
             parse_groups(text)
         return cls(space=text) if text else cls()
 
-    def check(self, sites: Sequence[Site], budget: Budget) -> None:
+    def check(self, problem: Problem) -> None:
         require_botorch()
-        self._given(sites)
-        space_named(self.space, sites, budget, {}, self.lowest)
+        self._given(problem)
+        space_named(self.space, problem, self.lowest)
 
-    def _given(self, sites: Sequence[Site]) -> RankPlan | None:
+    def _given(self, problem: Problem) -> tuple[Plan, Cuts] | None:
         if self.plan is None:
             return None
-        given = RankPlan.load(Path(self.plan))
-        given.fitting(sites, self.plan)
-        return given
+        given = Plan.load(Path(self.plan))
+        return given, given.fitting(problem.sites, self.plan)
 
-    def choose(self, sites: Sequence[Site], budget: Budget, evidence: Evidence) -> Choice:
+    def choose(self, problem: Problem, evidence: Evidence) -> Choice:
         assert evidence.objective is not None
-        given = self._given(sites)
-        space = space_named(self.space, sites, budget, evidence.energies, self.lowest)
-        if given is not None:
-            note_other_weights(given, str(self.plan), evidence)
-        same_space = given is not None and given.space == space.name
-        ranks_given = None if given is None else given.fitting(sites, str(self.plan))
-        starts = space.starts(ranks_given, given.coordinates if given is not None and same_space else {})
+        space = space_named(self.space, problem, self.lowest)
+        cuts_given: Cuts | None = None
+        coordinates: dict[str, float] = {}
+        if (found := self._given(problem)) is not None:
+            plan, cuts_given = found
+            note_other_weights(plan, str(self.plan), evidence)
+            coordinates = plan.coordinates if plan.space == space.name else {}
+        starts = space.starts(cuts_given, coordinates)
 
         def proposer(points: Tensor, values: Tensor, trial: int, is_new: Callable[[Tensor], bool]) -> Tensor:
             step = partial(propose, scales=self.length_scales, acquisition=self.acquisition, is_new=is_new)
@@ -87,10 +86,10 @@ class Bayesian(Allocation):
 
         log = TrialLog(evidence.log, evidence.log_key, evidence.reporter)
         best = search(space, starts, evidence.objective, proposer, log, self.trials, evidence.seed, evidence.reporter)
-        ranks = space.ranks(torch.tensor(best["point"], dtype=torch.float64))
+        cuts = space.cuts(torch.tensor(best["point"], dtype=torch.float64))
         return Choice(
-            ranks=ranks,
-            groups=space.groups(ranks),
+            cuts=cuts,
+            groups=space.groups(cuts),
             space=space.name,
             coordinates=dict(zip(space.labels, best["point"], strict=True)),
             objective={"value": best["objective"], "perplexity": best["perplexity"], "kl": best["kl"]},

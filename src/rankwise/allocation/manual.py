@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError
 
-from rankwise.allocation.base import Allocation, Choice, Evidence
+from rankwise.allocation.base import Allocation, Choice, Evidence, Problem
+from rankwise.allocation.fill import fill, nearest_cuts
 from rankwise.errors import RecipeError, nearest
-from rankwise.models import Site
-from rankwise.sizes import BitBudget, Budget
 
 Fraction = Annotated[float, Field(gt=0, le=1)] | Literal["dense"]
 
@@ -18,8 +16,8 @@ Fraction = Annotated[float, Field(gt=0, le=1)] | Literal["dense"]
 class Manual(Allocation):
     """Kept fractions by role; roles that are not named stay dense.
 
-    With `budget.keep` set, the fractions give the proportions and the whole is scaled to fill the budget. Without it
-    they are taken as they stand, each rank rounded to the nearest multiple.
+    On a budget the fractions give the proportions and the whole is scaled to fill it. Without one they are taken as
+    they stand, each at the candidate whose size is nearest.
 
     Attributes:
         roles: role -> kept fraction, or `dense`.
@@ -50,28 +48,18 @@ class Manual(Allocation):
                 "A fraction is outside (0, 1].", where=f"manual:{text}", remedy="use a number in (0, 1] or dense"
             ) from None
 
-    def choose(self, sites: Sequence[Site], budget: Budget, evidence: Evidence) -> Choice:
-        present = {site.role for site in sites}
+    def choose(self, problem: Problem, evidence: Evidence) -> Choice:
+        present = {site.role for site in problem.sites}
         for role in self.roles:
             if role not in present:
                 raise RecipeError(
                     f"The model has no role {role!r}.", where="allocation.roles", remedy=nearest(role, present)
                 )
         fractions: dict[str, float | None] = {}
-        whole = not isinstance(budget, BitBudget)
-        for site in sites:
+        for site in problem.sites:
             fraction = self.roles.get(site.role, "dense")
-            # 1 and dense are the same: at the break-even rank the factors cost as much as the matrix.
-            fractions[site.name] = None if fraction == "dense" or (whole and fraction == 1) else float(fraction)
-        if budget.sized:
-            return Choice.by_role(sites, budget.fill(sites, fractions), budget)
-        return Choice.by_role(
-            sites,
-            {
-                site.name: None
-                if (f := fractions[site.name]) is None
-                else budget.round_rank(site, budget.rank_at(site, f))
-                for site in sites
-            },
-            budget,
-        )
+            # 1 and dense are the same where a weight may stay as it is.
+            stays = fraction == 1 and problem.candidates[site.name].whole
+            fractions[site.name] = None if fraction == "dense" or stays else float(fraction)
+        spread = fill if problem.allowance.sized else nearest_cuts
+        return problem.by_role(spread(problem, fractions))

@@ -1,19 +1,18 @@
-"""Ranks from a plan that was made before, for this model or for another of the same architecture."""
+"""Cuts from a plan that was made before, for this model or for another of the same architecture."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-from rankwise.allocation.base import Allocation, Choice, Evidence, note_other_weights
+from rankwise.allocation.base import Allocation, Choice, Evidence, Problem, note_other_weights
+from rankwise.allocation.fill import fill
 from rankwise.errors import BudgetError, RecipeError
-from rankwise.models import Site
-from rankwise.sizes import BitBudget, Budget, QuantizedRank, RankPlan, kept_by
+from rankwise.sizes import Plan
 
 
 class Planned(Allocation):
-    """Takes a plan's ranks as they stand; with another `budget.keep`, in the same proportions.
+    """Takes a plan's cuts as they stand; with another budget, in the same proportions.
 
     Attributes:
         file: the plan's JSON file.
@@ -28,40 +27,30 @@ class Planned(Allocation):
             raise RecipeError("A plan needs a file.", where="plan:", remedy="write plan:FILE.json")
         return cls(file=text)
 
-    def choose(self, sites: Sequence[Site], budget: Budget, evidence: Evidence) -> Choice:
-        given = RankPlan.load(Path(self.file))
-        ranks = given.fitting(sites, self.file)
+    def choose(self, problem: Problem, evidence: Evidence) -> Choice:
+        given = Plan.load(Path(self.file))
+        cuts = given.fitting(problem.sites, self.file)
         note_other_weights(given, self.file, evidence)
-        if isinstance(budget, BitBudget) != bool(given.q_bits):
+        unknown = next((s.name for s in problem.sites if not problem.candidates[s.name].allows(cuts[s.name])), None)
+        if unknown is not None:
             raise BudgetError(
-                f"The plan was made with the method {given.method}, and its ranks mean nothing to this one.",
+                f"The plan was made with the method {given.method}: its cut of {unknown} ({cuts[unknown]}) is not one "
+                "that this method, its codebook, or the bits and ranks given beside the plan allow.",
                 where=self.file,
-                remedy=f"leave --method away, or use --method {given.method}",
+                remedy=f"leave --method, bits of Q and ranks away, or use --method {given.method}",
             )
-        if isinstance(budget, BitBudget):
-            ranked = [rank for rank in ranks.values() if isinstance(rank, QuantizedRank)]
-            other_bits = len(budget.choices) == 1 and any(rank.q_bits != budget.choices[0] for rank in ranked)
-            if other_bits or (budget.rank is not None and any(int(rank) != budget.rank for rank in ranked)):
-                raise BudgetError(
-                    "The plan has other bits of Q or other ranks than those given beside it.",
-                    where=self.file,
-                    remedy="leave q_bits and rank away; the plan says both",
-                )
-            if budget.bits is not None and budget.bits != given.bits:
-                ranks = budget.fill(sites, given.fractions())
-                evidence.reporter.note(
-                    f"the plan takes {given.bits_a_weight:.4f} bits a weight; its proportions are scaled to "
-                    f"{budget.asked}"
-                )
-        elif budget.sized and (budget.keep, budget.storage) != (given.keep, given.storage):
-            ranks = budget.fill(sites, given.fractions())
+        budget, storages = problem.allowance.budget, (given.form.storage, problem.form.storage)
+        if budget.sized and (given.spelling != budget.spelling or storages[0] != storages[1]):
+            form = given.form.model_copy(update={"number_bits": problem.form.number_bits})
+            made_for = problem.allowance.in_words(given.model_copy(update={"form": form}).kept_bits)
+            cuts = fill(problem, given.fractions())
             evidence.reporter.note(
-                f"the plan keeps {given.kept:.4f} in {given.storage} storage; its proportions are scaled to "
-                f"{budget.keep:g} in {budget.storage} storage"
+                f"the plan takes {made_for} in {storages[0]} storage; its proportions are scaled to "
+                f"{problem.allowance.asked} in {storages[1]} storage"
             )
         return Choice(
-            ranks=ranks,
-            groups=kept_by({site.name: site.role for site in sites}, sites, ranks, budget),
+            cuts=cuts,
+            groups=problem.by_role(cuts).groups,
             space=given.space,
             coordinates=given.coordinates,
         )

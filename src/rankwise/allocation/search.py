@@ -15,7 +15,7 @@ from rankwise.allocation.surrogate import generator
 from rankwise.allocation.trials import TrialLog, finite
 from rankwise.errors import BudgetError
 from rankwise.progress import Reporter
-from rankwise.sizes import Rank
+from rankwise.sizes import Cut
 
 _MOST_SPREAD = 12
 
@@ -38,7 +38,7 @@ def spread_trials(dimensions: int, warm: bool) -> int:
 def search(
     space: Space,
     starts: Sequence[tuple[str, Tensor]],
-    objective: Callable[[Mapping[str, Rank]], Outcome],
+    objective: Callable[[Mapping[str, Cut]], Outcome],
     propose: Proposer,
     log: TrialLog,
     trials: int,
@@ -52,7 +52,7 @@ def search(
     Args:
         space: where points lie.
         starts: the first points, with names.
-        objective: ranks -> outcome.
+        objective: cuts -> outcome.
         propose: the surrogate.
         log: finished trials; continued.
         trials: how many in all.
@@ -66,10 +66,10 @@ def search(
         BudgetError: when every trial failed.
     """
     spread = spread_trials(space.dimensions, warm=any(name == "plan" for name, _ in starts))
-    seen = {_identity(space.ranks(torch.tensor(r["point"], dtype=torch.float64))) for r in log.records[:trials]}
+    seen = {_identity(space.cuts(torch.tensor(r["point"], dtype=torch.float64))) for r in log.records[:trials]}
 
     def is_new(point: Tensor) -> bool:
-        return _identity(space.ranks(point)) not in seen
+        return _identity(space.cuts(point)) not in seen
 
     done = min(len(log.records), trials)
     with reporter.counting("search", total=trials, done=done) as advance:
@@ -82,9 +82,9 @@ def search(
                 origin, point = "spread", next((p for p in drawn if is_new(p)), drawn[0])
             else:
                 origin, point = "proposed", propose(*_evidence(log.records), trial, is_new)
-            ranks = space.ranks(point)
+            cuts = space.cuts(point)
             thought = time.perf_counter() - began
-            outcome = objective(ranks)
+            outcome = objective(cuts)
             whole = finite(outcome.value) is not None
             log.append(
                 {
@@ -99,7 +99,7 @@ def search(
                     "trial_seconds": round(time.perf_counter() - began - thought, 4),
                 }
             )
-            seen.add(_identity(ranks))
+            seen.add(_identity(cuts))
             finished = [r["objective"] for r in log.records if not r["failed"]]
             last = f"{outcome.value:.4g}" if whole else "failed"
             advance(f"search: best {min(finished):.4g}, last {last}" if finished else "search: all failed so far")
@@ -117,8 +117,8 @@ def search(
     return min(good, key=lambda record: record["objective"])
 
 
-def _identity(ranks: Mapping[str, Rank]) -> tuple[Rank, ...]:
-    return tuple(ranks.values())
+def _identity(cuts: Mapping[str, Cut]) -> tuple[Cut, ...]:
+    return tuple(cuts.values())
 
 
 def _evidence(records: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from rankwise.allocation.base import Cuts, Problem
 from rankwise.allocation.spaces import space_named
 from rankwise.allocation.surrogate import generator
 from rankwise.errors import BudgetError
-from rankwise.models import Site
-from rankwise.sizes import Budget, Rank
 
 _NOT_A_TRIAL = 1 << 40
 
 
-def random_plans(
-    space: str, sites: Sequence[Site], budget: Budget, lowest: float, count: int, seed: int
-) -> list[dict[str, Rank]]:
+def random_plans(space: str, problem: Problem, lowest: float, count: int, seed: int) -> list[Cuts]:
     """Plans drawn at random, all on the budget.
 
-    They are drawn from the space given, or from one fraction a role where that space needs more than shapes.
+    They are drawn from the space given, or from one share a role where that space needs more than sizes.
 
     Args:
         space: `spectral` or GxL.
-        sites: all sites.
-        budget: what they may keep.
-        lowest: smallest kept fraction.
+        problem: what is chosen from.
+        lowest: smallest fraction of a group's bits.
         count: how many.
         seed: for drawing.
 
     Returns:
-        Ranks by site name, `count` times.
+        Cuts by site name, `count` times.
 
     Raises:
         BudgetError: when no plan meets the budget.
@@ -41,14 +35,14 @@ def random_plans(
     name = "rolesx1" if space == "spectral" else space
     while True:
         try:
-            drawn_from = space_named(name, sites, budget, {}, lowest)
+            drawn_from = space_named(name, problem, lowest)
             break
         except BudgetError:
             # A small budget leaves no room above a fifth of every role.
             if lowest < 1e-3 or name != "rolesx1":
                 raise
             lowest /= 2
-    return [drawn_from.ranks(point) for point in drawn_from.draw(count, source)]
+    return [drawn_from.cuts(point) for point in drawn_from.draw(count, source)]
 
 
 def by_variance(perplexities: Tensor, count: int, largest: bool) -> Tensor:

@@ -1,19 +1,20 @@
-"""Spaces a search moves in: few numbers that stand for the ranks of all sites, every point exactly on the budget."""
+"""Spaces a search moves in: few numbers that stand for the cuts of all sites, every point exactly on the budget."""
 
 from __future__ import annotations
 
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from rankwise.allocation.spectral import check_smallest, tails_for
+from rankwise.allocation.base import Cuts, Problem
+from rankwise.allocation.choice import MultipleChoice
+from rankwise.allocation.fill import fill
 from rankwise.errors import BudgetError, RecipeError
-from rankwise.models import Site
-from rankwise.sizes import BitBudget, Budget, Rank, kept_by
+from rankwise.sizes import DENSE, Cut
 
 ATTENTION_ROLES = frozenset("qkvo")
 _PAPER_GROUPS = (("q", "k"), ("o",), ("gate",), ("up",), ("down",))
@@ -25,7 +26,7 @@ _WIDEST = 2.0
 
 
 class Space(ABC):
-    """A box with one linear equation, and the ranks each of its points stands for.
+    """A box with one linear equation, and the cuts each of its points stands for.
 
     Attributes:
         name: as a recipe writes it.
@@ -76,28 +77,27 @@ class Space(ABC):
         return self.project(self.lower + drawn * (self.upper - self.lower))
 
     @abstractmethod
-    def ranks(self, point: Tensor) -> dict[str, Rank]:
-        """Ranks at a point of shape `[d]`, on the budget as exactly as the multiple allows."""
+    def cuts(self, point: Tensor) -> Cuts:
+        """Cuts at a point of shape `[d]`, on the budget as exactly as the candidates allow."""
 
     @abstractmethod
-    def starts(self, plan: Mapping[str, Rank] | None, coordinates: Mapping[str, float]) -> list[tuple[str, Tensor]]:
+    def starts(self, plan: Mapping[str, Cut] | None, coordinates: Mapping[str, float]) -> list[tuple[str, Tensor]]:
         """Points worth trying first, with their names.
 
         Args:
-            plan: ranks of a plan given, or None.
+            plan: cuts of a plan given, or None.
             coordinates: the point that plan was made from, by label; empty when unknown.
         """
 
-    def groups(self, ranks: Mapping[str, Rank]) -> dict[str, float]:
-        """The fraction that ranks keep of each group, for a plan's record."""
-        return kept_by(self.labels_of_sites(), self.sites, ranks, self.budget)
+    def groups(self, cuts: Mapping[str, Cut]) -> dict[str, float]:
+        """What cuts take of each group a weight, for a plan's record."""
+        return self.problem.kept_by(self.labels_of_sites(), cuts)
 
     @abstractmethod
     def labels_of_sites(self) -> dict[str, str]:
         """Site name -> the group it is reported under."""
 
-    sites: list[Site]
-    budget: Budget
+    problem: Problem
 
     def given(self, coordinates: Mapping[str, float]) -> Tensor | None:
         """A point from its coordinates by label; None unless all are there."""
@@ -124,35 +124,26 @@ def parse_groups(text: str) -> tuple[str, int | None]:
 
 
 class GroupSpace(Space):
-    """A kept fraction for each group of roles in each group of consecutive blocks (Bolaco, section 3.2).
+    """What each group of roles in each group of consecutive blocks takes a weight (Bolaco, section 3.2).
 
-    On a budget of bits the coordinates are bits a weight, of which Q and the rank take their shares.
+    A coordinate is in the unit of the budget: the fraction that is kept, or bits a weight.
 
     Args:
-        sites: all sites the budget counts.
-        budget: what they may keep.
+        problem: what is chosen from; with losses, the plan by estimated loss is a start.
         grouping: `5` for the paper's {q, k}, o, gate, up, down with v dense; `roles` for every role; `1` for one group.
         depths: groups of consecutive blocks; None for one a block.
-        lowest: smallest fraction.
-        energies: component losses by site for a spectral start; empty for none.
+        lowest: smallest fraction of a group's bits.
 
     Raises:
-        BudgetError: when the smallest fractions, with what has to stay dense, exceed the budget.
+        BudgetError: when the smallest coordinates, with what has to stay dense, exceed the budget.
         RecipeError: when there are more depth groups than blocks.
     """
 
-    def __init__(
-        self,
-        sites: Sequence[Site],
-        budget: Budget,
-        grouping: str,
-        depths: int | None,
-        lowest: float,
-        energies: Mapping[str, Tensor],
-    ) -> None:
+    def __init__(self, problem: Problem, grouping: str, depths: int | None, lowest: float) -> None:
         self.name = f"{grouping}x{'layers' if depths is None else depths}"
-        self._dense_from = math.inf if isinstance(budget, BitBudget) else _AS_GOOD_AS_DENSE
-        self.sites, self.budget, self._energies = list(sites), budget, energies
+        self.problem = problem
+        sites, unit = problem.sites, problem.allowance.unit_bits
+        self._units = problem.form.number_bits / unit
         blocks = sorted({site.block for site in sites})
         depths = len(blocks) if depths is None else depths
         if depths > len(blocks):
@@ -170,60 +161,62 @@ class GroupSpace(Space):
                 self._group_of[site.name] = label if depths == 1 else f"{label}@{depth + 1}/{depths}"
         self.labels = list(dict.fromkeys(self._group_of.values()))
         parameters = dict.fromkeys(self.labels, 0)
-        for site in sites:
-            if site.name in self._group_of:
-                parameters[self._group_of[site.name]] += site.parameters
-        whole = sum(site.parameters for site in sites)
-        dense = sum(budget.cost(site, None) for site in sites if site.name not in self._group_of)
-        self.weights = torch.tensor([parameters[label] / whole for label in self.labels], dtype=torch.float64)
-        self.total = budget.allowed(sites) / whole - dense / whole
-        least_each, most_each = (lowest, 1.0) if not isinstance(budget, BitBudget) else budget.reach()
-        self.lower = torch.full_like(self.weights, least_each)
-        self.upper = torch.full_like(self.weights, most_each)
         roles_of: dict[str, set[str]] = {label: set() for label in self.labels}
+        least, most = dict.fromkeys(self.labels, math.inf), dict.fromkeys(self.labels, 0.0)
         for site in sites:
-            if site.name in self._group_of:
-                roles_of[self._group_of[site.name]].add(site.role)
-        self.attention = [roles_of[label] <= ATTENTION_ROLES for label in self.labels]
-        least = float((self.lower * self.weights).sum()) + dense / whole
-        if self.total < float((self.lower * self.weights).sum()) - 1e-12:
-            staying = sorted({site.role for site in sites if site.name not in self._group_of})
-            held = f"{', '.join(staying)} stays dense ({dense / whole:.3f} {budget.unit}) and " if staying else ""
-            raise BudgetError(
-                f"No plan of {self.name} keeps only {budget.asked}: {held}no group may keep less than {least_each:g}, "
-                f"together at least {least:.3f}.",
-                where="allocation",
-                remedy=f"raise {budget.option}, use spectral or bayesian:spectral or bayesian:rolesx1 (which compress "
-                "every role), or lower allocation.lowest",
-            )
-        # The smallest ranks, one step of the multiple each, have to fit too.
-        budget.fill(sites, {site.name: 1.0 if site.name in self._group_of else None for site in sites})
-
-    def ranks(self, point: Tensor) -> dict[str, Rank]:
-        at = dict(zip(self.labels, point.tolist(), strict=True))
-        fractions = {
-            site.name: None if (label := self._group_of.get(site.name)) is None else at[label] for site in self.sites
-        }
-        return self.budget.fill(
-            self.sites, {name: None if f is None or f >= self._dense_from else f for name, f in fractions.items()}
-        )
-
-    def labels_of_sites(self) -> dict[str, str]:
-        return {site.name: self._group_of.get(site.name, f"{site.role} (dense)") for site in self.sites}
-
-    def _averages(self, ranks: Mapping[str, Rank]) -> Tensor:
-        """The fraction ranks keep of each group, moved onto the budget."""
-        kept = dict.fromkeys(self.labels, 0)
-        whole = dict.fromkeys(self.labels, 0)
-        for site in self.sites:
             label = self._group_of.get(site.name)
             if label is not None:
-                kept[label] += self.budget.cost(site, ranks[site.name])
-                whole[label] += site.parameters
-        point = torch.tensor([kept[label] / whole[label] for label in self.labels], dtype=torch.float64)
-        return self.project(point)
+                parameters[label] += site.parameters
+                roles_of[label].add(site.role)
+                reach = problem.candidates[site.name].reach
+                least[label] = min(least[label], (reach[0] or lowest * problem.form.number_bits) / unit)
+                most[label] = max(most[label], reach[1] / unit)
+        whole = sum(site.parameters for site in sites)
+        dense = sum(problem.cost(site, DENSE) for site in sites if site.name not in self._group_of) / unit
+        self.weights = torch.tensor([parameters[label] / whole for label in self.labels], dtype=torch.float64)
+        self.total = problem.allowance.bits / unit / whole - dense / whole
+        self.lower = torch.tensor([least[label] for label in self.labels], dtype=torch.float64)
+        self.upper = torch.tensor([most[label] for label in self.labels], dtype=torch.float64)
+        self.attention = [roles_of[label] <= ATTENTION_ROLES for label in self.labels]
+        if self.total < float((self.lower * self.weights).sum()) - 1e-12:
+            self._refuse(float((self.lower * self.weights).sum()) + dense / whole, dense / whole)
+        # The smallest candidates have to fit too.
+        problem.check_smallest(lambda site: site.name in self._group_of)
 
-    def starts(self, plan: Mapping[str, Rank] | None, coordinates: Mapping[str, float]) -> list[tuple[str, Tensor]]:
+    def _refuse(self, least: float, dense: float) -> None:
+        allowance = self.problem.allowance
+        bits = allowance.unit_bits * allowance.weights
+        staying = sorted({site.role for site in self.problem.sites if site.name not in self._group_of})
+        held = f"{', '.join(staying)} stays dense ({allowance.in_words(dense * bits)}) and " if staying else ""
+        raise BudgetError(
+            f"No plan of {self.name} meets {allowance.asked}: {held}no group may take less than "
+            f"{float(self.lower.min()):g} a weight, together at least {allowance.in_words(least * bits)}.",
+            where="allocation",
+            remedy=f"raise {allowance.option}, use spectral or bayesian:spectral or bayesian:rolesx1 (which compress "
+            "every role), or lower allocation.lowest",
+        )
+
+    def cuts(self, point: Tensor) -> Cuts:
+        at = dict(zip(self.labels, point.tolist(), strict=True))
+        fractions: dict[str, float | None] = {}
+        for site in self.problem.sites:
+            label = self._group_of.get(site.name)
+            kept = None if label is None else at[label]
+            as_dense = self.problem.candidates[site.name].whole and kept is not None
+            if as_dense and kept is not None and kept >= _AS_GOOD_AS_DENSE * self._units:
+                kept = None
+            fractions[site.name] = kept
+        return fill(self.problem, fractions)
+
+    def labels_of_sites(self) -> dict[str, str]:
+        return {site.name: self._group_of.get(site.name, f"{site.role} (dense)") for site in self.problem.sites}
+
+    def _averages(self, cuts: Mapping[str, Cut]) -> Tensor:
+        """What cuts take of each group a weight, moved onto the budget."""
+        kept = self.groups(cuts)
+        return self.project(torch.tensor([kept[label] for label in self.labels], dtype=torch.float64))
+
+    def starts(self, plan: Mapping[str, Cut] | None, coordinates: Mapping[str, float]) -> list[tuple[str, Tensor]]:
         found = []
         if plan is not None:
             known = self.given(coordinates)
@@ -234,8 +227,8 @@ class GroupSpace(Space):
         roles = [set(label.split("@")[0].split("+")) for label in self.labels]
         loss = torch.tensor([1.5 if group & {"q", "k"} else 1.0 for group in roles], dtype=torch.float64)
         found.append(("manual", self.project(self.upper - (self.upper - middle) * loss)))
-        if self._energies:
-            found.append(("spectral", self._averages(tails_for(self.sites, self._energies, self.budget).plan())))
+        if all(each.losses is not None for each in self.problem.candidates.values()):
+            found.append(("spectral", self._averages(MultipleChoice(self.problem).plan())))
         return found
 
 
@@ -257,19 +250,18 @@ class MultiplierSpace(Space):
     matter, so the a sum to zero. The point of all zeros is the spectral plan itself.
 
     Args:
-        sites: all sites the budget counts.
-        budget: what they may keep.
-        energies: component losses by site.
+        problem: what is chosen from; without losses the space can be asked for its shape alone.
 
     Raises:
         BudgetError: when nothing fits.
     """
 
-    def __init__(self, sites: Sequence[Site], budget: Budget, energies: Mapping[str, Tensor]) -> None:
+    def __init__(self, problem: Problem) -> None:
         self.name = "spectral"
-        self.sites, self.budget = list(sites), budget
-        check_smallest(sites, budget)
-        self._tails = tails_for(sites, energies, budget) if energies else None
+        self.problem, sites = problem, problem.sites
+        problem.check_smallest()
+        seen = all(each.losses is not None for each in problem.candidates.values())
+        self._choice = MultipleChoice(problem) if seen else None
         roles = list(dict.fromkeys(site.role for site in sites))
         self.labels = [*roles, "slope"]
         self._role = torch.tensor([roles.index(site.role) for site in sites])
@@ -281,9 +273,9 @@ class MultiplierSpace(Space):
         self.total = 0.0
         self.attention = [role in ATTENTION_ROLES for role in roles] + [False]
 
-    def ranks(self, point: Tensor) -> dict[str, Rank]:
-        assert self._tails is not None
-        return self._tails.plan((point[:-1][self._role] + point[-1] * self._depth).exp())
+    def cuts(self, point: Tensor) -> Cuts:
+        assert self._choice is not None
+        return self._choice.plan((point[:-1][self._role] + point[-1] * self._depth).exp())
 
     def draw(self, count: int, source: torch.Generator) -> Tensor:
         """Points around the spectral plan: far from it every plan is bad."""
@@ -291,9 +283,9 @@ class MultiplierSpace(Space):
         return self.project(drawn * self.upper * _SPREAD)
 
     def labels_of_sites(self) -> dict[str, str]:
-        return {site.name: site.role for site in self.sites}
+        return {site.name: site.role for site in self.problem.sites}
 
-    def starts(self, plan: Mapping[str, Rank] | None, coordinates: Mapping[str, float]) -> list[tuple[str, Tensor]]:
+    def starts(self, plan: Mapping[str, Cut] | None, coordinates: Mapping[str, float]) -> list[tuple[str, Tensor]]:
         found = [("spectral", torch.zeros_like(self.lower))]
         known = self.given(coordinates)
         if plan is not None and known is not None:
@@ -301,9 +293,7 @@ class MultiplierSpace(Space):
         return found
 
 
-def space_named(
-    name: str, sites: Sequence[Site], budget: Budget, energies: Mapping[str, Tensor], lowest: float
-) -> Space:
+def space_named(name: str, problem: Problem, lowest: float) -> Space:
     """`spectral`, or GxL as in `parse_groups`.
 
     Raises:
@@ -311,9 +301,9 @@ def space_named(
         BudgetError: when no point of it meets the budget.
     """
     if name == "spectral":
-        return MultiplierSpace(sites, budget, energies)
+        return MultiplierSpace(problem)
     grouping, depths = parse_groups(name)
-    return GroupSpace(sites, budget, grouping, depths, lowest, energies)
+    return GroupSpace(problem, grouping, depths, lowest)
 
 
 def unit(space: Space, points: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ from rankwise.errors import ModelError, NotFiniteError
 CHECKPOINT_KEY = "rankwise"
 """The key in a config under which a compressed checkpoint describes its layers."""
 
+FORMAT_VERSION = 4
+"""Of what stands under that key. Since 4 a pivoted layer names the type of its order; earlier ones are read too."""
+
 CACHE_KEY = "rankwise_cache_dense"
 """The key in a config that lets quantised layers keep their weight dequantised."""
 
@@ -71,6 +74,21 @@ def is_compressed(source: str) -> bool:
     """Whether a local directory holds a checkpoint with low-rank layers that rankwise wrote."""
     config = Path(source) / "config.json"
     return config.is_file() and isinstance(read_json(config).get(CHECKPOINT_KEY), dict)
+
+
+def require_known_format(source: str) -> None:
+    """Raise when a compressed checkpoint is in a form that this version does not know.
+
+    Raises:
+        ModelError: naming the format.
+    """
+    given = read_json(Path(source) / "config.json")[CHECKPOINT_KEY].get("format")
+    if given not in range(1, FORMAT_VERSION + 1):
+        raise ModelError(
+            f"The checkpoint is of format {given}; this version reads formats 1 to {FORMAT_VERSION}.",
+            where=str(Path(source) / "config.json"),
+            remedy="use the version of rankwise that wrote it, or a newer one",
+        )
 
 
 def _read_config(source: str, trust_remote_code: bool) -> Any:
@@ -163,6 +181,7 @@ def load_model(
     transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
     if is_compressed(source):
+        require_known_format(source)
         loader = compressed_class(read_json(Path(source) / "config.json"), source)
     else:
         loader = AutoModelForCausalLM

@@ -14,18 +14,15 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
-from rankwise.checkpoints.load import CACHE_KEY, CHECKPOINT_KEY, LoadedModel
+from rankwise.checkpoints.load import CACHE_KEY, CHECKPOINT_KEY, FORMAT_VERSION, LoadedModel
 from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, base_classes, model_type_for, modeling_source
 from rankwise.errors import ModelError, OutputError, is_disk_full
-from rankwise.layers import FACTORED, REPLACED, LowRankLinear, PivotedLinear, QuantizedLinear
+from rankwise.layers import dense_layer, kind_of
 from rankwise.models import Site
 
 REPORT_FILE = "rankwise_report.json"
 """Every directory that rankwise writes holds this file; only such directories are ever replaced."""
-
-FORMAT_VERSION = 3
 
 
 def _umask() -> int:
@@ -97,17 +94,8 @@ def low_rank_layers(model: Any, sites: Sequence[Site]) -> dict[str, dict[str, An
     layers = {}
     for site in sites:
         module = site.module(model)
-        form: dict[str, Any] = {"shape": [site.m, site.n]}
-        if isinstance(module, LowRankLinear):
-            form |= {"rank": module.right.out_features, "bias": module.left.bias is not None}
-            layers[site.name.removeprefix(prefix)] = form
-        elif isinstance(module, PivotedLinear):
-            form |= {"rank": module.first.out_features, "bias": module.first_bias is not None}
-            form |= {"storage": "pivoted", "order": module.place is not None}
-            layers[site.name.removeprefix(prefix)] = form
-        elif isinstance(module, QuantizedLinear):
-            form |= {"bias": module.bias is not None, "storage": "quantized", "form": module.form}
-            layers[site.name.removeprefix(prefix)] = form
+        if kind_of(module).replaced:
+            layers[site.name.removeprefix(prefix)] = {"shape": [site.m, site.n], **module.description()}
     return layers
 
 
@@ -161,26 +149,13 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
             }
         },
     )
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if any(hasattr(module, "cache") for module in model.modules()):
         # A key of its own, so that from_pretrained(..., rankwise_cache_dense=True) sets it.
         config[CACHE_KEY] = False
     _write_weights(model, folder, max_shard_size)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / f"{MODULE_NAME}.py").write_text(source)
     _write_companions(loaded, folder)
-
-
-def _dense_module(site: Site, old: Any, dtype: torch.dtype) -> nn.Module:
-    bias = old.dense_bias()
-    weight = old.dense_weight().to(dtype)
-    with torch.device("meta"):
-        dense = Conv1D(site.m, site.n) if site.transposed else nn.Linear(site.n, site.m, bias=bias is not None)
-    dense.weight = nn.Parameter((weight.T if site.transposed else weight).contiguous(), requires_grad=False)
-    if bias is not None:
-        dense.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    elif site.transposed:
-        dense.bias = nn.Parameter(weight.new_zeros(site.m), requires_grad=False)
-    return dense
 
 
 def _parameter_names(config: Any) -> set[str]:
@@ -197,11 +172,12 @@ def densify(loaded: LoadedModel, sites: Sequence[Site]) -> None:
     model = loaded.model
     for site in sites:
         module = site.module(model)
-        if isinstance(module, REPLACED):
+        kind = kind_of(module)
+        if kind.replaced:
             # Codes have no dtype of their own; they take that of the embeddings.
-            own = next(module.parameters(), None) if isinstance(module, FACTORED) else None
-            dtype = model.get_input_embeddings().weight.dtype if own is None else own.dtype
-            model.set_submodule(site.name, _dense_module(site, module, dtype))
+            own = next(module.parameters()) if kind.in_numbers else model.get_input_embeddings().weight
+            dense = dense_layer(module.dense_weight(), module.dense_bias(), site.transposed, own.dtype, own.device)
+            model.set_submodule(site.name, dense)
     have = {name for name, _ in model.named_parameters()}
     if not have <= _parameter_names(model.config):
         for flag in ("attention_bias", "mlp_bias", "use_bias", "bias"):
@@ -215,10 +191,10 @@ def densify(loaded: LoadedModel, sites: Sequence[Site]) -> None:
             remedy="compress with --set method.bias=false, or without --format dense",
         )
     for name in sorted(wanted - have):
-        path, _, kind = name.rpartition(".")
+        path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         module.register_parameter(
-            kind, nn.Parameter(module.weight.new_zeros(module.weight.shape[0]), requires_grad=False)
+            leaf, nn.Parameter(module.weight.new_zeros(module.weight.shape[0]), requires_grad=False)
         )
 
 

@@ -49,11 +49,14 @@ def compress(
     keep: Annotated[
         float | None, typer.Option(help="Fraction of the decoder's linear weights to keep, in (0, 1].")
     ] = None,
+    size: Annotated[str | None, typer.Option(help="Size of all weight files instead, such as 90MB.")] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="svd, fwsvd, asvd, svd_llm, afm, bolaco, two_sided; quantize or caldera for few bits."),
+        typer.Option(
+            help="svd, fwsvd, asvd, svd_llm, afm, bolaco, two_sided; quantize, caldera or mixed for few bits."
+        ),
     ] = None,
-    bits: Annotated[float | None, typer.Option(help="Bits a linear weight on the average (quantize, caldera).")] = None,
+    bits: Annotated[float | None, typer.Option(help="Bits a linear weight on the average, instead.")] = None,
     q_bits: Annotated[int | None, typer.Option(help="Bits of Q in W ~ Q + L R.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of L R at every site (caldera).")] = None,
     lr_bits: Annotated[int | None, typer.Option(help="Bits of L and R (caldera); 16 for unquantised.")] = None,
@@ -80,7 +83,7 @@ def compress(
     length: Annotated[int | None, typer.Option(help="Tokens a sequence, in every text.")] = None,
     seed: Annotated[int | None, typer.Option(help="For everything drawn.")] = None,
     storage: Annotated[
-        str | None, typer.Option(help="two_factor; pivoted (no redundant number); auto (the smaller, by site).")
+        str | None, typer.Option(help="auto (the smaller of the two, by site); two_factor; pivoted.")
     ] = None,
     format: Annotated[str | None, typer.Option(help="low_rank, or dense (multiplied back; no size saved).")] = None,
     recipe: Annotated[
@@ -104,6 +107,7 @@ def compress(
         "output": output,
         "budget.keep": keep,
         "budget.bits": bits,
+        "budget.size": size,
         "budget.storage": storage,
         "method": method,
         "allocation": allocation,
@@ -124,7 +128,7 @@ def compress(
     for key, value in given.items():
         if value is not None:
             set_value(values, key, value)
-    use_plan(values, plan, trials, keep_given=keep is not None, method_given=method is not None)
+    use_plan(values, plan, trials, method_given=method is not None)
     few = {"q_bits": q_bits, "rank": rank, "lr_bits": lr_bits, "codebook": codebook}
     for key, value in few.items():
         if value is None:
@@ -244,10 +248,11 @@ def evaluate(
     from dataclasses import asdict
 
     from rankwise.checkpoints import load_model
+    from rankwise.device import named_device
     from rankwise.evaluation import perplexity
     from rankwise.layers import cache_dense
     from rankwise.recipes import recipe_from
-    from rankwise.stages import device_of, read_sequences
+    from rankwise.stages import read_sequences
 
     settings = {
         "source": text,
@@ -263,7 +268,9 @@ def evaluate(
         {"model": model, "evaluation": settings, "device": device, "precision": precision}, origin="command line"
     )
     assert recipe.evaluation is not None
-    loaded = load_model(model, precision=precision, device=device_of(recipe), trust_remote_code=trust_remote_code)
+    loaded = load_model(
+        model, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
+    )
     cache_dense(loaded.model, dense_cache)
     read = read_sequences(recipe.evaluation, loaded, seed, skip)
     found = perplexity(loaded.model, read.ids, stride=stride, batch_size=batch_size, reporter=reporter_for(quiet))
@@ -288,13 +295,15 @@ def generate(
 ) -> None:
     """Continue a prompt."""
     from rankwise.checkpoints import load_model
+    from rankwise.device import named_device
     from rankwise.evaluation import generate as run
     from rankwise.layers import cache_dense
     from rankwise.recipes import recipe_from
-    from rankwise.stages import device_of
 
     recipe = recipe_from({"model": model, "device": device, "precision": precision}, origin="command line")
-    loaded = load_model(model, precision=precision, device=device_of(recipe), trust_remote_code=trust_remote_code)
+    loaded = load_model(
+        model, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
+    )
     cache_dense(loaded.model, dense_cache)
     print(run(loaded.model, loaded.tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed))
 

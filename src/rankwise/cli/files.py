@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,10 +13,10 @@ from rankwise.cli.common import Json, print_json
 from rankwise.errors import RankwiseError
 
 if TYPE_CHECKING:
-    from rankwise.sizes import RankPlan
+    from rankwise.sizes import Plan
 
 recipes_app = typer.Typer(help="Ready recipes: whole runs as YAML.", no_args_is_help=True)
-plan_app = typer.Typer(help="Plans: the rank of every site, as a file.", no_args_is_help=True)
+plan_app = typer.Typer(help="Plans: the cut of every site, as a file.", no_args_is_help=True)
 
 
 @plan_app.command("show")
@@ -24,16 +25,16 @@ def plan_show(
     picture: Annotated[Path | None, typer.Option(help="Also draw it: FILE.svg or FILE.png.")] = None,
     json: Json = False,
 ) -> None:
-    """Print what a plan was made for, and the rank of every block and role."""
-    from rankwise.sizes import RankPlan
+    """Print what a plan was made for, and the cut of every block and role."""
+    from rankwise.sizes import Plan
 
-    plan = RankPlan.load(file)
+    plan = Plan.load(file)
     if picture is not None:
         from rankwise.reports import draw_plan
 
         draw_plan(picture, plan)
     if json:
-        print_json({**plan.model_dump(mode="json"), "kept": plan.kept, "kept_parameters": plan.kept_parameters})
+        print_json({**plan.model_dump(mode="json"), "kept": plan.kept, "kept_bits": plan.kept_bits})
         return
     from rich.console import Console
 
@@ -52,17 +53,14 @@ def plan_diff(
     second: Annotated[Path, typer.Argument(help="Another plan.json")],
     json: Json = False,
 ) -> None:
-    """Print the sites whose rank differs between two plans. Exit status 1 when any does."""
-    from rankwise.sizes import RankPlan, same_shapes
+    """Print the sites whose cut differs between two plans. Exit status 1 when any does."""
+    from rankwise.sizes import Plan, same_shapes
 
-    one, other = RankPlan.load(first), RankPlan.load(second)
+    one, other = Plan.load(first), Plan.load(second)
     same_shapes(one, other, str(first), str(second))
-    differing = [name for name in one.ranks if one.setting(name) != other.setting(name)]
-    if json and (one.q_bits or other.q_bits):
-        pairs = {name: [[p.q_bits.get(name), p.ranks[name]] for p in (one, other)] for name in differing}
-        print_json(pairs)
-    elif json:
-        print_json({name: [one.ranks[name], other.ranks[name]] for name in differing})
+    differing = [name for name in one.cuts if one.cuts[name] != other.cuts[name]]
+    if json:
+        print_json({name: [asdict(one.cuts[name]), asdict(other.cuts[name])] for name in differing})
     elif not differing:
         print("the plans are the same")
     else:
@@ -71,13 +69,13 @@ def plan_diff(
         from rankwise.reports import plan_difference
 
         Console(width=None if sys.stdout.isatty() else 120).print(plan_difference(one, other))
-        print(f"{len(differing)} of {len(one.ranks)} sites differ; {_size(one)} and {_size(other)}")
+        print(f"{len(differing)} of {len(one.cuts)} sites differ; {_size(one)} and {_size(other)}")
     if differing:
         raise typer.Exit(1)
 
 
-def _size(plan: RankPlan) -> str:
-    return f"{plan.bits_a_weight:.4f} bits a weight" if plan.q_bits else f"kept {plan.kept:.4f}"
+def _size(plan: Plan) -> str:
+    return f"{plan.bits_a_weight:.4f} bits a weight" if plan.coded else f"kept {plan.kept:.4f}"
 
 
 @recipes_app.command("ls")

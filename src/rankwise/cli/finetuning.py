@@ -41,19 +41,21 @@ def finetune(
     from pydantic import ValidationError
 
     from rankwise.data import parse_source
-    from rankwise.flows.finetune import METHODS, FineTune
     from rankwise.flows.finetune import finetune as run
+    from rankwise.recipes import TRAININGS, FineTune
 
-    if method not in METHODS:
-        raise RecipeError(f"There is no method {method!r}.", where="--method", remedy=nearest(method, METHODS))
+    if method not in TRAININGS:
+        raise RecipeError(f"There is no method {method!r}.", where="--method", remedy=nearest(method, TRAININGS))
     parse_source(data)
     settings: dict[str, Any] = {"loss": loss, "epochs": epochs, "lr": lr, "batch_size": batch_size, "merge": merge}
     settings = {key: value for key, value in settings.items() if value is not None}
     settings |= dict(split_assignment(assignment) for assignment in set_ or [])
     for key in settings:
-        if key not in METHODS[method].model_fields:
+        if key not in TRAININGS[method].model_fields:
             raise RecipeError(
-                f"{method} has no setting {key!r}.", where="finetune", remedy=nearest(key, METHODS[method].model_fields)
+                f"{method} has no setting {key!r}.",
+                where="finetune",
+                remedy=nearest(key, TRAININGS[method].model_fields),
             )
     try:
         wanted = FineTune(
@@ -61,7 +63,7 @@ def finetune(
             data=data,
             output=output,
             method=method,
-            settings=METHODS[method](**settings),
+            settings=TRAININGS[method](**settings),
             length=length,
             output_only=output_only,
             original=original,

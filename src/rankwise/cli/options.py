@@ -8,19 +8,16 @@ from typing import Any
 from rankwise.errors import RecipeError
 
 
-def use_plan(
-    values: dict[str, Any], plan: str | None, trials: int | None, *, keep_given: bool, method_given: bool
-) -> None:
+def use_plan(values: dict[str, Any], plan: str | None, trials: int | None, *, method_given: bool) -> None:
     """Put a plan and a number of trials into a recipe's values, in place.
 
     A plan alone is taken over as it is. With trials, or with a search asked for, it is a start: 20 trials (as in the
-    paper) in its own space unless said otherwise. Its kept fraction and its method hold unless others are given.
+    paper) in its own space unless said otherwise. Its size and its method hold unless others are given.
 
     Args:
         values: nested mapping.
         plan: its file, or None.
         trials: how many, or None.
-        keep_given: whether the kept fraction was given beside it.
         method_given: whether the method was.
 
     Raises:
@@ -32,19 +29,20 @@ def use_plan(
     asked = values.get("allocation")
     name = asked.split(":")[0] if isinstance(asked, str) else asked["name"] if isinstance(asked, dict) else None
     if plan is not None:
-        from rankwise.sizes import RankPlan
+        from rankwise.sizes import SPELLINGS, Plan
 
-        given = RankPlan.load(Path(plan))
-        if given.q_bits:
-            if "bits" not in values.get("budget", {}):
-                fixed = trials is None and name != "bayesian"
-                set_value(values, "budget.bits", given.bits if fixed else given.bits or given.bits_a_weight)
-        elif not keep_given:
-            set_value(values, "budget.keep", given.keep)
-        if "rank_multiple" not in values.get("budget", {}):
+        given = Plan.load(Path(plan))
+        budget = values.get("budget") or {}
+        if not any(budget.get(spelling) is not None for spelling in SPELLINGS):
+            spelling = dict(given.spelling)
+            if all(value is None for value in spelling.values()) and (trials is not None or name == "bayesian"):
+                spelling["bits"] = given.bits_a_weight
+            for each, value in spelling.items():
+                set_value(values, f"budget.{each}", value)
+        if "rank_multiple" not in budget:
             set_value(values, "budget.rank_multiple", given.rank_multiple)
-        if "storage" not in values.get("budget", {}):
-            set_value(values, "budget.storage", given.storage)
+        if "storage" not in budget and any(not cut.coded and not cut.dense for cut in given.cuts.values()):
+            set_value(values, "budget.storage", given.form.storage)
         if not method_given and "method" not in values:
             values["method"] = {"name": given.method, **given.method_settings}
         if name == "bayesian" or (trials is not None and name is None):

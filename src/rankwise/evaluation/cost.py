@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rankwise.layers import PackedMatrix, QuantizedLinear
+from rankwise.layers import kind_of
 from rankwise.models import Site
 
 
@@ -43,31 +43,23 @@ def measure_cost(model: Any, sites: Sequence[Site], stored_dtypes: Mapping[str, 
         sites: the sites of the dense model.
         stored_dtypes: by parameter name; a parameter that is not named counts in the dtype it has.
     """
-    prefixes = tuple(site.name + "." for site in sites)
-    parameters = size = linear = linear_bytes = biases = indices = 0
+    own = tuple(f"{site.name}." for site in sites)
+    parameters = size = linear_bytes = biases = 0
     for name, parameter in model.named_parameters():
-        count = parameter.numel()
-        width = stored_dtypes.get(name, parameter.dtype).itemsize
-        parameters += count
+        count, width = parameter.numel(), stored_dtypes.get(name, parameter.dtype).itemsize
         size += count * width
-        if name.startswith(prefixes):
-            if name.endswith("bias"):
-                biases += count
-            else:
-                linear += count
-                linear_bytes += count * width
-    for site in sites:
-        module = site.module(model)
-        if isinstance(module, QuantizedLinear):
-            packed = [
-                part for part in (module.q, module.packed_left, module.packed_right) if isinstance(part, PackedMatrix)
-            ]
-            count = sum(part.codes.shape[0] * part.columns for part in packed)
-            parameters, linear = parameters + count, linear + count
+        if not name.startswith(own):
+            parameters += count
+        elif name.endswith("bias"):
+            parameters += count
+            biases += count
+        else:
+            linear_bytes += count * width
     for name, buffer in model.named_buffers():
-        if name.startswith(prefixes):
-            if not name.endswith((".codes", ".scale", ".signs_in", ".signs_out")):
-                indices += buffer.numel()
+        if name.startswith(own):
             size += buffer.numel() * buffer.dtype.itemsize
             linear_bytes += buffer.numel() * buffer.dtype.itemsize
-    return Cost(parameters, size, linear, linear_bytes, biases, indices)
+    layers = [site.module(model) for site in sites]
+    linear = sum(kind_of(layer).entries(layer) for layer in layers)
+    indices = sum(kind_of(layer).indices(layer) for layer in layers)
+    return Cost(parameters + linear, size, linear, linear_bytes, biases, indices)

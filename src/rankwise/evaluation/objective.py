@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rankwise.errors import NotFiniteError
 from rankwise.evaluation.predictions import HeadInputs, Predictions, TopK
+from rankwise.sizes import Cut
 
 _LARGEST_EXPONENT = 700.0
 
@@ -47,15 +48,15 @@ _CHEAP_HEAD = 1 / 20
 
 @dataclass
 class Objective:
-    """Ranks -> perplexity and divergence on fixed samples.
+    """Cuts -> perplexity and divergence on fixed samples.
 
     Make it while the model is dense: that is when the original's predictions are taken.
 
     Args:
-        model: the causal language model, whose layers `set_ranks` steers.
+        model: the causal language model, whose layers `set_cuts` steers.
         ids: validation samples, shape `[samples, length]`.
         settings: how plans are judged.
-        set_ranks: takes ranks by site name.
+        set_cuts: takes cuts by site name.
         batch_size: samples a batch.
 
     Attributes:
@@ -70,7 +71,7 @@ class Objective:
     model: Any
     ids: Tensor
     settings: ObjectiveSettings
-    set_ranks: Callable[[Mapping[str, int | None]], None]
+    set_cuts: Callable[[Mapping[str, Cut]], None]
     batch_size: int = 8
     predictions_bytes: int = 0
     predictions_form: str = "none"
@@ -146,13 +147,13 @@ class Objective:
         return self.ids.shape[0] * (self.ids.shape[1] - 1)
 
     @torch.inference_mode()
-    def __call__(self, ranks: Mapping[str, int | None]) -> tuple[float, float, float]:
-        """Score ranks: one forward pass, one number read back from the device at its end.
+    def __call__(self, cuts: Mapping[str, Cut]) -> tuple[float, float, float]:
+        """Score cuts: one forward pass, one number read back from the device at its end.
 
         Returns:
             Value, perplexity, KL in nats a token. Not finite when the model is destroyed.
         """
-        self.set_ranks(ranks)
+        self.set_cuts(cuts)
         # [loss, divergence] summed over tokens, on the device.
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         for number, batch in enumerate(self._batches):
@@ -176,9 +177,9 @@ class Objective:
             self._exact_first = None
 
     @torch.inference_mode()
-    def sample_perplexities(self, ranks: Mapping[str, int | None]) -> Tensor:
-        """Perplexity of every sample under these ranks, shape `[samples]`, float64 on the CPU."""
-        self.set_ranks(ranks)
+    def sample_perplexities(self, cuts: Mapping[str, Cut]) -> Tensor:
+        """Perplexity of every sample under these cuts, shape `[samples]`, float64 on the CPU."""
+        self.set_cuts(cuts)
         losses = []
         for batch in self._batches:
             logs = self.model(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)

@@ -1,4 +1,4 @@
-"""The flow: checkpoint -> sites -> statistics -> bases -> ranks -> factors or codes in place -> checkpoint.
+"""The flow: checkpoint -> sites -> statistics -> outlooks -> plan -> fits in place -> checkpoint.
 
 Read `compress` from top to bottom; each line is a stage, and no stage reaches back. What the stages do is in
 `stages/`, in the same order.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankwise.progress import Reporter
     from rankwise.recipes import Recipe
-    from rankwise.sizes import RankPlan
+    from rankwise.sizes import Plan
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Compressed:
     Attributes:
         model: the compressed model, on its device, in the dtypes that were saved.
         tokenizer: its tokenizer, or None.
-        plan: rank of every site.
+        plan: the cut of every site.
         report: what `rankwise_report.json` holds.
     """
 
     model: Any
     tokenizer: Any
-    plan: RankPlan
+    plan: Plan
     report: dict[str, Any]
 
 
@@ -54,6 +54,7 @@ def compress(
     # Imported here so that `import rankwise` stays light.
     from rankwise import stages
     from rankwise.checkpoints import check_output, load_model
+    from rankwise.device import named_device
     from rankwise.evaluation import measure_cost
     from rankwise.progress import Reporter
     from rankwise.runs import Run, default_run_directory
@@ -67,7 +68,7 @@ def compress(
             loaded = load_model(
                 recipe.model,
                 precision=recipe.precision,
-                device=stages.device_of(recipe),
+                device=named_device(recipe.device),
                 trust_remote_code=recipe.trust_remote_code,
             )
             texts = stages.read_texts(recipe, loaded, reporter, validate=recipe.judges)
@@ -78,28 +79,24 @@ def compress(
             dense_score = stages.score(work, "dense")
         with reporter.stage("statistics"):
             store = stages.collect_statistics(work)
-        with reporter.stage("bases"):
-            bases = stages.decompose_sites(work, store)
-        with reporter.stage("ranks"):
-            chosen = stages.choose_ranks(work, bases)
-        repairing = None
-        if recipe.method.quantizes:
-            with reporter.stage("quantisation"):
-                losses = stages.quantize_sites(work, store, chosen.plan)
-        else:
-            with reporter.stage("factors"):
-                repairing = stages.prepare_repair(work, store, bases, chosen.plan)
-                dropped = stages.put_factors(work, bases, chosen.plan)
-            if repairing is not None:
-                for step in recipe.repair.steps:
-                    with reporter.stage(f"repair {step}"):
-                        stages.repair(work, repairing, step)
-            with reporter.stage("storage"):
-                losses = stages.store_factors(work, chosen.plan, dropped)
+        outlooks = stages.Outlooks(work, store)
+        if work.looks:
+            with reporter.stage("outlooks"):
+                outlooks.look()
+        with reporter.stage("plan"):
+            chosen = stages.choose_cuts(work, outlooks)
+            repairing = stages.prepare_repair(work, store, outlooks, chosen.plan)
+        with reporter.stage("fits"):
+            facts = stages.fit_sites(work, store, outlooks, chosen.plan)
+        for step in recipe.repair.steps:
+            with reporter.stage(f"repair {step}"):
+                stages.repair_step(work, repairing, step)
+        with reporter.stage("storage"):
+            facts = stages.store_sites(work, chosen.plan, facts)
         cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
         with reporter.stage("evaluate compressed"):
             score = stages.score(work, "compressed", chosen.plan, repairing)
         with reporter.stage("checkpoint"):
-            report = stages.write(work, chosen, losses, repairing, (dense_cost, cost), (dense_score, score))
+            report = stages.write(work, chosen, facts, repairing, (dense_cost, cost), (dense_score, score))
     report["stages"] = dict(reporter.stages)
     return Compressed(loaded.model, loaded.tokenizer, chosen.plan, report)

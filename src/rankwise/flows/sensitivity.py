@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rankwise.models import Site
     from rankwise.progress import Reporter
     from rankwise.recipes import Recipe
-    from rankwise.sizes import Budget, Rank
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -38,14 +37,13 @@ class Point:
     block: int | None
     keep: float
 
-    def ranks(self, sites: Sequence[Site], budget: Budget) -> dict[str, Rank]:
-        """Ranks of all sites: dense but for this point's."""
-        return {
-            site.name: budget.round_rank(site, budget.rank_at(site, self.keep))
-            if site.role == self.role and self.block in (None, site.block)
-            else None
-            for site in sites
-        }
+    def covers(self, site: Site) -> bool:
+        """Whether a site is one of those compressed."""
+        return site.role == self.role and self.block in (None, site.block)
+
+    def fractions(self, sites: Sequence[Site]) -> dict[str, float | None]:
+        """What is kept of all sites: all but for this point's."""
+        return {site.name: self.keep if self.covers(site) else None for site in sites}
 
 
 def points_of(sites: Sequence[Site], fractions: Sequence[float], site_fraction: float) -> list[Point]:
@@ -83,12 +81,12 @@ def sensitivity(
         RankwiseError: for anything the user can mend; points that are finished stay.
     """
     from rankwise import stages
-    from rankwise.allocation import TrialLog, finite
+    from rankwise.allocation import TrialLog, finite, nearest_cuts
     from rankwise.checkpoints import load_model
+    from rankwise.device import named_device
     from rankwise.errors import RecipeError
     from rankwise.progress import Reporter
     from rankwise.runs import Run, default_run_directory
-    from rankwise.sizes import kept_by
 
     for fraction in (*fractions, site_fraction):
         if not 0 < fraction < 1:
@@ -97,7 +95,7 @@ def sensitivity(
                 where="fractions",
                 remedy="use numbers such as 0.2,0.5,0.8",
             )
-    if recipe.method.quantizes:
+    if not recipe.method.keeps_factors:
         raise RecipeError(
             f"{recipe.method.name} has no kept fractions to vary.",
             where="method",
@@ -111,29 +109,30 @@ def sensitivity(
             loaded = load_model(
                 recipe.model,
                 precision=recipe.precision,
-                device=stages.device_of(recipe),
+                device=named_device(recipe.device),
                 trust_remote_code=recipe.trust_remote_code,
             )
             texts = stages.read_texts(recipe, loaded, reporter, validate=True)
             work = stages.begin(recipe, run, loaded, texts, reporter)
         with reporter.stage("statistics"):
             store = stages.collect_statistics(work)
-        with reporter.stage("bases"):
-            bases = stages.decompose_sites(work, store)
-        samples = stages.select_samples(work, bases)
+        outlooks = stages.Outlooks(work, store)
+        with reporter.stage("outlooks"):
+            outlooks.look()
+        samples = stages.select_samples(work, outlooks)
         points = points_of(work.sites, fractions, site_fraction)
         stage = run.stage("sensitivity", {**stages.objective_key(work, samples), "budget": recipe.budget.model_dump()})
         log = TrialLog(stage.workspace() / "points.jsonl", stage.key, reporter)
         known = {(r["kind"], r["role"], r["block"], r["keep"]): r for r in log.records}
         labels = {site.name: site.name for site in work.sites}
-        with reporter.stage("points"), stages.judging(work, bases, samples) as objective:
+        with reporter.stage("points"), stages.judging(work, outlooks, samples) as objective:
             left = [p for p in points if (p.kind, p.role, p.block, p.keep) not in known]
             done = len(points) - len(left)
             for point in reporter.track(left, "sensitivity", total=len(points), done=done):
-                ranks = point.ranks(work.sites, recipe.budget)
-                value, perplexity, kl = objective(ranks)
-                of_sites = kept_by(labels, work.sites, ranks, recipe.budget)
-                touched = [s for s in work.sites if s.role == point.role and point.block in (None, s.block)]
+                cuts = nearest_cuts(work.problem, point.fractions(work.sites))
+                value, perplexity, kl = objective(cuts)
+                of_sites = work.problem.kept_by(labels, cuts)
+                touched = [site for site in work.sites if point.covers(site)]
                 kept = sum(of_sites[s.name] * s.parameters for s in touched) / sum(s.parameters for s in touched)
                 row = {
                     "kind": point.kind,

@@ -1,44 +1,28 @@
 """Modules that take the place of a linear layer."""
 
 from rankwise.layers.fold import fold_orders
+from rankwise.layers.kinds import KINDS, Kind, dense_layer, is_linear, kind_of, sixteen, substitute
 from rankwise.layers.low_rank import LowRankLinear
 from rankwise.layers.pivoted import PivotedLinear
 from rankwise.layers.quantized import PackedMatrix, QuantizedLinear, cache_dense
 from rankwise.layers.replace import replace_linears
 from rankwise.layers.sliced import SlicedLinear, sliced
-from rankwise.layers.substitute import (
-    empty_quantized,
-    fill_quantized,
-    layer_form,
-    read_factors,
-    sixteen,
-    substitute,
-    substitute_pivoted,
-)
 
 __all__ = [
-    "FACTORED",
-    "REPLACED",
+    "KINDS",
+    "Kind",
     "LowRankLinear",
     "PackedMatrix",
     "PivotedLinear",
     "QuantizedLinear",
     "SlicedLinear",
     "cache_dense",
-    "empty_quantized",
-    "fill_quantized",
+    "dense_layer",
     "fold_orders",
-    "layer_form",
-    "read_factors",
+    "is_linear",
+    "kind_of",
     "replace_linears",
     "sixteen",
     "sliced",
     "substitute",
-    "substitute_pivoted",
 ]
-
-FACTORED = (LowRankLinear, PivotedLinear)
-"""The layers that hold two factors in place of a weight."""
-
-REPLACED = (*FACTORED, QuantizedLinear)
-"""The layers a checkpoint may hold in place of a linear one."""

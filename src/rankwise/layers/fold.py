@@ -11,46 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from rankwise.layers.low_rank import LowRankLinear
-from rankwise.layers.pivoted import PivotedLinear
+from rankwise.layers.kinds import kind_of
 from rankwise.models import Site
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _COARSE_TOLERANCE = 0.05
 """Above what another order of summation changes in that dtype, below what wrongly paired channels do."""
-
-
-def _set(changes: list[tuple[Any, str, Any]], owner: Any, name: str, value: Any) -> None:
-    """Set an attribute, remembering what it was."""
-    changes.append((owner, name, getattr(owner, name)))
-    setattr(
-        owner, name, nn.Parameter(value, requires_grad=False) if isinstance(changes[-1][2], nn.Parameter) else value
-    )
-
-
-def _permute_outputs(changes: list[tuple[Any, str, Any]], module: Any, order: Tensor) -> None:
-    """Let output j be what output `order[j]` was."""
-    if isinstance(module, PivotedLinear):
-        place = torch.arange(len(order), device=order.device) if module.place is None else module.place
-        moved = place[order].to(torch.int32)
-        unmoved = bool((moved == torch.arange(len(order), device=order.device)).all())
-        _set(changes, module, "place", None if unmoved else moved)
-        return
-    inner = module.left if isinstance(module, LowRankLinear) else module
-    columns = isinstance(inner, Conv1D)
-    _set(changes, inner, "weight", (inner.weight[:, order] if columns else inner.weight[order]).contiguous())
-    if inner.bias is not None:
-        _set(changes, inner, "bias", inner.bias[order].contiguous())
-
-
-def _permute_inputs(changes: list[tuple[Any, str, Any]], module: Any, order: Tensor) -> None:
-    """Let input j be what input `order[j]` was."""
-    inner = {LowRankLinear: "right", PivotedLinear: "first"}.get(type(module))
-    inner = module if inner is None else getattr(module, inner)
-    rows = isinstance(inner, Conv1D)
-    _set(changes, inner, "weight", (inner.weight[order] if rows else inner.weight[:, order]).contiguous())
 
 
 @torch.no_grad()
@@ -75,19 +42,25 @@ def fold_orders(model: Any, sites: Sequence[Site], probe: Tensor) -> int:
     gated = [
         {role: site.module(model) for role, site in roles.items()} for roles in parents.values() if len(roles) == 3
     ]
-    leaders = [(next((r for r in ("up", "gate") if _moves(modules[r])), None), modules) for modules in gated]
-    if all(leader is None for leader, _ in leaders):
+    movable = [modules for modules in gated if all(kind_of(module).movable for module in modules.values())]
+    orders = [(_order_of(modules), modules) for modules in movable]
+    if all(order is None for order, _ in orders):
         return 0
     changes: list[tuple[Any, str, Any]] = []
+
+    def put(owner: Any, name: str, value: Any) -> None:
+        changes.append((owner, name, getattr(owner, name)))
+        is_parameter = isinstance(changes[-1][2], nn.Parameter)
+        setattr(owner, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+
     folded = 0
     before = model(input_ids=probe, use_cache=False).logits.float()
-    for leader, modules in leaders:
-        if leader is None:
+    for order, modules in orders:
+        if order is None:
             continue
-        order = modules[leader].place.argsort()
         for role in ("up", "gate"):
-            _permute_outputs(changes, modules[role], order)
-        _permute_inputs(changes, modules["down"], order)
+            kind_of(modules[role]).move_outputs(modules[role], order, put)
+        kind_of(modules["down"]).move_inputs(modules["down"], order, put)
         folded += 1
     after = model(input_ids=probe, use_cache=False).logits.float()
     tolerance = _TOLERANCE.get(model.get_input_embeddings().weight.dtype, _COARSE_TOLERANCE)
@@ -98,5 +71,7 @@ def fold_orders(model: Any, sites: Sequence[Site], probe: Tensor) -> int:
     return 0
 
 
-def _moves(module: Any) -> bool:
-    return isinstance(module, PivotedLinear) and module.place is not None
+def _order_of(modules: dict[str, Any]) -> Tensor | None:
+    """The order of the first of the two layers that moves its outputs."""
+    found = (kind_of(modules[role]).order(modules[role]) for role in ("up", "gate"))
+    return next((order for order in found if order is not None), None)

@@ -28,6 +28,16 @@ class LowRankLinear(nn.Module):
         """Map `[..., n]` to `[..., m]`."""
         return self.left(self.right(x))
 
+    def description(self) -> dict:
+        """What a config says of it, beside its shape."""
+        return {"rank": self.right.out_features, "bias": self.left.bias is not None}
+
+    @classmethod
+    def described(cls, form: dict) -> "LowRankLinear":
+        """An empty layer from a config's entry."""
+        m, n = form["shape"]
+        return cls(n, m, form["rank"], form["bias"])
+
     def dense_weight(self) -> Tensor:
         """The matrix it stands for, shape `[m, n]`, float64."""
         return self.left.weight.double() @ self.right.weight.double()

@@ -15,12 +15,13 @@ class PivotedLinear(nn.Module):
         out_features: m.
         rank: r.
         bias: whether the layer adds a bias of shape `[m]`.
-        order: whether outputs are moved to places of their own; without, they stay as [y_p, y_rest].
+        order: name of the integer type that says where outputs belong, `int32` or `int16`; True for `int32`; False
+            where outputs stay as [y_p, y_rest].
     """
 
     place: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, order: bool = True) -> None:
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, order: bool | str = True) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -29,7 +30,8 @@ class PivotedLinear(nn.Module):
         # Kept apart from `first`, whose outputs `rest` reads without it.
         self.first_bias = nn.Parameter(torch.zeros(rank)) if bias else None
         # Where each output lies in [y_p, y_rest], shape [m].
-        self.register_buffer("place", torch.arange(out_features, dtype=torch.int32) if order else None)
+        kind = torch.int32 if order is True or not order else getattr(torch, order)
+        self.register_buffer("place", torch.arange(out_features, dtype=kind) if order else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., n]` to `[..., m]`."""
@@ -41,15 +43,27 @@ class PivotedLinear(nn.Module):
         # 1.4 to 3.8 times faster than indexing on a CPU (benchmarks/results/speed-cpu.md).
         return outputs.gather(-1, self.place.long().expand(outputs.shape))
 
+    def description(self) -> dict:
+        """What a config says of it, beside its shape."""
+        order = False if self.place is None else str(self.place.dtype).removeprefix("torch.")
+        form = {"rank": self.first.out_features, "bias": self.first_bias is not None}
+        return {**form, "storage": "pivoted", "order": order}
+
+    @classmethod
+    def described(cls, form: dict) -> "PivotedLinear":
+        """An empty layer from a config's entry."""
+        m, n = form["shape"]
+        return cls(n, m, form["rank"], form["bias"], form["order"])
+
     def dense_weight(self) -> Tensor:
         """The matrix it stands for, shape `[m, n]`, float64."""
         first = self.first.weight.double()
         stacked = torch.cat([first, self.rest.weight.double() @ first])
-        return stacked if self.place is None else stacked.index_select(0, self.place)
+        return stacked if self.place is None else stacked.index_select(0, self.place.long())
 
     def dense_bias(self) -> Tensor | None:
         """b, shape `[m]`, or None."""
         if self.first_bias is None:
             return None
         stacked = torch.cat([self.first_bias, self.rest.bias])
-        return stacked if self.place is None else stacked.index_select(0, self.place)
+        return stacked if self.place is None else stacked.index_select(0, self.place.long())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankwise.quantizers.codes import BLOCK, decode, tables_for, unpack_bits, wide_scale
+from rankwise.quantizers.codes import BYTE, decode, tables_for, tile_of, unpack_bits, wide_scale
 from rankwise.quantizers.rotation import rotate
 
 _ROWS = 256
@@ -33,7 +33,7 @@ class PackedMatrix(nn.Module):
     def __init__(self, rows: int, columns: int, bits: int, codebook: str, scales: list, group: int) -> None:
         super().__init__()
         self.columns, self.codebook, self.group = columns, codebook, group
-        self.register_buffer("codes", torch.zeros(rows, -(-columns // BLOCK), bits, dtype=torch.uint8))
+        self.register_buffer("codes", torch.zeros(rows, -(-columns // tile_of(codebook)[1]), bits, dtype=torch.uint8))
         self.register_buffer("scale", torch.ones(scales, dtype=torch.bfloat16))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -90,7 +90,7 @@ class QuantizedLinear(nn.Module):
             if form["trained_signs"]:
                 self.register_parameter(name, nn.Parameter(torch.ones(size, dtype=number)))
             else:
-                packed = torch.zeros(-(-size // BLOCK), 1, dtype=torch.uint8) if form["hadamard"] else None
+                packed = torch.zeros(-(-size // BYTE), 1, dtype=torch.uint8) if form["hadamard"] else None
                 self.register_buffer(name, packed)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self._kept: Tensor | None = None
@@ -101,7 +101,7 @@ class QuantizedLinear(nn.Module):
             return signs.to(dtype)
         return 1 - 2 * unpack_bits(signs).flatten()[:size].to(dtype)
 
-    def factors(self, dtype: torch.dtype) -> tuple:
+    def pair(self, dtype: torch.dtype) -> tuple:
         """L, shape `[m, r]`, and R, shape `[r, n]`."""
         lefts, rights = [], []
         if self.left is not None:
@@ -123,11 +123,21 @@ class QuantizedLinear(nn.Module):
             x = rotate(x * self.signs(self.signs_in, self.in_features, x.dtype))
         y = x.new_zeros(*x.shape[:-1], self.out_features) if self.q is None else x @ self.q.dense(x.dtype).T
         if self.rank:
-            left, right = self.factors(x.dtype)
+            left, right = self.pair(x.dtype)
             y = y + (x @ right.T) @ left.T
         if self.signs_out is not None:
             y = rotate(y) * self.signs(self.signs_out, self.out_features, y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def description(self) -> dict:
+        """What a config says of it, beside its shape."""
+        return {"bias": self.bias is not None, "storage": "quantized", "form": self.form}
+
+    @classmethod
+    def described(cls, form: dict) -> "QuantizedLinear":
+        """An empty layer from a config's entry."""
+        m, n = form["shape"]
+        return cls(n, m, form["bias"], form["form"])
 
     @torch.no_grad()
     def dense_weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -136,7 +146,7 @@ class QuantizedLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         weight = torch.zeros(shape, dtype=dtype, device=device) if self.q is None else self.q.dense(dtype)
         if self.rank:
-            left, right = self.factors(dtype)
+            left, right = self.pair(dtype)
             weight = weight + left @ right
         if self.signs_in is not None:
             weight = rotate(weight) * self.signs(self.signs_in, self.in_features, dtype)
@@ -152,6 +162,6 @@ class QuantizedLinear(nn.Module):
 def cache_dense(model: nn.Module, on: bool) -> None:
     """Let every quantised layer keep its weight dequantised (faster, as large as the original), or not."""
     for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.cache = on
-            module._kept = None
+        if hasattr(module, "cache"):
+            module.cache = on  # type: ignore[assignment]
+            module._kept = None  # type: ignore[assignment]

@@ -9,26 +9,20 @@ from rankwise.layers.low_rank import LowRankLinear
 from rankwise.layers.pivoted import PivotedLinear
 from rankwise.layers.quantized import QuantizedLinear, cache_dense
 
+LAYERS: dict = {"two_factor": LowRankLinear, "pivoted": PivotedLinear, "quantized": QuantizedLinear}
+"""The layers that a checkpoint may hold in place of a linear one, by how they store it."""
+
 
 def replace_linears(model: nn.Module, layers: dict, cache: bool = False) -> None:
     """Put an empty layer at every path named.
 
     Args:
         model: changed in place.
-        layers: path -> `{"shape": [m, n], "rank": r, "bias": bool}`; a pivoted layer also has `"storage": "pivoted"`
-            and `"order": bool`, a quantised one `"storage": "quantized"` and `"form"`, see `QuantizedLinear`.
+        layers: path -> `{"shape": [m, n], "storage": one of LAYERS, ...}`, the rest as the layer describes itself;
+            without `"storage"` two factors are meant.
         cache: whether quantised layers keep their weight dequantised.
     """
     for path, form in layers.items():
         parent, _, name = path.rpartition(".")
-        m, n = form["shape"]
-        made: nn.Module
-        storage = form.get("storage", "two_factor")
-        if storage == "quantized":
-            made = QuantizedLinear(n, m, form["bias"], form["form"])
-        elif storage == "pivoted":
-            made = PivotedLinear(n, m, form["rank"], form["bias"], form["order"])
-        else:
-            made = LowRankLinear(n, m, form["rank"], form["bias"])
-        setattr(model.get_submodule(parent), name, made)
+        setattr(model.get_submodule(parent), name, LAYERS[form.get("storage", "two_factor")].described(form))
     cache_dense(model, cache)

@@ -1,4 +1,4 @@
-"""A layer that can take any rank at once: what a search for ranks runs on."""
+"""A layer that can take any cut at once: what a search runs on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankwise.factors import Basis
+from rankwise.factors import Basis, Factors
 from rankwise.models import Site
-from rankwise.sizes import QuantizedRank
+from rankwise.quantizers import Packed, Rotation
+from rankwise.sizes import DENSE, Candidates, Cut
+
+Beside = tuple[Packed | None, Rotation, Basis]
+"""Codes of Q or None, its rotation, and the basis of what it leaves."""
 
 
 class _Slices:
@@ -21,7 +25,8 @@ class _Slices:
     Args:
         basis: full-rank factors.
         most: largest rank that will be asked for.
-        beside: what stands beside L R, shape `[m, n]`, or None.
+        q: codes of what stands beside L R, or None; they are decoded while a cut asks for them.
+        rotation: of Q.
         own_bias: the layer's own bias, shape `[m]`, or None.
         resident: brings values to the device, through the dtype they are stored in.
     """
@@ -30,7 +35,8 @@ class _Slices:
         self,
         basis: Basis,
         most: int,
-        beside: Tensor | None,
+        q: Packed | None,
+        rotation: Rotation,
         own_bias: Tensor | None,
         resident: Callable[[Tensor], Tensor],
     ) -> None:
@@ -38,11 +44,18 @@ class _Slices:
         # Transposed, so that the first r are contiguous as in R.
         self.left = resident(basis.left[:, :most].T)
         device = self.right.device
-        self.beside = None if beside is None else beside.to(device, self.right.dtype)
+        self._q, self._rotation = q, rotation
         self._mean_output = None if basis.mean_output is None else basis.mean_output.to(device)
         self._mean_code = None if basis.mean_code is None else basis.mean_code[:most].to(device)
         self._own_bias = None if own_bias is None else own_bias.to(device)
         self._resident = resident
+
+    def beside(self) -> Tensor | None:
+        """Q as a matrix, shape `[m, n]`, in the dtype that is computed in; None without Q."""
+        if self._q is None:
+            return None
+        alone = Factors(None, None, q=self._q, rotation=self._rotation)
+        return alone.reconstruct().to(self.right.device, self.right.dtype)
 
     def bias_at(self, rank: int) -> Tensor | None:
         """b + (W - L_r R_r) E[x], as `Basis.truncate` makes it."""
@@ -54,12 +67,14 @@ class _Slices:
 
 
 class SlicedLinear(nn.Module):
-    """y = (Q + L_r R_r) x + b_r, where r is set before a forward and L_r, R_r are views of a basis kept in memory.
+    """y = (Q + L_r R_r) x + b_r, where the cut is set before a forward and L_r, R_r are views of a basis in memory.
+
+    Of every Q there may be the codes are kept, and the matrix of the one in force alone.
 
     Args:
-        dense: the module it stands for; rank None runs it unchanged.
-        bases: by bits of Q, what stands beside L R (Q) and the full-rank factors; `{None: (None, basis)}` without Q.
-        most: largest rank that will be asked for.
+        dense: the module it stands for; a dense cut runs it unchanged.
+        outlooks: by bits of Q (0 for none), what stands beside L R and the basis.
+        candidates: the cuts that will be asked for.
         bias: the layer's own bias, shape `[m]`, or None.
         dtypes: what factors are stored in and what they compute in, so that a trial of factors equals the checkpoint.
     """
@@ -67,8 +82,8 @@ class SlicedLinear(nn.Module):
     def __init__(
         self,
         dense: nn.Module,
-        bases: Mapping[int | None, tuple[Tensor | None, Basis]],
-        most: int,
+        outlooks: Mapping[int, Beside],
+        candidates: Candidates,
         bias: Tensor | None,
         dtypes: tuple[torch.dtype, torch.dtype],
     ) -> None:
@@ -80,50 +95,60 @@ class SlicedLinear(nn.Module):
         def resident(values: Tensor) -> Tensor:
             return values.to(device, stored, copy=True, memory_format=torch.contiguous_format).to(compute)
 
-        self._slices = {bits: _Slices(basis, most, beside, bias, resident) for bits, (beside, basis) in bases.items()}
-        self._most = most
-        self._now = next(iter(self._slices.values()))
+        self._candidates = candidates
+        self._slices = {
+            q_bits: _Slices(basis, candidates.with_ranks(q_bits), q, rotation, bias, resident)
+            for q_bits, (q, rotation, basis) in outlooks.items()
+        }
+        self._cut = DENSE
+        self._beside: Tensor | None = None
         self._bias: Tensor | None = None
-        self._rank: int | None = None
 
     @property
-    def rank(self) -> int | None:
-        """The rank in force; None for dense."""
-        return self._rank
+    def cut(self) -> Cut:
+        """The cut in force."""
+        return self._cut
 
     @property
     def left(self) -> Tensor:
         """L transposed, of the basis in force."""
-        return self._now.left
+        return self._slices[self._cut.q_bits].left
 
     @property
     def right(self) -> Tensor:
         """R of the basis in force."""
-        return self._now.right
+        return self._slices[self._cut.q_bits].right
 
-    def set_rank(self, rank: int | None) -> None:
-        """Take a rank, and the Q it names: a new bias is made, nothing else.
+    def set_cut(self, cut: Cut) -> None:
+        """Take a cut: a new bias is made, and where Q is another one, its matrix.
 
         Raises:
-            ValueError: when it is above the largest that was announced.
+            ValueError: when its rank is above the largest that was announced.
         """
-        least = 0 if isinstance(rank, QuantizedRank) else 1
-        if rank is not None and not least <= int(rank) <= self._most:
-            raise ValueError(f"rank must lie in {least}..{self._most}, not {int(rank)}")
-        if rank is not None and rank != self._rank:
-            self._now = self._slices[rank.q_bits if isinstance(rank, QuantizedRank) else None]
-            self._bias = self._now.bias_at(int(rank))
-        self._rank = rank
+        if cut == self._cut:
+            return
+        if cut.rank is None:
+            self._beside = None
+        else:
+            most = self._candidates.with_ranks(cut.q_bits)
+            if cut.q_bits not in self._slices or cut.rank > most:
+                raise ValueError(f"rank must lie in {0 if cut.q_bits else 1}..{most}, not {cut.rank}")
+            slices = self._slices[cut.q_bits]
+            if self._cut.dense or cut.q_bits != self._cut.q_bits:
+                self._beside = None  # Let go before the next one is made.
+                self._beside = slices.beside()
+            self._bias = slices.bias_at(cut.rank)
+        self._cut = cut
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., n]` to `[..., m]`."""
-        if self._rank is None:
+        rank = self._cut.rank
+        if rank is None:
             return self.dense(x)
-        rank = int(self._rank)
         left, right = self.left[:rank], self.right[:rank]
-        if self._now.beside is not None:
+        if self._beside is not None:
             # The product is smaller than what stands beside it, so it is added first.
-            return functional.linear(x, torch.addmm(self._now.beside, left.T, right), self._bias)
+            return functional.linear(x, torch.addmm(self._beside, left.T, right), self._bias)
         m, n = left.shape[1], right.shape[1]
         tokens = x.numel() // n
         if rank * (m + n) * tokens > m * n * (tokens + rank):
@@ -136,49 +161,47 @@ class SlicedLinear(nn.Module):
 def sliced(
     model: Any,
     sites: Sequence[Site],
-    load_bases: Callable[[Site], Mapping[int | None, tuple[Tensor | None, Basis]]],
-    largest_rank: Callable[[Site], int],
+    load: Callable[[Site], Mapping[int, Beside]],
+    candidates: Mapping[str, Candidates],
     stored_dtypes: Mapping[str, torch.dtype],
-) -> Iterator[Callable[[Mapping[str, int | None]], None]]:
+) -> Iterator[Callable[[Mapping[str, Cut]], None]]:
     """Put sliced layers into a model for as long as the block runs; the original modules return afterwards.
 
     Args:
         model: changed in place.
         sites: which weights.
-        load_bases: reads a site's bases as `SlicedLinear` takes them, on the CPU.
-        largest_rank: the largest rank a site may be asked for; 0, without a Q, for a site that only stays dense.
+        load: reads a site's outlooks as `SlicedLinear` takes them, on the CPU.
+        candidates: by site name, the cuts it may be asked for; a site that only stays dense is left alone.
         stored_dtypes: by parameter name, the checkpoint's dtype.
 
     Yields:
-        A function that sets ranks by site name; None for dense.
+        A function that sets cuts by site name.
     """
     layers: dict[str, SlicedLinear] = {}
     originals = {site.name: site.module(model) for site in sites}
     try:
         for site in sites:
-            most, bases = largest_rank(site), load_bases(site)
-            if most == 0 and None in bases:
+            if all(cut.dense for cut in candidates[site.name].cuts):
                 continue
             weight = originals[site.name].weight
-            bias = site.bias(model)
             layers[site.name] = SlicedLinear(
                 originals[site.name],
-                bases,
-                most,
-                bias,
+                load(site),
+                candidates[site.name],
+                site.bias(model),
                 (stored_dtypes.get(f"{site.name}.weight", weight.dtype), weight.dtype),
             )
         for name, layer in layers.items():
             model.set_submodule(name, layer)
 
-        def set_ranks(ranks: Mapping[str, int | None]) -> None:
-            for name, rank in ranks.items():
+        def set_cuts(cuts: Mapping[str, Cut]) -> None:
+            for name, cut in cuts.items():
                 if name in layers:
-                    layers[name].set_rank(rank)
-                elif rank is not None:
-                    raise ValueError(f"{name} has no ranks")
+                    layers[name].set_cut(cut)
+                elif not cut.dense:
+                    raise ValueError(f"{name} has no cuts")
 
-        yield set_ranks
+        yield set_cuts
     finally:
         for name in layers:
             model.set_submodule(name, originals[name])

@@ -9,12 +9,12 @@ from pydantic import Field
 from rankwise.errors import RecipeError, nearest
 from rankwise.methods.afm import AFM
 from rankwise.methods.asvd import ASVD
-from rankwise.methods.base import Method
+from rankwise.methods.base import Factorisation, Looking, Method, Outlook, estimated_losses
 from rankwise.methods.bolaco import Bolaco
 from rankwise.methods.caldera import Caldera
 from rankwise.methods.fwsvd import FWSVD
+from rankwise.methods.mixed import Mixed
 from rankwise.methods.quantize import Quantize
-from rankwise.methods.quantizing import QuantizingMethod
 from rankwise.methods.svd import SVD
 from rankwise.methods.svd_llm import SVDLLM
 from rankwise.methods.two_sided import TwoSided
@@ -29,14 +29,15 @@ METHODS: dict[str, type[Method]] = {
     "two_sided": TwoSided,
     "quantize": Quantize,
     "caldera": Caldera,
+    "mixed": Mixed,
 }
 
 AnyMethod = Annotated[
-    SVD | FWSVD | ASVD | SVDLLM | AFM | Bolaco | TwoSided | Quantize | Caldera, Field(discriminator="name")
+    SVD | FWSVD | ASVD | SVDLLM | AFM | Bolaco | TwoSided | Quantize | Caldera | Mixed, Field(discriminator="name")
 ]
 
 
-FACTORISATIONS = tuple(name for name, method in METHODS.items() if not method.quantizes)
+FACTORISATIONS = tuple(name for name, method in METHODS.items() if method.keeps_factors)
 """The methods that give factors, which compare at equal kept fractions."""
 
 
@@ -51,4 +52,14 @@ def method_named(name: str) -> Method:
     return METHODS[name](name=name)
 
 
-__all__ = ["FACTORISATIONS", "METHODS", "AnyMethod", "Method", "QuantizingMethod", "method_named"]
+__all__ = [
+    "FACTORISATIONS",
+    "METHODS",
+    "AnyMethod",
+    "Factorisation",
+    "Looking",
+    "Method",
+    "Outlook",
+    "estimated_losses",
+    "method_named",
+]

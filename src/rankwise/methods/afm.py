@@ -8,11 +8,11 @@ from torch import Tensor
 
 from rankwise.factors import Basis
 from rankwise.linalg import decompose
-from rankwise.methods.base import Method, make_basis
+from rankwise.methods.base import Factorisation, make_basis
 from rankwise.statistics import Need, Request, SiteStatistics
 
 
-class AFM(Method):
+class AFM(Factorisation):
     """Projects outputs onto the principal components of their sample covariance: L = U_r, R = U_r^T W.
 
     Attributes:

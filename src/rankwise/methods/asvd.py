@@ -9,11 +9,11 @@ from torch import Tensor
 
 from rankwise.factors import Basis
 from rankwise.linalg import InputMetric, decompose
-from rankwise.methods.base import Method, make_basis
+from rankwise.methods.base import Factorisation, make_basis
 from rankwise.statistics import Need, Request, SiteStatistics
 
 
-class ASVD(Method):
+class ASVD(Factorisation):
     """Minimises ||(W - L R) diag(s)||_F with s_j = E|x_j|^alpha.
 
     Attributes:

@@ -1,44 +1,68 @@
-"""What every factorisation method is."""
+"""What every method is: it looks at a weight, so that a plan can be made, and fits what the plan decides."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from rankwise.factors import Basis
+from rankwise.factors import Basis, Factors, Fit
 from rankwise.linalg import Decomposition, OutputMetric
-from rankwise.sizes import Budget
+from rankwise.quantizers import Packed, Rotation
+from rankwise.sizes import Budget, Candidates, Cut, Form, low_rank_candidates
 from rankwise.statistics import Request, SiteStatistics
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a method sees in one weight beside a Q of so many bits, before a rank is decided.
+
+    Attributes:
+        basis: of what Q leaves of W, or of W itself.
+        q: codes of Q; None without Q.
+        rotation: of Q.
+        noise: by bits of L and R, the share of the energy that L R takes and that rounding its entries gives back.
+    """
+
+    basis: Basis
+    q: Packed | None = None
+    rotation: Rotation = field(default_factory=Rotation)
+    noise: Mapping[int, float] = field(default_factory=dict)
+
+
+Looking = Callable[[int], Outlook | None]
+"""Bits of Q -> what was seen beside it, perhaps no basis, or None; 0 -> the outlook of W itself, made at need."""
 
 
 class Method(BaseModel, ABC):
     """A frozen settings object that is its own node in a recipe.
 
-    Every method has a `name` field with one allowed value, states what it `requests`, and turns a weight and its
-    statistics into a `Basis`.
+    Every method has a `name` field with one allowed value, says which cuts a site may take and which statistics it
+    `requests`, looks at a weight, and fits a cut of it.
 
     Attributes:
-        one_unit: whether energies of different sites are in one unit, so that rank can be traded between sites by them.
-        quantizes: whether it gives codes instead of a basis.
+        one_unit: whether losses of different sites are in one unit, so that size can be traded between sites by them.
+        default_keep: kept fraction where no size is given; None where the settings may say it all.
+        keeps_factors: whether what it makes is L R in numbers, which repairs know how to mend.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     one_unit: ClassVar[bool] = False
-    quantizes: ClassVar[bool] = False
+    default_keep: ClassVar[float | None] = 0.8
+    keeps_factors: ClassVar[bool] = True
 
     name: str
 
-    def budget(self, asked: Budget) -> Budget:
-        """The budget its ranks are chosen on.
-
-        Args:
-            asked: as the recipe gives it.
-        """
-        return asked
+    @property
+    def adds_bias(self) -> bool:
+        """Whether it makes up for the mean of what is dropped by a bias."""
+        return bool(getattr(self, "bias", False))
 
     def check_size(self, asked: Budget, allocation: str) -> None:
         """Raise when a recipe's budget does not say how large the result may be, in this method's terms.
@@ -50,15 +74,33 @@ class Method(BaseModel, ABC):
         Raises:
             ValueError: saying what is missing or too much.
         """
-        if asked.bits is not None:
-            raise ValueError(f"{self.name} counts parameters, not bits: give keep, or the method caldera")
+
+    def form(self, budget: Budget, number_bits: int) -> Form:
+        """How its cuts are stored.
+
+        Args:
+            budget: says how low rank is stored.
+            number_bits: bits of a number of the checkpoint.
+        """
+        return Form(storage=budget.storage, number_bits=number_bits)
+
+    def candidates(self, shape: tuple[int, int], form: Form, multiple: int, looks: bool) -> Candidates:
+        """The cuts that a site may take, without losses.
+
+        Args:
+            shape: `(m, n)`.
+            form: how they are stored.
+            multiple: ranks are multiples of this.
+            looks: whether an allocation will look at losses, which is for cuts within reach only.
+        """
+        return low_rank_candidates(shape, form, multiple)
 
     def requests(self) -> tuple[Request, ...]:
         """Statistics that have to be collected first."""
         return ()
 
     def plan_requests(self) -> tuple[Request, ...]:
-        """Statistics that are needed on top when an allocation looks at energies."""
+        """Statistics that are needed on top when an allocation looks at losses."""
         return ()
 
     def output_metric(self, statistics: SiteStatistics) -> OutputMetric | None:
@@ -68,6 +110,35 @@ class Method(BaseModel, ABC):
             statistics: what was collected at this site.
         """
         return None
+
+    @abstractmethod
+    def outlook(self, weight: Tensor, statistics: SiteStatistics, q_bits: int, source: torch.Generator) -> Outlook:
+        """What each rank beside a Q of so many bits would lose.
+
+        Args:
+            weight: W, shape `[m, n]`, float64.
+            statistics: what was collected at this site.
+            q_bits: bits a weight of Q; 0 for no Q.
+            source: for what is drawn.
+        """
+
+    @abstractmethod
+    def fit(
+        self, weight: Tensor, statistics: SiteStatistics, cut: Cut, source: torch.Generator, looking: Looking
+    ) -> tuple[Factors, Fit]:
+        """The factors of one weight under a cut.
+
+        Args:
+            weight: W, shape `[m, n]`, float64.
+            statistics: what was collected at this site.
+            cut: what the plan decided; not dense.
+            source: for what is drawn.
+            looking: the outlooks of this site.
+        """
+
+
+class Factorisation(Method):
+    """W ~ L R by slicing one ordered basis: the rank is all there is to decide."""
 
     @abstractmethod
     def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
@@ -81,6 +152,18 @@ class Method(BaseModel, ABC):
             Factors of full rank, most important component first.
         """
 
+    def outlook(self, weight: Tensor, statistics: SiteStatistics, q_bits: int, source: torch.Generator) -> Outlook:
+        return Outlook(self.decompose(weight, statistics))
+
+    def fit(
+        self, weight: Tensor, statistics: SiteStatistics, cut: Cut, source: torch.Generator, looking: Looking
+    ) -> tuple[Factors, Fit]:
+        assert cut.rank is not None
+        outlook = looking(0)
+        assert outlook is not None
+        basis = outlook.basis
+        return basis.truncate(cut.rank, statistics.bias), Fit(basis.damping, basis.dropped(cut.rank))
+
 
 def make_basis(found: Decomposition, mean_output: Tensor | None = None, damping: float = 0.0) -> Basis:
     """A basis from a decomposition.
@@ -93,3 +176,32 @@ def make_basis(found: Decomposition, mean_output: Tensor | None = None, damping:
     if mean_output is None:
         return Basis(found.left, found.right, found.energy, damping=damping)
     return Basis(found.left, found.right, found.energy, mean_output, found.encoder @ mean_output, damping)
+
+
+def tail_losses(energy: Tensor) -> Tensor:
+    """What is lost at each rank 0..k, from the energies of k components, float64."""
+    energy = energy.double().cpu().clamp_min(0)
+    return torch.cat([energy.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+
+
+def estimated_losses(
+    candidates: Candidates, energies: Mapping[int, Tensor], noise: Mapping[int, Mapping[int, float]]
+) -> Tensor:
+    """The loss of every candidate, shape `[c]`, float64: what its rank drops, and what rounding L and R gives back.
+
+    Args:
+        candidates: of one site.
+        energies: by bits of Q, each component's loss, shape `[k]`.
+        noise: by bits of Q, `Outlook.noise`.
+    """
+    tails = {q_bits: tail_losses(energy).tolist() for q_bits, energy in energies.items()}
+
+    def loss(cut: Cut) -> float:
+        if cut.rank is None:
+            return 0.0
+        tail = tails[cut.q_bits]
+        dropped = tail[min(cut.rank, len(tail) - 1)]
+        share = 0.0 if cut.lr_bits is None else noise[cut.q_bits].get(cut.lr_bits, 0.0)
+        return dropped + share * (tail[0] - dropped)
+
+    return torch.tensor([loss(cut) for cut in candidates.cuts], dtype=torch.float64)

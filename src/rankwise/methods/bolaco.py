@@ -9,11 +9,11 @@ from torch import Tensor
 
 from rankwise.factors import Basis
 from rankwise.linalg import decompose
-from rankwise.methods.base import Method, make_basis
+from rankwise.methods.base import Factorisation, make_basis
 from rankwise.statistics import Need, Request, SiteStatistics
 
 
-class Bolaco(Method):
+class Bolaco(Factorisation):
     """Like `afm`, with the covariance averaged over groups of calibration sequences.
 
     Attributes:

@@ -9,11 +9,21 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rankwise.errors import RankwiseError
-from rankwise.factors import Quantized
+from rankwise.factors import Factors, Fit
 from rankwise.linalg import InputMetric
-from rankwise.methods.quantizing import QuantizingMethod, drawn_rotation, rounded
-from rankwise.quantizers import Codebook, Hessian, LowRank, Packed, codebook_named, low_rank, weighed_error
-from rankwise.sizes import FULL_BITS, BitForm, QuantizedRank
+from rankwise.methods.base import Looking
+from rankwise.methods.quantizing import QuantizingMethod, drawn_rotation, on, rounded
+from rankwise.quantizers import (
+    Codebook,
+    Hessian,
+    LowRank,
+    Packed,
+    Rotation,
+    codebook_named,
+    low_rank,
+    weighed_error,
+)
+from rankwise.sizes import FULL_BITS, Budget, Cut, Form
 from rankwise.statistics import SiteStatistics
 
 
@@ -55,43 +65,61 @@ class Caldera(QuantizingMethod):
 
     @property
     def _factor_codebook(self) -> str:
-        return self.lr_codebook or ("e8p" if self.lr_bits <= 4 else "uniform")
+        return Form(lr_codebook=self.lr_codebook).factor_codebook(self.lr_bits)
 
     @property
     def given_rank(self) -> int | None:
         return self.rank
 
-    def form(self) -> BitForm:
-        return BitForm(
-            codebook=self.codebook,
-            group=self.group,
-            row_scales=self.row_scales,
-            lr_bits=self.lr_bits,
-            lr_codebook=self._factor_codebook,
-            hadamard=self.hadamard,
-        )
+    @property
+    def beside_bits(self) -> int:
+        return self.lr_bits
 
-    def quantize(
-        self, weight: Tensor, statistics: SiteStatistics, rank: QuantizedRank, source: torch.Generator
-    ) -> Quantized:
+    def form(self, budget: Budget, number_bits: int) -> Form:
+        return super().form(budget, number_bits).model_copy(update={"lr_codebook": self.lr_codebook})
+
+    def alone(self, weight: Tensor, hessian: Hessian, rotation: Rotation, q_bits: int) -> Packed:
+        turned = Hessian(rotation.hessian(hessian.matrix), hessian.damping)
+        q = _Steps(self, turned, Cut(0, q_bits)).q_for(rotation.weight(weight), None)
+        assert q is not None
+        return q
+
+    def fit(
+        self, weight: Tensor, statistics: SiteStatistics, cut: Cut, source: torch.Generator, looking: Looking
+    ) -> tuple[Factors, Fit]:
         hessian = Hessian.of(statistics.input_second_moment().to(weight), self.damping)
         rotation = drawn_rotation(self, weight, source)
         target = rotation.weight(weight)
-        steps = _Steps(self, Hessian(rotation.hessian(hessian.matrix), hessian.damping), rank)
+        steps = _Steps(self, Hessian(rotation.hessian(hessian.matrix), hessian.damping), cut)
         whole = weighed_error(target, steps.hessian.matrix)
         pair: LowRank | None = None
         errors: list[float] = []
         best: tuple[Packed | None, LowRank | None] = None, None
         # Without a part there is nothing to take turns with.
-        for _ in range(self.outer if rank and rank.q_bits else 1):
-            q = steps.q_for(target if pair is None else target - pair.product(), pair)
+        seen = looking(cut.q_bits) if cut.q_bits else None
+        for turn in range(self.outer if cut.rank and cut.q_bits else 1):
+            if turn == 0 and seen is not None and seen.q is not None:
+                # The first turn rounds W itself, which an outlook has done already.
+                q: Packed | None = on(seen.q, weight)
+            else:
+                q = steps.q_for(target if pair is None else target - pair.product(), pair)
             rest = target if q is None else target - q.dense()
-            pair = steps.pair_for(rest) if rank else None
+            pair = steps.pair_for(rest) if cut.rank else None
             error = weighed_error(rest if pair is None else rest - pair.product(), steps.hessian.matrix)
             errors.append(error / whole if whole > 0 else error)
             if errors.index(min(errors)) == len(errors) - 1:
                 best = q, pair
-        return Quantized(*best, rotation, tuple(errors), hessian.damping, hessian.fallback)
+        best_q, pair = best
+        numbers = pair if pair is not None and pair.packed is None else None
+        factors = Factors(
+            None if numbers is None else numbers.left,
+            None if numbers is None else numbers.right,
+            statistics.bias,
+            q=best_q,
+            packed=None if pair is None else pair.packed,
+            rotation=rotation,
+        )
+        return factors, Fit(hessian.damping, errors=tuple(errors), fallback=hessian.fallback)
 
 
 class _Steps:
@@ -100,33 +128,39 @@ class _Steps:
     Args:
         method: the settings.
         hessian: H, rotated and damped.
-        rank: of L R, with the bits of Q.
+        cut: what is decided.
     """
 
-    def __init__(self, method: Caldera, hessian: Hessian, rank: QuantizedRank) -> None:
-        self._method, self.hessian, self._rank = method, hessian, rank
-        self._feedback = hessian.feedback() if method.feedback or method.right_feedback else None
+    def __init__(self, method: Caldera, hessian: Hessian, cut: Cut) -> None:
+        self._method, self.hessian, self._cut = method, hessian, cut
         self._metric = InputMetric(hessian.matrix)
+        self._codebook = method.codes(cut.q_bits) if cut.q_bits else None
         self._factors: Codebook | None = None
-        if method.lr_bits != FULL_BITS:
-            self._factors = codebook_named(method.form().lr_codebook, method.lr_bits, by_row=True)
+        if cut.lr_bits is not None and cut.lr_bits != FULL_BITS:
+            name = Form(lr_codebook=method.lr_codebook).factor_codebook(cut.lr_bits)
+            self._factors = codebook_named(name, cut.lr_bits, by_row=True)
+        self._feedback = self._along(self._codebook) if method.feedback else None
+
+    def _along(self, codebook: Codebook | None) -> Tensor | None:
+        """U of H in blocks as wide as a codebook's tiles; None without a codebook."""
+        return None if codebook is None else self.hessian.feedback(codebook.tile[1])
 
     def q_for(self, target: Tensor, pair: LowRank | None) -> Packed | None:
         """Q of a target, shape `[m, n]`; `pair` is the L R that was taken off it."""
-        if not self._rank.q_bits:
+        codebook = self._codebook
+        if codebook is None:
             return None
-        codebook = self._method.codes(self._rank.q_bits)
-        hessian, feedback = self.hessian.matrix, self._feedback if self._method.feedback else None
+        hessian, feedback = self.hessian.matrix, self._feedback
         if self._method.downdate and self._method.feedback and pair is not None:
             reached = hessian @ pair.right.T
             less = hessian - reached @ torch.linalg.pinv(pair.right @ reached, hermitian=True) @ reached.T
             # R may span nearly everything: a trace of the whole H keeps the rest positive definite.
             floor = self._method.damping * less.diagonal().mean().clamp_min(1e-6 * hessian.diagonal().mean())
             hessian = (less + less.T) / 2 + floor * torch.eye(len(less)).to(less)
-            feedback = Hessian(hessian, self._method.damping).feedback()
+            feedback = Hessian(hessian, self._method.damping).feedback(codebook.tile[1])
         return rounded(self._method, codebook, target, hessian, feedback)
 
     def pair_for(self, rest: Tensor) -> LowRank:
         """L R of what Q leaves, shape `[m, n]`."""
-        feedback = self._feedback if self._method.right_feedback else None
-        return low_rank(rest, self._metric, int(self._rank), self._factors, self._method.inner, feedback)
+        feedback = self._along(self._factors) if self._method.right_feedback else None
+        return low_rank(rest, self._metric, self._cut.rank or 0, self._factors, self._method.inner, feedback)

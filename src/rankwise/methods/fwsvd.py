@@ -9,11 +9,11 @@ from torch import Tensor
 
 from rankwise.factors import Basis
 from rankwise.linalg import OutputMetric, decompose
-from rankwise.methods.base import Method, make_basis
+from rankwise.methods.base import Factorisation, make_basis
 from rankwise.statistics import Need, Request, SiteStatistics
 
 
-class FWSVD(Method):
+class FWSVD(Factorisation):
     """Minimises sum_i f_i ||W_i - (L R)_i||^2 with f_i the squared loss gradient summed over row i.
 
     Attributes:

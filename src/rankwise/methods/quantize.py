@@ -8,10 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rankwise.factors import Quantized
-from rankwise.methods.quantizing import QuantizingMethod, drawn_rotation, rounded
-from rankwise.quantizers import Hessian, weighed_error
-from rankwise.sizes import BitForm, QuantizedRank
+from rankwise.factors import Factors, Fit
+from rankwise.methods.base import Looking
+from rankwise.methods.quantizing import QuantizingMethod, drawn_rotation, on, rounded
+from rankwise.quantizers import Hessian, Packed, Rotation, weighed_error
+from rankwise.sizes import Cut
 from rankwise.statistics import SiteStatistics
 
 
@@ -25,17 +26,22 @@ class Quantize(QuantizingMethod):
     def given_rank(self) -> int:
         return 0
 
-    def form(self) -> BitForm:
-        return BitForm(codebook=self.codebook, group=self.group, row_scales=self.row_scales, hadamard=self.hadamard)
+    def alone(self, weight: Tensor, hessian: Hessian, rotation: Rotation, q_bits: int) -> Packed:
+        target, metric = rotation.weight(weight), rotation.hessian(hessian.matrix)
+        codebook = self.codes(q_bits)
+        feedback = Hessian(metric, hessian.damping).feedback(codebook.tile[1]) if self.feedback else None
+        return rounded(self, codebook, target, metric, feedback)
 
-    def quantize(
-        self, weight: Tensor, statistics: SiteStatistics, rank: QuantizedRank, source: torch.Generator
-    ) -> Quantized:
+    def fit(
+        self, weight: Tensor, statistics: SiteStatistics, cut: Cut, source: torch.Generator, looking: Looking
+    ) -> tuple[Factors, Fit]:
         hessian = Hessian.of(statistics.input_second_moment().to(weight), self.damping)
         rotation = drawn_rotation(self, weight, source)
+        seen = looking(cut.q_bits)
+        # The same rounding, where an outlook has made it already.
+        q = self.alone(weight, hessian, rotation, cut.q_bits) if seen is None or seen.q is None else on(seen.q, weight)
         target, metric = rotation.weight(weight), rotation.hessian(hessian.matrix)
-        feedback = Hessian(metric, hessian.damping).feedback() if self.feedback else None
-        q = rounded(self, self.codes(rank.q_bits), target, metric, feedback)
         whole = weighed_error(target, metric)
         error = weighed_error(target - q.dense(), metric) / (whole if whole > 0 else 1.0)
-        return Quantized(q, None, rotation, (error,), hessian.damping, hessian.fallback)
+        factors = Factors(None, None, statistics.bias, q=q, rotation=rotation)
+        return factors, Fit(hessian.damping, errors=(error,), fallback=hessian.fallback)

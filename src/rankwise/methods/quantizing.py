@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rankwise.errors import RankwiseError
-from rankwise.factors import Basis, Quantized
+from rankwise.errors import BudgetError, RankwiseError
+from rankwise.factors import Basis, Factors
 from rankwise.linalg import InputMetric, OutputMetric, decompose
-from rankwise.methods.base import Method
+from rankwise.methods.base import Method, Outlook
 from rankwise.quantizers import CODEBOOKS, Codebook, Hessian, Packed, Rotation, codebook_named, improve, ldlq
-from rankwise.sizes import BitBudget, BitForm, Budget, QuantizedRank
+from rankwise.sizes import FULL_BITS, Budget, Candidates, Form, coded_candidates
 from rankwise.statistics import Need, Request, SiteStatistics
 
 _PLAN_DAMPING = 1.0
 """Of the curvature, as in `two_sided`."""
+
+_BITS_FOR_RANK = 2.0
+"""Bits a weight that L R takes at most beside a Q, where a plan is made by loss: a finer Q is then the better one."""
 
 
 class QuantizingMethod(Method):
@@ -37,7 +41,8 @@ class QuantizingMethod(Method):
     """
 
     one_unit: ClassVar[bool] = True
-    quantizes: ClassVar[bool] = True
+    default_keep: ClassVar[float | None] = None
+    keeps_factors: ClassVar[bool] = False
 
     codebook: Literal["e8p", "uniform", "nf"] = "e8p"
     q_bits: Annotated[int, Field(ge=0, le=8)] | None = None
@@ -57,28 +62,31 @@ class QuantizingMethod(Method):
                 raise ValueError(f"{problem.problem} {problem.remedy}") from None
         return self
 
-    @abstractmethod
-    def form(self) -> BitForm:
-        """How a site is stored."""
-
     @property
     @abstractmethod
     def given_rank(self) -> int | None:
         """The rank that the settings fix; None when a budget chooses it."""
 
+    @property
+    def beside_bits(self) -> int | None:
+        """Bits of L and R; None for a method without L R."""
+        return None
+
     def check_size(self, asked: Budget, allocation: str) -> None:
-        if asked.storage != "two_factor":
+        if asked.storage != "auto":
             raise ValueError(f"{self.name} stores codes: budget.storage means nothing to it")
         settings = {"q_bits": self.q_bits, "rank": self.given_rank}
-        if asked.bits is None:
+        if not asked.sized:
             missing = [option for option, value in settings.items() if value is None]
             if missing and allocation != "plan":
-                raise ValueError(f"{self.name} needs {' and '.join(missing)}, or budget.bits to choose by")
+                raise ValueError(
+                    f"{self.name} needs {' and '.join(missing)}, or a size (keep, bits or size) to choose by"
+                )
             if allocation not in ("uniform", "plan"):
-                raise ValueError(f"the allocation {allocation} spends bits: give budget.bits")
+                raise ValueError(f"the allocation {allocation} spends bits: give budget.bits, keep or size")
         elif None not in settings.values():
             given = " and ".join(option for option in settings if option in type(self).model_fields)
-            raise ValueError(f"bits are given beside {given}: leave something to be chosen")
+            raise ValueError(f"a size is given beside {given}: leave something to be chosen")
 
     def requests(self) -> tuple[Request, ...]:
         return (Request(Need.INPUT_MOMENTS),)
@@ -86,69 +94,84 @@ class QuantizingMethod(Method):
     def plan_requests(self) -> tuple[Request, ...]:
         return (Request(Need.CURVATURE, labels="sampled"),)
 
-    def budget(self, asked: Budget) -> BitBudget:
-        known = CODEBOOKS[self.codebook].known_bits
-        choices = tuple(known) if self.q_bits is None else (self.q_bits,)
-        return BitBudget(
-            keep=None,
-            bits=asked.bits,
-            rank_multiple=asked.rank_multiple,
-            form=self.form(),
-            choices=choices,
-            rank=self.given_rank,
+    def form(self, budget: Budget, number_bits: int) -> Form:
+        return Form(
+            storage=budget.storage,
+            number_bits=number_bits,
+            codebook=self.codebook,
+            group=self.group,
+            row_scales=self.row_scales,
+            hadamard=self.hadamard,
         )
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """Bits a weight that Q may have, ascending."""
+        return tuple(CODEBOOKS[self.codebook].known_bits) if self.q_bits is None else (self.q_bits,)
+
+    def candidates(self, shape: tuple[int, int], form: Form, multiple: int, looks: bool) -> Candidates:
+        rank, most = self.given_rank, float(min(FULL_BITS, self.choices[-1] + _BITS_FOR_RANK))
+        if rank is not None and rank > min(shape):
+            raise BudgetError(
+                f"The rank {rank} is above min(m, n) = {min(shape)}.",
+                where=f"a weight {list(shape)}",
+                remedy="lower --rank, or give --bits and let each site have its own",
+            )
+        ranks = range(0, min(shape) + 1, multiple) if rank is None else (rank,)
+        found = coded_candidates(shape, form, self.choices, self.beside_bits, ranks, most)
+        return found.within(shape, _BITS_FOR_RANK) if looks and rank is None else found
 
     def codes(self, q_bits: int) -> Codebook:
         """Q's codebook."""
         return codebook_named(self.codebook, q_bits, self.group, self.row_scales)
 
-    def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
-        raise NotImplementedError("a quantising method gives codes: see quantize and residual_basis")
-
     @abstractmethod
-    def quantize(
-        self, weight: Tensor, statistics: SiteStatistics, rank: QuantizedRank, source: torch.Generator
-    ) -> Quantized:
-        """Quantise one weight.
+    def alone(self, weight: Tensor, hessian: Hessian, rotation: Rotation, q_bits: int) -> Packed:
+        """Q without L R: codes of the rotated weight.
 
         Args:
             weight: W, shape `[m, n]`, float64.
-            statistics: what was collected at this site.
-            rank: of L R, with the bits of Q.
-            source: for the signs of the rotation.
+            hessian: of the inputs, damped, not rotated.
+            rotation: of both sides.
+            q_bits: bits a weight.
         """
 
-    def residual_basis(
-        self, weight: Tensor, statistics: SiteStatistics, q_bits: int, source: torch.Generator
-    ) -> tuple[Tensor, Basis]:
-        """Q alone, and the basis of what it leaves: how much loss each rank beside it would save.
+    def outlook(self, weight: Tensor, statistics: SiteStatistics, q_bits: int, source: torch.Generator) -> Outlook:
+        """Q alone, and what it leaves: how much loss each rank beside it would save.
 
-        Energies estimate twice the loss a token as those of `two_sided` do, so they compare between sites.
-
-        Args:
-            weight: W, shape `[m, n]`, float64.
-            statistics: what was collected at this site, curvature included.
-            q_bits: bits a weight of Q.
-            source: for the signs of the rotation.
-
-        Returns:
-            Q as a matrix `[m, n]`, and the basis of W - Q.
+        Losses estimate twice the loss a token as those of `two_sided` do, so they compare between sites.
         """
-        alone = self.quantize(weight, statistics, QuantizedRank(0, q_bits), source)
-        coarse = alone.reconstruct() if alone.q is not None else torch.zeros_like(weight)
-        hessian = Hessian.of(statistics.input_second_moment().to(weight), self.damping)
-        curvature, inputs = statistics.curvature().to(weight), InputMetric(hessian.matrix)
+        seen = statistics.input_second_moment().to(weight)
+        hessian = Hessian.of(seen, self.damping)
+        rotation = drawn_rotation(self, weight, source)
+        q = self.alone(weight, hessian, rotation, q_bits) if q_bits else None
+        rest = weight if q is None else weight - Factors(None, None, q=q, rotation=rotation).reconstruct()
+        curvature = statistics.curvature().to(weight)
+        if self.given_rank == 0:
+            # Nothing stands beside Q: its own loss says it all.
+            loss = (weighed_by_blocks(curvature, rest) * (rest @ seen)).sum().reshape(1)
+            return Outlook(
+                Basis(weight.new_zeros(weight.shape[0], 0), weight.new_zeros(0, weight.shape[1]), loss), q, rotation
+            )
+        inputs = InputMetric(hessian.matrix)
         if not curvature.any():
             # Nothing that happens here changes the loss.
-            found = decompose(weight - coarse, inputs=inputs)
-            return coarse, Basis(found.left, found.right, torch.zeros_like(found.energy))
+            found = decompose(rest, inputs=inputs)
+            return Outlook(Basis(found.left, found.right, torch.zeros_like(found.energy)), q, rotation)
         metric = OutputMetric.of(curvature, _PLAN_DAMPING)
-        found = decompose(weight - coarse, inputs=inputs, metric=metric)
+        found = decompose(rest, inputs=inputs, metric=metric)
         # Both dampings only steer the directions: what is counted is the loss by the measured metrics.
-        seen = ((found.right @ statistics.input_second_moment().to(weight)) * found.right).sum(1)
+        measured = ((found.right @ seen) * found.right).sum(1)
         damped = ((found.right @ hessian.matrix) * found.right).sum(1)
-        shares = metric.undamped_share(found.left) * (seen / damped.clamp_min(torch.finfo(seen.dtype).tiny))
-        return coarse, Basis(found.left, found.right, found.energy * shares.clamp(0, 1), damping=metric.damping)
+        shares = metric.undamped_share(found.left) * (measured / damped.clamp_min(torch.finfo(seen.dtype).tiny))
+        basis = Basis(found.left, found.right, found.energy * shares.clamp(0, 1), damping=metric.damping)
+        return Outlook(basis, q, rotation)
+
+
+def weighed_by_blocks(blocks: Tensor, error: Tensor) -> Tensor:
+    """F E for F in diagonal blocks, shape `[k, b, b]`, and E of shape `[m, n]`."""
+    count, size, _ = blocks.shape
+    return (blocks @ error.reshape(count, size, -1)).reshape(error.shape)
 
 
 def rounded(
@@ -167,6 +190,11 @@ def rounded(
         return codebook.quantize(target)
     packed = ldlq(target, feedback, codebook, codebook.scales(target, feedback=True))
     return improve(target, hessian, packed, codebook, method.passes)
+
+
+def on(packed: Packed, like: Tensor) -> Packed:
+    """Codes that were kept, beside a tensor: on its device, scales in its dtype."""
+    return replace(packed, codes=packed.codes.to(like.device), scale=packed.scale.to(like))
 
 
 def drawn_rotation(method: QuantizingMethod, weight: Tensor, source: torch.Generator) -> Rotation:

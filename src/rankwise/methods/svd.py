@@ -8,11 +8,11 @@ from torch import Tensor
 
 from rankwise.factors import Basis
 from rankwise.linalg import decompose
-from rankwise.methods.base import Method, make_basis
+from rankwise.methods.base import Factorisation, make_basis
 from rankwise.statistics import SiteStatistics
 
 
-class SVD(Method):
+class SVD(Factorisation):
     """Minimises ||W - L R||_F. Needs no data; energies are squared singular values."""
 
     name: Literal["svd"] = "svd"

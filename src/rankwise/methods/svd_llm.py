@@ -8,11 +8,11 @@ from torch import Tensor
 
 from rankwise.factors import Basis
 from rankwise.linalg import decompose
-from rankwise.methods.base import Method, make_basis
+from rankwise.methods.base import Factorisation, make_basis
 from rankwise.statistics import Need, Request, SiteStatistics
 
 
-class SVDLLM(Method):
+class SVDLLM(Factorisation):
     """Minimises E||W x - L R x||^2, inputs not centred.
 
     The paper takes the SVD of W C with G = C C^T and undoes C on the right factor. Written as a projection onto the

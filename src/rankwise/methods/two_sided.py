@@ -10,12 +10,12 @@ from torch import Tensor
 
 from rankwise.factors import Basis
 from rankwise.linalg import OutputMetric, decompose
-from rankwise.methods.base import Method, make_basis
+from rankwise.methods.base import Factorisation, make_basis
 from rankwise.statistics import Need, Request, SiteStatistics
 from rankwise.statistics.needs import DEFAULT_CURVATURE_GB
 
 
-class TwoSided(Method):
+class TwoSided(Factorisation):
     """Minimises tr(F (W - L R) Sigma (W - L R)^T): F = E[g g^T] at the output, Sigma = Cov(x) at the input.
 
     Energies estimate twice the loss increase per token of dropping a component, in one unit at every site: since

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from rankwise.errors import RecipeError, nearest
 from rankwise.quantizers.codes import (
-    BLOCK,
+    BYTE,
+    LATTICE,
     decode,
     normal_float_levels,
     pack_bits,
     tables_for,
+    tile_of,
     uniform_levels,
     wide_scale,
 )
@@ -62,14 +64,14 @@ class Packed:
         return (values * wide_scale(self.scale, self.group, values.shape[1]))[:, : self.columns]
 
 
-def padded(matrix: Tensor) -> Tensor:
-    """With zero columns up to a multiple of the block of eight."""
-    short = -matrix.shape[1] % BLOCK
+def padded(matrix: Tensor, width: int) -> Tensor:
+    """With zero columns up to a multiple of the width of a tile."""
+    short = -matrix.shape[1] % width
     return torch.nn.functional.pad(matrix, (0, short)) if short else matrix
 
 
 class Codebook(ABC):
-    """A finite set of values for blocks of eight weights.
+    """A finite set of values for tiles of weights.
 
     Args:
         bits: a weight.
@@ -91,6 +93,11 @@ class Codebook(ABC):
                 remedy=f"{self.name} knows {known}" + others_with(bits, self.name),
             )
         self.bits, self.group, self.by_row = bits, group, by_row
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of the weights that one codeword stands for."""
+        return tile_of(self.name)
 
     def scales(self, matrix: Tensor, feedback: bool = False) -> Tensor:
         """Scales for a matrix of shape `[rows, columns]`, never zero, exact in bfloat16; see `Packed.scale`.
@@ -134,7 +141,7 @@ class Codebook(ABC):
             scale: see `Packed.scale`; None for its own.
         """
         scale = self.scales(matrix) if scale is None else scale
-        wide = padded(matrix)
+        wide = padded(matrix, self.tile[1])
         codes = self.round(wide / wide_scale(scale, self.group, wide.shape[1]))
         return Packed(codes, scale, matrix.shape[1], self.name, self.group)
 
@@ -154,7 +161,7 @@ class E8P(Codebook):
 
     def round(self, values: Tensor) -> Tensor:
         rows = values.shape[0]
-        return round_e8p(values.reshape(-1, BLOCK), self.bits).reshape(rows, -1, self.bits)
+        return round_e8p(values.reshape(-1, LATTICE), self.bits).reshape(rows, -1, self.bits)
 
 
 class Levels(Codebook):
@@ -187,7 +194,7 @@ class Levels(Codebook):
         return torch.bucketize(values.contiguous(), (levels[1:] + levels[:-1]) / 2)
 
     def round(self, values: Tensor) -> Tensor:
-        return pack_bits(self._index(values).unflatten(1, (-1, BLOCK)), self.bits)
+        return pack_bits(self._index(values).unflatten(1, (-1, BYTE)), self.bits)
 
 
 class Uniform(Levels):

@@ -11,11 +11,22 @@ from functools import cache
 import torch
 from torch import Tensor
 
-BLOCK = 8
-"""Weights a codeword stands for."""
+TILES = {"e8p": (1, 8), "uniform": (1, 8), "nf": (1, 8)}
+"""By codebook, rows and columns of the weights that one codeword stands for."""
+
+BYTE = 8
+"""Integers that a plane of one bit each packs into a byte."""
+
+LATTICE = 8
+"""Dimension of E8."""
 
 SECOND_SCALE = {3: 0.49, 4: 0.265}
 """Scale of the second codeword relative to the first, by bits: least error on a Gaussian (benchmarks/codebooks.py)."""
+
+
+def tile_of(codebook: str) -> tuple:
+    """Rows and columns of the weights that one codeword of this codebook stands for."""
+    return TILES[codebook]
 
 
 @cache
@@ -24,8 +35,10 @@ def e8p_patterns() -> Tensor:
 
     227 are all with odd entries and squared norm at most 40 (10 in units of one); 29 of squared norm 48 fill the table.
     """
-    short = [p for p in itertools.product((1, 3, 5), repeat=BLOCK) if sum(e * e for e in p) <= 40]
-    long = [[1 if place in ones else 3 for place in range(BLOCK)] for ones in itertools.combinations(range(BLOCK), 3)]
+    short = [p for p in itertools.product((1, 3, 5), repeat=LATTICE) if sum(e * e for e in p) <= 40]
+    long = [
+        [1 if place in ones else 3 for place in range(LATTICE)] for ones in itertools.combinations(range(LATTICE), 3)
+    ]
     # Every second of the 56, and one more: the choice changes the error on a Gaussian by 0.1%.
     return torch.tensor([*short, *long[::2], long[1]], dtype=torch.float32, device="cpu") / 2
 
@@ -54,17 +67,17 @@ def e8p_values(index: Tensor, patterns: Tensor) -> Tensor:
 @cache
 def e8_short_values() -> Tensor:
     """256 short vectors of E8, shape `[256, 8]`: zero, the 240 of squared norm 2, and 15 of the 16 that are +-2 e_i."""
-    table = [[0.0] * BLOCK]
-    for first, second in itertools.combinations(range(BLOCK), 2):
+    table = [[0.0] * LATTICE]
+    for first, second in itertools.combinations(range(LATTICE), 2):
         for signs in itertools.product((1.0, -1.0), repeat=2):
-            row = [0.0] * BLOCK
+            row = [0.0] * LATTICE
             row[first], row[second] = signs
             table.append(row)
-    for signs in itertools.product((0.5, -0.5), repeat=BLOCK):
+    for signs in itertools.product((0.5, -0.5), repeat=LATTICE):
         if sum(sign < 0 for sign in signs) % 2 == 0:
             table.append(list(signs))
-    for place, sign in itertools.product(range(BLOCK), (2.0, -2.0)):
-        table.append([sign if place == each else 0.0 for each in range(BLOCK)])
+    for place, sign in itertools.product(range(LATTICE), (2.0, -2.0)):
+        table.append([sign if place == each else 0.0 for each in range(LATTICE)])
     return torch.tensor(table[:256], device="cpu")
 
 
@@ -101,7 +114,7 @@ def decode(codes: Tensor, codebook: str, tables: list) -> Tensor:
     Returns:
         Shape `[rows, 8 blocks]`.
     """
-    rows, blocks, bits = codes.shape
+    rows, _, bits = codes.shape
     if codebook == "e8p":
         whole = codes.long()
         values = e8p_values(whole[..., 0] | (whole[..., 1] << 8), tables[0])
@@ -112,7 +125,7 @@ def decode(codes: Tensor, codebook: str, tables: list) -> Tensor:
             values = values + SECOND_SCALE[4] * second
     else:
         values = tables[0][unpack_bits(codes)]
-    return values.reshape(rows, BLOCK * blocks)
+    return values.reshape(rows, -1)
 
 
 def wide_scale(scale: Tensor, group: int, columns: int) -> Tensor:
@@ -129,7 +142,7 @@ def wide_scale(scale: Tensor, group: int, columns: int) -> Tensor:
 def unpack_bits(codes: Tensor) -> Tensor:
     """Integers of `bits` bits, shape `[..., 8]`, from planes of one bit each, uint8 of shape `[..., bits]`."""
     bits = codes.shape[-1]
-    places = torch.arange(BLOCK, device=codes.device)
+    places = torch.arange(BYTE, device=codes.device)
     planes = (codes.unsqueeze(-1).long() >> places) & 1
     return (planes << torch.arange(bits, device=codes.device).unsqueeze(-1)).sum(-2)
 
@@ -137,4 +150,4 @@ def unpack_bits(codes: Tensor) -> Tensor:
 def pack_bits(values: Tensor, bits: int) -> Tensor:
     """The inverse of `unpack_bits`: integers of shape `[..., 8]` to uint8 of shape `[..., bits]`."""
     planes = (values.long().unsqueeze(-2) >> torch.arange(bits, device=values.device).unsqueeze(-1)) & 1
-    return (planes << torch.arange(BLOCK, device=values.device)).sum(-1).to(torch.uint8)
+    return (planes << torch.arange(BYTE, device=values.device)).sum(-1).to(torch.uint8)

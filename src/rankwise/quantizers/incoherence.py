@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankwise.quantizers.codes import BLOCK, pack_bits
+from rankwise.quantizers.codes import BYTE, pack_bits
 from rankwise.quantizers.rotation import rotate
 
 
@@ -16,12 +16,13 @@ class Rotation:
     """U and V of W~ = U W V^T: random signs, then the Hadamard rotation of `rotation.rotate`; or nothing at all.
 
     Attributes:
-        minus_in: where V's signs are minus, bool of shape `[n]`; None for no rotation.
+        minus_in: where V's signs are minus, bool of shape `[n]`, or the signs themselves where they are numbers that
+            were trained; None for no rotation.
         minus_out: where U's are, shape `[m]`.
     """
 
-    minus_in: Tensor | None
-    minus_out: Tensor | None
+    minus_in: Tensor | None = None
+    minus_out: Tensor | None = None
 
     @classmethod
     def drawn(cls, m: int, n: int, source: torch.Generator) -> Rotation:
@@ -53,10 +54,10 @@ class Rotation:
 
 
 def _signs(minus: Tensor, like: Tensor) -> Tensor:
-    return 1 - 2 * minus.to(like)
+    return minus.to(like) if minus.is_floating_point() else 1 - 2 * minus.to(like)
 
 
 def packed_signs(minus: Tensor) -> Tensor:
     """One bit a sign, uint8 of shape `[ceil(d / 8), 1]`."""
-    wide = torch.nn.functional.pad(minus.long(), (0, -len(minus) % BLOCK))
-    return pack_bits(wide.unflatten(0, (-1, BLOCK)), 1)
+    wide = torch.nn.functional.pad(minus.long(), (0, -len(minus) % BYTE))
+    return pack_bits(wide.unflatten(0, (-1, BYTE)), 1)

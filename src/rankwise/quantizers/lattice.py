@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from rankwise.quantizers.codes import BLOCK, SECOND_SCALE, e8p_odd, e8p_patterns, e8p_values
+from rankwise.quantizers.codes import LATTICE, SECOND_SCALE, e8p_odd, e8p_patterns, e8p_values
 
 _CHUNK = 1 << 16
 _SHORT = 227
@@ -28,13 +28,13 @@ def _kinds() -> Tensor:
 @cache
 def _pattern_index() -> Tensor:
     """Number of a pattern by its entries read as digits (1/2, 3/2, 5/2 as 0, 1, 2), shape `[3^8]`; -1 for none."""
-    index = torch.full((3**BLOCK,), -1)
+    index = torch.full((3**LATTICE,), -1)
     index[_digits(e8p_patterns())] = torch.arange(256)
     return index
 
 
 def _digits(patterns: Tensor) -> Tensor:
-    powers = 3 ** torch.arange(BLOCK, device=patterns.device)
+    powers = 3 ** torch.arange(LATTICE, device=patterns.device)
     return ((patterns - 0.5).round().long() * powers).sum(-1)
 
 
@@ -73,7 +73,7 @@ def _nearest_shifted(y: Tensor) -> tuple[Tensor, Tensor]:
         best[winners] = top[won]
         at = place[won].gather(-1, which[:, None]).squeeze(-1)
         flipped[winners] = torch.where(missed[won].gather(-1, which[:, None]).squeeze(-1), at, -1)
-    minus = (y < 0) ^ (flipped[:, None] == torch.arange(BLOCK, device=y.device))
+    minus = (y < 0) ^ (flipped[:, None] == torch.arange(LATTICE, device=y.device))
     signs = (minus[:, :7].long() << torch.arange(8, 15, device=y.device)).sum(-1)
     return number | signs, y.square().sum(-1) - 2 * best
 
@@ -105,7 +105,7 @@ def nearest_short(x: Tensor) -> Tensor:
     minus = x < 0
     odd = (minus.sum(-1) & 1).bool()
     top = order[:, 0]
-    missing = (top == BLOCK - 1) & minus[:, -1]
+    missing = (top == LATTICE - 1) & minus[:, -1]
     scores = torch.stack(
         [
             torch.zeros_like(ordered[:, 0]),
@@ -116,10 +116,10 @@ def nearest_short(x: Tensor) -> Tensor:
         -1,
     )
     first, second = order[:, :2].amin(-1), order[:, :2].amax(-1)
-    pair = first * (2 * BLOCK - 1 - first) // 2 + second - first - 1
+    pair = first * (2 * LATTICE - 1 - first) // 2 + second - first - 1
     signs = minus.long()
     pairs = 1 + 4 * pair + 2 * _at(signs, first) + _at(signs, second)
-    flipped = signs ^ (odd[:, None] & (order[:, -1:] == torch.arange(BLOCK, device=x.device))).long()
+    flipped = signs ^ (odd[:, None] & (order[:, -1:] == torch.arange(LATTICE, device=x.device))).long()
     halves = 113 + (flipped[:, :7] << torch.arange(6, -1, -1, device=x.device)).sum(-1)
     singles = 241 + 2 * top + _at(signs, top)
     numbers = torch.stack([torch.zeros_like(pairs), pairs, halves, singles], -1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rankwise.quantizers.codebooks import Codebook, Packed, padded
-from rankwise.quantizers.codes import BLOCK, wide_scale
+from rankwise.quantizers.codes import wide_scale
 
 _PANEL = 128
 _LARGEST_DAMPING = 1.0
@@ -53,17 +53,17 @@ class Hessian:
             damping = 10 * max(damping, 1e-10)
         raise ValueError("the second moment of the inputs is not positive semi-definite")
 
-    def feedback(self) -> Tensor:
-        """U, strictly block upper triangular with blocks of eight, for H padded to whole blocks: `[n', n']`."""
+    def feedback(self, width: int) -> Tensor:
+        """U, strictly block upper triangular with blocks of this width, for H padded to whole blocks: `[n', n']`."""
         n = len(self.matrix)
-        wide = padded(self.matrix)
+        wide = padded(self.matrix, width)
         wide = torch.cat([wide, wide.new_zeros(wide.shape[1] - n, wide.shape[1])])
         wide.diagonal()[n:] = self.matrix.diagonal().mean()
         # Reversed, a lower factor becomes an upper one.
         upper = torch.linalg.cholesky(wide.flip(0, 1)).flip(0, 1)
-        count = len(wide) // BLOCK
-        blocks = upper.unflatten(1, (count, BLOCK)).transpose(0, 1)
-        diagonal = blocks.unflatten(1, (count, BLOCK)).diagonal(dim1=0, dim2=1).permute(2, 0, 1)
+        count = len(wide) // width
+        blocks = upper.unflatten(1, (count, width)).transpose(0, 1)
+        diagonal = blocks.unflatten(1, (count, width)).diagonal(dim1=0, dim2=1).permute(2, 0, 1)
         unit = torch.linalg.solve_triangular(diagonal, blocks, upper=True, left=False)
         return unit.transpose(0, 1).flatten(1) - torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
 
@@ -83,15 +83,16 @@ def ldlq(weight: Tensor, feedback: Tensor, codebook: Codebook, scale: Tensor) ->
     Returns:
         Codes for W.
     """
-    target = padded(weight)
+    width = codebook.tile[1]
+    target = padded(weight, width)
     unit = wide_scale(scale, codebook.group, target.shape[1]).expand(len(target), target.shape[1])
     errors = torch.zeros_like(target)
     codes = []
     for first in range(0, target.shape[1], _PANEL):
         last = min(first + _PANEL, target.shape[1])
         panel = target[:, first:last] + errors[:, :first] @ feedback[:first, first:last]
-        for start in range(first, last, BLOCK):
-            stop = start + BLOCK
+        for start in range(first, last, width):
+            stop = start + width
             wanted = panel[:, start - first : stop - first]
             wanted = wanted + errors[:, first:start] @ feedback[first:start, start:stop]
             codes.append(codebook.round(wanted / unit[:, start:stop]))
@@ -111,7 +112,8 @@ def improve(weight: Tensor, hessian: Tensor, packed: Packed, codebook: Codebook,
     """
     if not passes:
         return packed
-    target = padded(weight)
+    width = codebook.tile[1]
+    target = padded(weight, width)
     short = target.shape[1] - len(hessian)
     # What is padded weighs nothing; it only has to have an inverse.
     filling = torch.cat([hessian.new_zeros(len(hessian)), hessian.diagonal().mean().expand(short)])
@@ -119,9 +121,9 @@ def improve(weight: Tensor, hessian: Tensor, packed: Packed, codebook: Codebook,
     unit = wide_scale(packed.scale, codebook.group, target.shape[1]).expand(target.shape)
     errors = target - codebook.decode(packed.codes) * unit
     codes = packed.codes.clone()
-    for start in range(0, target.shape[1] * passes, BLOCK):
+    for start in range(0, target.shape[1] * passes, width):
         start %= target.shape[1]
-        block = slice(start, start + BLOCK)
+        block = slice(start, start + width)
         own = hessian[block, block]
         old = errors[:, block]
         pull = errors @ hessian[:, block] - old @ own
@@ -130,7 +132,7 @@ def improve(weight: Tensor, hessian: Tensor, packed: Packed, codebook: Codebook,
         new = target[:, block] - codebook.decode(found) * unit[:, block]
         better = _change(new, own, pull) < _change(old, own, pull)
         errors[:, block] = torch.where(better.unsqueeze(1), new, old)
-        codes[better, start // BLOCK] = found[better].squeeze(1)
+        codes[better, start // width] = found[better].squeeze(1)
     return Packed(codes, packed.scale, packed.columns, packed.codebook, packed.group)
 
 

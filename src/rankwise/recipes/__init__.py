@@ -12,11 +12,14 @@ from rankwise.recipes.compression import (
     recipe_from,
     set_value,
 )
+from rankwise.recipes.finetuning import TRAININGS, FineTune
 
 __all__ = [
     "STEPS",
+    "TRAININGS",
     "Calibration",
     "Evaluation",
+    "FineTune",
     "Recipe",
     "Repair",
     "Validation",

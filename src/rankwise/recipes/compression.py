@@ -16,7 +16,7 @@ from rankwise.errors import RankwiseError, RecipeError, nearest
 from rankwise.evaluation import ObjectiveSettings
 from rankwise.methods import METHODS, AnyMethod, TwoSided, method_named
 from rankwise.repair import Blocks, FullFactors, Refit, Subspace
-from rankwise.sizes import Budget
+from rankwise.sizes import SPELLINGS, Budget
 
 
 class _Node(BaseModel):
@@ -160,10 +160,9 @@ class Recipe(_Node):
     Attributes:
         model: directory or hub name of the checkpoint.
         output: directory to write; None keeps the result in memory only.
-        method: how a weight is factored.
-        allocation: how rank, or bits, are spread over sites. When it is not given: `spectral` for methods whose
-            energies are in one unit at every site (`two_sided`; `quantize` and `caldera` on a budget of bits), else
-            `uniform`.
+        method: how a weight is fitted.
+        allocation: how size is spread over sites. When it is not given: `spectral` for methods whose
+            losses are in one unit at every site (`two_sided`; the others that quantise on a budget), else `uniform`.
         budget: how much is kept.
         calibration: text for statistics.
         validation: text on which a search judges its plans.
@@ -183,7 +182,7 @@ class Recipe(_Node):
     output: str | None = None
     method: AnyMethod = TwoSided()
     allocation: AnyAllocation = Spectral()
-    budget: Budget = Budget()
+    budget: Budget = Budget(keep=0.8)
     calibration: Calibration = Calibration()
     validation: Validation = Validation()
     objective: ObjectiveSettings = ObjectiveSettings()
@@ -204,7 +203,7 @@ class Recipe(_Node):
     @model_validator(mode="after")
     def _size_for_method(self) -> Recipe:
         self.method.check_size(self.budget, self.allocation.name)
-        if self.method.quantizes and self.repair.steps:
+        if self.repair.steps and not self.method.keeps_factors:
             raise ValueError(
                 f"no repair knows codes: {self.method.name} is followed by rankwise finetune --method lowrank"
             )
@@ -217,26 +216,27 @@ class Recipe(_Node):
 
     @model_validator(mode="before")
     @classmethod
-    def _allocation_for_method(cls, values: Any) -> Any:
+    def _defaults_of_method(cls, values: Any) -> Any:
+        """The size and the allocation of a method, where none is given."""
         if not isinstance(values, Mapping):
             return values
         method = values.get("method", TwoSided())
         named = method.get("name") if isinstance(method, Mapping) else getattr(method, "name", None)
         name = method if isinstance(method, str) else named
         kind = METHODS.get(name) if isinstance(name, str) else None
+        if kind is None:
+            return values
+        given = values.get("budget")
+        budget = (
+            dict(given) if isinstance(given, Mapping) else {} if given is None else given.model_dump(exclude_unset=True)
+        )
+        if not any(spelling in budget for spelling in SPELLINGS) and kind.default_keep is not None:
+            budget["keep"] = kind.default_keep
+        values = {**values, "budget": budget}
         if values.get("allocation") is None:
-            asked = values.get("budget")
-            bits = asked.get("bits") if isinstance(asked, Mapping) else getattr(asked, "bits", None)
-            spectral = kind is not None and kind.one_unit and (bits is not None or not kind.quantizes)
-            values = {**values, "allocation": Spectral() if spectral else Uniform()}
-        if kind is not None and kind.quantizes:
-            budget = values.get("budget")
-            if budget is None or (isinstance(budget, Mapping) and "keep" not in budget):
-                values = {**values, "budget": {"keep": None, **(budget or {})}}
-            elif isinstance(budget, Budget) and "keep" not in budget.model_fields_set:
-                values = {**values, "budget": budget.model_copy(update={"keep": None})}
-            elif isinstance(budget, Mapping | Budget) and dict(budget)["keep"] is not None:
-                raise ValueError(f"{name} counts bits, not a kept fraction: give bits, or q_bits and rank")
+            # Where nothing says a size, there is nothing to spend.
+            spends = kind.default_keep is not None or any(budget.get(spelling) is not None for spelling in SPELLINGS)
+            values["allocation"] = Spectral() if kind.one_unit and spends else Uniform()
         return values
 
     @field_validator("allocation", mode="before")

@@ -2,11 +2,11 @@
 
 from rankwise.repair.blocks import Blocks, block_parameters, train_block
 from rankwise.repair.factors import FullFactors
-from rankwise.repair.lora import Lora, attach_lora, merge_lora
-from rankwise.repair.low_rank import LowRankFactors, low_rank_parameters, open_low_rank, store_low_rank
+from rankwise.repair.lora import Lora
+from rankwise.repair.low_rank import LowRankFactors
 from rankwise.repair.parameters import trainable
 from rankwise.repair.refit import Refit, refit_block
-from rankwise.repair.subspace import Subspace, attach_subspace, merge_subspace
+from rankwise.repair.subspace import Subspace
 from rankwise.repair.training import Teacher, Training, mean_loss, steps_of, train
 
 __all__ = [
@@ -18,17 +18,10 @@ __all__ = [
     "Subspace",
     "Teacher",
     "Training",
-    "attach_lora",
-    "attach_subspace",
     "block_parameters",
-    "low_rank_parameters",
     "mean_loss",
-    "merge_lora",
-    "merge_subspace",
-    "open_low_rank",
     "refit_block",
     "steps_of",
-    "store_low_rank",
     "train",
     "train_block",
     "trainable",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from pydantic import Field
+from torch import nn
 
+from rankwise.models import Site
+from rankwise.repair.parameters import trainable
 from rankwise.repair.training import Training
 
 
@@ -19,3 +23,6 @@ class FullFactors(Training):
     epochs: Annotated[float, Field(gt=0)] = 4
     lr: Annotated[float, Field(gt=0)] = 0.005
     norms: bool = False
+
+    def attach(self, model: Any, sites: Sequence[Site], seed: int) -> dict[str, nn.Parameter]:
+        return trainable(model, sites, self.norms)

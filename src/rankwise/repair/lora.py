@@ -17,29 +17,12 @@ from torch import Tensor, nn
 
 from rankwise.errors import MissingPackageError
 from rankwise.factors import Factors
-from rankwise.layers import LowRankLinear, read_factors, substitute
+from rankwise.layers import LowRankLinear, kind_of, substitute
 from rankwise.models import Site
 from rankwise.repair.training import Training
 
 
-class Lora(Training):
-    """How adapters are trained and merged.
-
-    Attributes:
-        rank: a, of each adapter.
-        alpha: the adapter's product is scaled by alpha / rank.
-        merge: `grow` keeps everything and raises the rank; `truncate` keeps the rank.
-    """
-
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    relative: bool = False
-    loss: Literal["kl", "lm"] = "lm"
-    rank: Annotated[int, Field(ge=1)] = 8
-    alpha: Annotated[int, Field(ge=1)] = 16
-    merge: Literal["grow", "truncate"] = "truncate"
-
-
-def attach_lora(model: Any, sites: Sequence[Site], settings: Lora, seed: int) -> dict[str, nn.Parameter]:
+def attach_adapters(model: Any, sites: Sequence[Site], rank: int, alpha: int, seed: int) -> dict[str, nn.Parameter]:
     """Put a peft adapter on every factored site.
 
     Returns:
@@ -70,10 +53,8 @@ def attach_lora(model: Any, sites: Sequence[Site], settings: Lora, seed: int) ->
             base: Tensor = self.base_layer(x)
             return base + (self.scaling[adapter] * up(down(x))).to(base.dtype)
 
-    factored = [site.name for site in sites if isinstance(site.module(model), LowRankLinear)]
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=factored, bias="none"
-    )
+    factored = [site.name for site in sites if kind_of(site.module(model)).trains]
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=factored, bias="none")
     config._register_custom_module({LowRankLinear: AdaptedLowRank})
     with torch.random.fork_rng(), warnings.catch_warnings():
         # peft warns of every layer type that is not its own.
@@ -83,7 +64,7 @@ def attach_lora(model: Any, sites: Sequence[Site], settings: Lora, seed: int) ->
     return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
 
 
-def merge_lora(
+def merge_adapters(
     model: Any, sites: Sequence[Site], merge: Literal["grow", "truncate"], limits: Mapping[str, int]
 ) -> dict[str, float]:
     """Bring the adapters into the factors and remove them.
@@ -101,14 +82,15 @@ def merge_lora(
     for site in sites:
         adapted = site.module(model)
         base = getattr(adapted, "base_layer", None)
-        if not isinstance(base, LowRankLinear):
+        if base is None:
             continue
         (name,) = adapted.lora_A.keys()
-        old = read_factors(base)
+        old = kind_of(base).factors(base)
         scale = adapted.scaling[name]
+        left, right = old.pair()
         whole = Factors(
-            torch.cat([old.left, scale * adapted.lora_B[name].weight.detach().double().cpu()], 1),
-            torch.cat([old.right, adapted.lora_A[name].weight.detach().double().cpu()]),
+            torch.cat([left, scale * adapted.lora_B[name].weight.detach().double().cpu()], 1),
+            torch.cat([right, adapted.lora_A[name].weight.detach().double().cpu()]),
             old.bias,
         )
         most = old.rank if merge == "truncate" else max(old.rank, limits[site.name])
@@ -116,5 +98,28 @@ def merge_lora(
         if whole.rank > most:
             whole, lost[site.name] = whole.reduced(most)
         model.set_submodule(site.name, base)
-        substitute(model, site, whole, base.left.weight.dtype)
+        substitute(model, site.name, whole, "two_factor", base.left.weight.dtype)
     return lost
+
+
+class Lora(Training):
+    """How adapters are trained and merged.
+
+    Attributes:
+        rank: a, of each adapter.
+        alpha: the adapter's product is scaled by alpha / rank.
+        merge: `grow` keeps everything and raises the rank; `truncate` keeps the rank.
+    """
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    relative: bool = False
+    loss: Literal["kl", "lm"] = "lm"
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[int, Field(ge=1)] = 16
+    merge: Literal["grow", "truncate"] = "truncate"
+
+    def attach(self, model: Any, sites: Sequence[Site], seed: int) -> dict[str, nn.Parameter]:
+        return attach_adapters(model, sites, self.rank, self.alpha, seed)
+
+    def fold_in(self, model: Any, sites: Sequence[Site], limits: Mapping[str, int]) -> dict[str, Any]:
+        return {"norm_lost_in_merging": merge_adapters(model, sites, self.merge, limits)}

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from rankwise.errors import RecipeError
-from rankwise.layers import PackedMatrix, QuantizedLinear, layer_form
+from rankwise.factors import Factors
+from rankwise.layers import KINDS, kind_of
 from rankwise.models import Site
-from rankwise.quantizers import Packed, codebook_named
+from rankwise.quantizers import Packed, Rotation, codebook_named
 from rankwise.repair.training import Training
-from rankwise.sizes import FULL_BITS, BitForm, QuantizedRank
+
+_TRAINED = ("left.weight", "right.weight")
+_SIGNS = ("signs_in", "signs_out")
 
 
 class LowRankFactors(Training):
@@ -31,136 +35,127 @@ class LowRankFactors(Training):
     requantize: bool = False
     signs: bool = False
 
+    def open(self, model: Any, sites: Sequence[Site]) -> None:
+        """Make the trained part of L R float32 numbers in each quantised layer.
 
-def open_low_rank(model: nn.Module, sites: Sequence[Site], form: BitForm, settings: LowRankFactors) -> BitForm:
-    """Put in place of each quantised layer one whose trained part is float32 numbers; Q's codes are shared.
+        Raises:
+            RecipeError: when there is no such layer, nothing to train in them, or fewer ranks are to be trained than
+                are numbers already.
+        """
+        held = {site.name: kind_of(site.module(model)).factors(site.module(model)) for site in _coded(model, sites)}
+        if not held:
+            raise RecipeError(
+                "The checkpoint is not quantised.",
+                where="finetune",
+                remedy="use --method full-factors, subspace or lora",
+            )
+        largest, numbers = max(f.rank for f in held.values()), max(f.full for f in held.values())
+        wanted = largest if self.trained_rank is None else self.trained_rank
+        if wanted < numbers:
+            raise RecipeError(
+                f"The first {numbers} ranks of L R are 16-bit numbers in this checkpoint, and all of them are trained.",
+                where="trained_rank",
+                remedy=f"leave trained_rank away, or give {numbers} or more",
+            )
+        turned = any(factors.rotation.minus_in is not None for factors in held.values())
+        if not largest and not (self.signs and turned):
+            raise RecipeError(
+                "There is nothing to train: no site has L R.",
+                where="finetune",
+                remedy="compress with --method caldera and a rank, or train the rotation: --set signs=true",
+            )
+        for name, factors in held.items():
+            _put(model, name, _opened(factors, max(wanted, factors.full), self.signs))
 
-    Args:
-        model: changed in place.
-        sites: all sites; those that are not quantised are left alone.
-        form: how the model's sites are stored.
-        settings: which ranks, and whether signs.
-
-    Returns:
-        The form the model has now.
-
-    Raises:
-        RecipeError: when fewer ranks are to be trained than are numbers already.
-    """
-    largest = max(
-        (module.rank for site in sites if isinstance(module := site.module(model), QuantizedLinear)), default=0
-    )
-    wanted = largest if settings.trained_rank is None else settings.trained_rank
-    numbers = form.full(largest)
-    if wanted < numbers:
-        raise RecipeError(
-            f"The first {numbers} ranks of L R are 16-bit numbers in this checkpoint, and all of them are trained.",
-            where="trained_rank",
-            remedy=f"leave trained_rank away, or give {numbers} or more",
-        )
-    opened = form.model_copy(
-        update={
-            "full_rank": max(form.full_rank, wanted),
-            "trained_signs": form.trained_signs or (settings.signs and form.hadamard),
+    def attach(self, model: Any, sites: Sequence[Site], seed: int) -> dict[str, nn.Parameter]:
+        wanted = (*_TRAINED, *_SIGNS) if self.signs else _TRAINED
+        return {
+            f"{site.name}.{name}": parameter
+            for site in _coded(model, sites)
+            for name, parameter in site.module(model).named_parameters()
+            if name in wanted
         }
-    )
-    for site in sites:
-        old = site.module(model)
-        if isinstance(old, QuantizedLinear):
-            model.set_submodule(site.name, _opened(old, opened, form.full(old.rank)))
-    return opened
 
+    def fold_in(self, model: Any, sites: Sequence[Site], limits: Mapping[str, int]) -> dict[str, Any]:
+        # Before the training is judged: what is judged is what will be stored.
+        for site in _coded(model, sites) if self.requantize else ():
+            layer = site.module(model)
+            factors, bits = kind_of(layer).factors(layer), layer.was_packed
+            if factors.full and bits is not None:
+                _put(model, site.name, _requantized(factors, *bits))
+        return {}
 
-def _opened(old: QuantizedLinear, form: BitForm, were_full: int) -> QuantizedLinear:
-    shape = (old.out_features, old.in_features)
-    device = next(t.device for t in (*old.buffers(), *old.parameters()))
-    new = _shell(old, form).to(device)
-    full = form.full(old.rank)
-    with torch.no_grad():
-        if full:
-            left, right = old.factors(torch.float32)
-            new.left.weight.copy_(left[:, :full])
-            new.right.weight.copy_(right[:full])
-        if old.rank > full:
-            # What was codes after the first `were_full` ranks stays codes after the first `full`.
-            for mine, its in ((new.packed_left, old.packed_left), (new.packed_right, old.packed_right)):
-                mine.codes, mine.scale = its.codes[full - were_full :].clone(), its.scale[full - were_full :].clone()
-        for name, size in (("signs_in", shape[1]), ("signs_out", shape[0])):
-            signs = getattr(old, name)
-            if form.trained_signs and signs is not None:
-                getattr(new, name).copy_(old.signs(signs, size, torch.float32))
-            elif signs is not None:
-                setattr(new, name, signs)
-    return new.requires_grad_(False)
-
-
-def _shell(old: QuantizedLinear, form: BitForm) -> QuantizedLinear:
-    """A layer of another form around the same Q and bias; L R and signs are still to be filled in."""
-    bits = 0 if old.q is None else old.q.codes.shape[-1]
-    shape, half = (old.out_features, old.in_features), getattr(torch, old.form["half"])
-    new = QuantizedLinear(shape[1], shape[0], False, layer_form(form, shape, QuantizedRank(old.rank, bits), half))
-    for parameter in new.parameters():
-        parameter.data = parameter.data.float()
-    new.q, new.bias = old.q, old.bias
-    return new
-
-
-def low_rank_parameters(model: nn.Module, sites: Sequence[Site], signs: bool) -> dict[str, nn.Parameter]:
-    """What is trained, by name: L and R where they are numbers, and the signs if asked for."""
-    found: dict[str, nn.Parameter] = {}
-    for site in sites:
-        layer = site.module(model)
-        if isinstance(layer, QuantizedLinear):
+    def settle(self, model: Any, sites: Sequence[Site]) -> None:
+        for site in _coded(model, sites):
+            layer = site.module(model)
             for name, parameter in layer.named_parameters():
-                if name in ("left.weight", "right.weight") or (signs and name.startswith("signs")):
-                    found[f"{site.name}.{name}"] = parameter
-    return found
+                if name != "bias":
+                    parameter.data = parameter.data.to(getattr(torch, layer.form["half"]))
 
 
-def store_low_rank(model: Any, sites: Sequence[Site], form: BitForm, requantize: bool) -> BitForm:
-    """Bring what was trained into the form it is saved in: 16-bit numbers, or codes again.
-
-    Args:
-        model: changed in place.
-        sites: all sites.
-        form: the model's now.
-        requantize: whether L and R become codes of `form.lr_bits` again.
-
-    Returns:
-        The form the model has then.
-    """
-    again = requantize and form.lr_bits != FULL_BITS
-    stored = form.model_copy(update={"full_rank": 0}) if again else form
-    for site in sites:
-        layer = site.module(model)
-        if not isinstance(layer, QuantizedLinear):
-            continue
-        if again and layer.left is not None:
-            layer = _requantized(layer, stored)
-            model.set_submodule(site.name, layer)
-        for name, parameter in layer.named_parameters():
-            if name != "bias":
-                parameter.data = parameter.data.to(getattr(torch, layer.form["half"]))
-    return stored
+def _coded(model: nn.Module, sites: Sequence[Site]) -> Iterator[Site]:
+    """The sites whose layers are codes."""
+    return (site for site in sites if not kind_of(site.module(model)).in_numbers)
 
 
-def _requantized(old: QuantizedLinear, form: BitForm) -> QuantizedLinear:
-    """The same layer with L and R as codes; codes that were kept stay what they were."""
-    new = _shell(old, form)
-    new.signs_in, new.signs_out = old.signs_in, old.signs_out
-    codebook = codebook_named(form.lr_codebook, form.lr_bits, by_row=True)
+def _put(model: nn.Module, name: str, factors: Factors) -> None:
+    """Put a quantised layer around new factors, whose numbers stay in float32 while they are trained."""
+    old: Any = model.get_submodule(name)
+    device = next(t.device for t in (*old.buffers(), *old.parameters()))
+    new: Any = KINDS["quantized"].of(factors, getattr(torch, old.form["half"]), device)
+    for part, values in (("left", factors.left), ("right", factors.right)):
+        if values is not None:
+            getattr(new, part).weight.data = values.to(device, torch.float32)
+    signs = (factors.rotation.minus_in, factors.rotation.minus_out)
+    for part, values in zip(_SIGNS, signs, strict=True):
+        if values is not None and values.is_floating_point():
+            getattr(new, part).data = values.to(device, torch.float32)
+    # What L and R were before they were opened, to which they may be brought back.
+    packed = kind_of(old).factors(old).packed
+    new.was_packed = getattr(old, "was_packed", None) if packed is None else (packed[0].codebook, packed[0].bits)
+    new.bias = old.bias
+    model.set_submodule(name, new)
 
-    def put(found: Packed, kept: PackedMatrix | None, into: PackedMatrix) -> None:
-        codes, scale = [found.codes], [found.scale.to(torch.bfloat16)]
-        if kept is not None:
-            codes.append(kept.codes)
-            scale.append(kept.scale.to(torch.bfloat16))
-        into.codes, into.scale = torch.cat(codes), torch.cat(scale)
 
-    left, right = old.left.weight.detach().double(), old.right.weight.detach().double()
+def _opened(factors: Factors, full: int, signs: bool) -> Factors:
+    """The same with the first ranks as float32 numbers; what are codes after them stay codes."""
+    full, minus = min(full, factors.rank), factors.rotation
+    rotation = minus
+    if signs and minus.minus_in is not None and minus.minus_out is not None:
+        rotation = Rotation(_as_numbers(minus.minus_in), _as_numbers(minus.minus_out))
+    if not full:
+        return replace(factors, rotation=rotation)
+    left, right = factors.pair()
+    rest = None
+    if factors.packed is not None and factors.rank > full:
+        rest = _after(factors.packed[0], full - factors.full), _after(factors.packed[1], full - factors.full)
+    return replace(factors, left=left[:, :full].float(), right=right[:full].float(), packed=rest, rotation=rotation)
+
+
+def _as_numbers(minus: Tensor) -> Tensor:
+    return minus if minus.is_floating_point() else 1 - 2 * minus.float()
+
+
+def _after(packed: Packed, first: int) -> Packed:
+    return replace(packed, codes=packed.codes[first:], scale=packed.scale[first:])
+
+
+def _requantized(factors: Factors, codebook_name: str, bits: int) -> Factors:
+    """The same with L and R as codes; codes that were kept stay what they were."""
+    assert factors.left is not None
+    assert factors.right is not None
+    codebook = codebook_named(codebook_name, bits, by_row=True)
+    left, right = factors.left.double(), factors.right.double()
     rounded = codebook.quantize(left.T)
     # R makes up for the rounding of L as far as it can.
-    refitted = torch.linalg.pinv(rounded.dense().T) @ (left @ right)
-    put(rounded, old.packed_left, new.packed_left)
-    put(codebook.quantize(refitted), old.packed_right, new.packed_right)
-    return new.requires_grad_(False)
+    refitted = codebook.quantize(torch.linalg.pinv(rounded.dense().T) @ (left @ right))
+    kept = factors.packed or (None, None)
+    packed = _joined(rounded, kept[0]), _joined(refitted, kept[1])
+    return replace(factors, left=None, right=None, packed=packed)
+
+
+def _joined(first: Packed, then: Packed | None) -> Packed:
+    if then is None:
+        return first
+    codes, scale = torch.cat([first.codes, then.codes]), torch.cat([first.scale, then.scale.to(first.scale)])
+    return replace(first, codes=codes, scale=scale)

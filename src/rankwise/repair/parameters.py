@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankwise.layers import LowRankLinear
+from rankwise.layers import LowRankLinear, kind_of
 from rankwise.models import Site, decoder_blocks
 
 _WARM_UP = 0.05
@@ -43,7 +43,7 @@ def trainable(model: nn.Module, sites: Sequence[Site], norms: bool) -> dict[str,
     found: dict[str, nn.Parameter] = {}
     for site in sites:
         layer = site.module(model)
-        if isinstance(layer, LowRankLinear):
+        if kind_of(layer).trains:
             balance(layer)
             found |= {f"{site.name}.{name}": parameter for name, parameter in layer.named_parameters()}
     if norms:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rankwise.errors import NotFiniteError
 from rankwise.factors import Factors
-from rankwise.layers import LowRankLinear
+from rankwise.layers import LowRankLinear, kind_of
 from rankwise.linalg import OutputMetric
 from rankwise.models import Site
 from rankwise.models.blocks import BlockRunner, allocate
@@ -89,11 +89,12 @@ def refit_left(weight: Tensor, old: Factors, cross: Tensor, new: Tensor, damping
         new: Cov(x'), shape `[n, n]`.
         damping: ridge relative to the mean variance of R x'.
     """
-    codes = old.right @ new @ old.right.T
-    residual = weight @ cross @ old.right.T - old.left @ codes
+    left, right = old.pair()
+    codes = right @ new @ right.T
+    residual = weight @ cross @ right.T - left @ codes
     ridge = damping * codes.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     codes.diagonal().add_(ridge)
-    return Factors(old.left + torch.linalg.solve(codes, residual, left=False), old.right)
+    return Factors(left + torch.linalg.solve(codes, residual, left=False), right)
 
 
 def refit_both(
@@ -210,7 +211,7 @@ def refit_block(
     groups = [
         factored
         for group in input_groups(runner, index, compressed[:1], sites)
-        if (factored := [site for site in group if isinstance(site.module(runner.model), LowRankLinear)])
+        if (factored := [site for site in group if kind_of(site.module(runner.model)).trains])
     ]
     firsts = [group[0] for group in groups]
     per_row = dense.shape[1]
@@ -247,11 +248,12 @@ def refit_block(
                     where=site.name,
                     remedy="raise repair.refit.damping, or use more calibration text",
                 ) from None
-            if not (torch.isfinite(found.left).all() and torch.isfinite(found.right).all()):
+            left, right = found.pair()
+            if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
                 raise NotFiniteError("The refit gave NaN or an infinity.", where=site.name, remedy="raise the damping")
-            layer.left.weight.data.copy_(found.left)
-            layer.right.weight.data.copy_(found.right)
+            layer.left.weight.data.copy_(left)
+            layer.right.weight.data.copy_(right)
             if biased:
                 own = 0 if original.bias is None else original.bias.double()
-                shift = weight @ mean - (found.left @ (found.right @ mean_new.to(found.right))).to(weight)
+                shift = weight @ mean - (left @ (right @ mean_new.to(right))).to(weight)
                 layer.left.bias.data.copy_(own + shift)

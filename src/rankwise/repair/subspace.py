@@ -6,30 +6,16 @@ vectors b `[m]`, d `[s]` that are trained. It merges without raising the rank: L
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rankwise.layers import LowRankLinear
+from rankwise.layers import LowRankLinear, kind_of
 from rankwise.models import Site
 from rankwise.repair.training import Training
-
-
-class Subspace(Training):
-    """How the diagonals are trained; the defaults are the paper's.
-
-    Attributes:
-        directions: s, leading directions of a site; all of them where the rank is smaller.
-    """
-
-    batch_size: Annotated[int, Field(ge=1)] = 64
-    lr: Annotated[float, Field(gt=0)] = 2e-3
-    relative: bool = False
-    loss: Literal["kl", "lm"] = "lm"
-    directions: Annotated[int, Field(ge=1)] = 256
 
 
 class SubspaceLinear(nn.Module):
@@ -64,26 +50,33 @@ class SubspaceLinear(nn.Module):
         return self.inner
 
 
-def attach_subspace(model: Any, sites: Sequence[Site], settings: Subspace) -> dict[str, nn.Parameter]:
-    """Put diagonals beside every factored site.
+class Subspace(Training):
+    """How the diagonals are trained; the defaults are the paper's.
 
-    Returns:
-        What is trained, by name.
+    Attributes:
+        directions: s, leading directions of a site; all of them where the rank is smaller.
     """
-    found: dict[str, nn.Parameter] = {}
-    for site in sites:
-        layer = site.module(model)
-        if isinstance(layer, LowRankLinear):
-            with_diagonals = SubspaceLinear(layer, settings.directions)
-            model.set_submodule(site.name, with_diagonals)
-            found[f"{site.name}.outputs"] = with_diagonals.outputs
-            found[f"{site.name}.codes"] = with_diagonals.codes
-    return found
 
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    relative: bool = False
+    loss: Literal["kl", "lm"] = "lm"
+    directions: Annotated[int, Field(ge=1)] = 256
 
-def merge_subspace(model: Any, sites: Sequence[Site]) -> None:
-    """Multiply the diagonals into the factors and remove them."""
-    for site in sites:
-        layer = site.module(model)
-        if isinstance(layer, SubspaceLinear):
-            model.set_submodule(site.name, layer.merged())
+    def attach(self, model: Any, sites: Sequence[Site], seed: int) -> dict[str, nn.Parameter]:
+        found: dict[str, nn.Parameter] = {}
+        for site in sites:
+            layer = site.module(model)
+            if kind_of(layer).trains:
+                with_diagonals = SubspaceLinear(layer, self.directions)
+                model.set_submodule(site.name, with_diagonals)
+                found[f"{site.name}.outputs"] = with_diagonals.outputs
+                found[f"{site.name}.codes"] = with_diagonals.codes
+        return found
+
+    def fold_in(self, model: Any, sites: Sequence[Site], limits: Mapping[str, int]) -> dict[str, Any]:
+        for site in sites:
+            layer = site.module(model)
+            if isinstance(layer, SubspaceLinear):
+                model.set_submodule(site.name, layer.merged())
+        return {}

@@ -7,7 +7,8 @@ trained, and how it goes back into the factors, is the business of the files bes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from rankwise.data.instructions import IGNORED
 from rankwise.device import computing
 from rankwise.errors import MissingPackageError, NotFiniteError, RecipeError
+from rankwise.layers import kind_of, substitute
+from rankwise.models import Site
 from rankwise.repair.parameters import relative_groups
 
 Teacher = Callable[[Tensor, Tensor], Tensor]
@@ -28,7 +31,7 @@ Teacher = Callable[[Tensor, Tensor], Tensor]
 _WEIGHTS = "trained.safetensors"
 
 
-class Training(BaseModel):
+class Training(BaseModel, ABC):
     """How parameters are trained.
 
     Attributes:
@@ -52,6 +55,58 @@ class Training(BaseModel):
     loss: Literal["kl", "lm"] = "kl"
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.05
     save_every: Annotated[int, Field(ge=1)] = 100
+
+    def open(self, model: Any, sites: Sequence[Site]) -> None:
+        """Make what is trained numbers in float32: every layer of numbers becomes two factors, components in order.
+
+        Args:
+            model: compressed; changed in place.
+            sites: all sites.
+
+        Raises:
+            RecipeError: when the model has no such layer.
+        """
+        found = False
+        for site in sites:
+            layer = site.module(model)
+            kind = kind_of(layer)
+            if kind.replaced and kind.in_numbers:
+                factors = kind.factors(layer)
+                substitute(model, site.name, factors.reduced(factors.rank)[0], "two_factor", torch.float32)
+                found = True
+        if not found:
+            raise RecipeError(
+                "The checkpoint is quantised.", where="finetune", remedy="use --method lowrank, which trains L and R"
+            )
+
+    @abstractmethod
+    def attach(self, model: Any, sites: Sequence[Site], seed: int) -> dict[str, nn.Parameter]:
+        """Put into the model what is trained, where it is not there already.
+
+        Args:
+            model: changed in place.
+            sites: all sites.
+            seed: for what is drawn.
+
+        Returns:
+            The parameters to train, by name.
+        """
+
+    def fold_in(self, model: Any, sites: Sequence[Site], limits: Mapping[str, int]) -> dict[str, Any]:
+        """Bring what was trained into the factors.
+
+        Args:
+            model: changed in place.
+            sites: all sites.
+            limits: by site name, the rank beyond which a site does not grow.
+
+        Returns:
+            What a report says of it.
+        """
+        return {}
+
+    def settle(self, model: Any, sites: Sequence[Site]) -> None:
+        """Bring numbers beside codes into the 16-bit type they are saved in; factors are stored by the flow."""
 
 
 def steps_of(settings: Training, count: int) -> int:

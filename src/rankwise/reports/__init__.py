@@ -11,13 +11,14 @@ from rankwise.reports.pictures import (
     draw_trials,
 )
 from rankwise.reports.plan_table import kept_grid, plan_difference, plan_facts, plan_table
-from rankwise.reports.report import build_report
+from rankwise.reports.report import build_report, cut_facts
 from rankwise.reports.table import closing_table
 
 __all__ = [
     "build_report",
     "can_draw",
     "closing_table",
+    "cut_facts",
     "draw_iterations",
     "draw_losses",
     "draw_plan",

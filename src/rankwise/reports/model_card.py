@@ -10,7 +10,7 @@ _CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [rankwise, {{ "quantized" if bits else "low-rank" }}]
+tags: [rankwise, {{ "quantized" if coded else "low-rank" }}]
 ---
 
 # {{ name }}, {% if bits %}{{ "%.3g" | format(bits.got) }} bits a linear weight\
@@ -64,12 +64,12 @@ tokenizer = AutoTokenizer.from_pretrained("DIR")
 {% if low_rank %}
 `trust_remote_code=True` runs `modeling_rankwise.py` from this directory: the new layers and three small subclasses
 of the original classes. Without it loading stops with an error.
-{%- if bits %} Weights are decoded in every forward pass;
+{%- if coded %} Weights are decoded in every forward pass;
 `from_pretrained(..., rankwise_cache_dense=True)` decodes them once and keeps them, as large as the original.{% endif %}
 {% else %}
 The weights are multiplied back: this checkpoint loads like the original and is as large as it. No size is saved.
 {% endif %}
-`rankwise_report.json` has every rank, size, time and setting; `plan.json` the ranks alone.
+`rankwise_report.json` has every rank, size, time and setting; `plan.json` what was decided of each weight.
 """
 
 
@@ -79,5 +79,5 @@ def model_card(report: dict[str, Any]) -> str:
     source = report["recipe"]["model"].rstrip("/").rpartition("/")[2]
     low_rank = report["recipe"]["format"] == "low_rank"
     return environment.from_string(_CARD).render(
-        **{"bits": None, **report}, name=source, source=source, low_rank=low_rank
+        **{"bits": None, "coded": bool(report.get("bits")), **report}, name=source, source=source, low_rank=low_rank
     )

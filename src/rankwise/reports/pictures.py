@@ -10,7 +10,7 @@ from typing import Any
 
 from rankwise.errors import MissingPackageError, OutputError
 from rankwise.reports.plan_table import kept_grid
-from rankwise.sizes import RankPlan
+from rankwise.sizes import Plan
 
 _MARKERS = {"proposed": "o", "spread": "s"}
 
@@ -108,7 +108,7 @@ def draw_iterations(path: Path, errors: Mapping[str, Sequence[float]], roles: Ma
     _save(figure, path)
 
 
-def draw_plan(path: Path, plan: RankPlan) -> None:
+def draw_plan(path: Path, plan: Plan) -> None:
     """Draw the fraction every site keeps, or its bits a weight: blocks from left to right, roles from top to bottom.
 
     Args:
@@ -123,19 +123,21 @@ def draw_plan(path: Path, plan: RankPlan) -> None:
     cell = 0.42 if len(blocks) <= 40 else 0.25
     figure, axes = _figure(2.2 + cell * len(blocks), 1.6 + 0.42 * len(roles))
     values = [[grid.get((block, role), float("nan")) for block in blocks] for role in roles]
-    most = max(1.0, *grid.values()) if plan.q_bits else 1.0
+    most = max(1.0, *grid.values()) if plan.coded else 1.0
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=most, aspect="auto")
     axes.set_xticks(range(len(blocks)), [str(block) for block in blocks])
     axes.set_yticks(range(len(roles)), roles)
     axes.set_xlabel("block")
-    size = f"bits a weight: {plan.bits_a_weight:.3f}" if plan.q_bits else f"fraction kept: {plan.kept:.3f}"
+    size = f"bits a weight: {plan.bits_a_weight:.3f}" if plan.coded else f"fraction kept: {plan.kept:.3f}"
     axes.set_title(f"{size} of the whole\n({plan.method}, {plan.allocation})", fontsize=9)
     if len(blocks) <= 40:
         for row, role in enumerate(roles):
             for column, block in enumerate(blocks):
                 value = grid.get((block, role))
                 if value is not None:
-                    text = "dense" if value >= (16 if plan.q_bits else 1) else f"{value:.2f}".lstrip("0")
+                    text = (
+                        "dense" if value >= (plan.form.number_bits if plan.coded else 1) else f"{value:.2f}".lstrip("0")
+                    )
                     colour = "black" if value > 0.6 * most else "white"
                     axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
     figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from rich.table import Table
 
 from rankwise.models import place_of
-from rankwise.sizes import QuantizedRank, Rank, RankPlan
+from rankwise.sizes import Cut, Plan
 
 Grid = dict[tuple[int, str], float]
 
 
-def kept_grid(plan: RankPlan) -> tuple[list[int], list[str], Grid]:
+def kept_grid(plan: Plan) -> tuple[list[int], list[str], Grid]:
     """The fraction kept by block and role, bits a weight where sites are quantised; experts are added up.
 
     Returns:
@@ -21,45 +21,43 @@ def kept_grid(plan: RankPlan) -> tuple[list[int], list[str], Grid]:
     for name, (m, n) in plan.shapes.items():
         place = place_of(name)
         whole[place] = whole.get(place, 0) + m * n
-        kept[place] = kept.get(place, 0) + (plan.site_bits(name) if plan.q_bits else plan.cost(name))
+        unit = 1 if plan.coded else plan.form.number_bits
+        kept[place] = kept.get(place, 0) + plan.site_bits(name) / unit
     blocks = sorted({block for block, _ in whole})
     roles = list(dict.fromkeys(role for _, role in whole))
     return blocks, roles, {place: kept[place] / whole[place] for place in whole}
 
 
-def plan_table(plan: RankPlan) -> Table:
+def plan_table(plan: Plan) -> Table:
     """Ranks by block (rows) and role (columns), with the fraction kept; a dense site says so.
 
     Of a quantised site: bits of Q, rank beside it if any, and bits a weight in all.
     """
     blocks, roles, grid = kept_grid(plan)
-    ranks: dict[tuple[int, str], list[str | None]] = {}
-    for name, rank in plan.ranks.items():
-        label = str(rank)
-        if name in plan.q_bits:
-            label = f"{plan.q_bits[name]}" + (f" + {rank}" if rank else "")
-        ranks.setdefault(place_of(name), []).append(None if rank is None else label)
+    cuts: dict[tuple[int, str], list[Cut]] = {}
+    for name, cut in plan.cuts.items():
+        cuts.setdefault(place_of(name), []).append(cut)
     table = Table(show_edge=False, pad_edge=False, title_justify="left")
-    table.title = "bits of Q + rank of L R (bits a weight)" if plan.q_bits else "rank (fraction kept)"
+    table.title = "bits of Q + rank of L R (bits a weight)" if plan.coded else "rank (fraction kept)"
     table.add_column("block", justify="right")
     for role in roles:
         table.add_column(role, justify="right")
     for block in blocks:
         cells = []
         for role in roles:
-            here = ranks.get((block, role), [])
+            here = cuts.get((block, role), [])
             if not here:
                 cells.append("")
-            elif all(rank is None for rank in here):
+            elif all(cut.dense for cut in here):
                 cells.append("dense")
             else:
-                shown = here[0] if len(here) == 1 else f"{len(here)} sites"
+                shown = str(here[0]) if len(here) == 1 else f"{len(here)} sites"
                 cells.append(f"{shown} ({grid[block, role]:.2f})")
         table.add_row(str(block), *cells)
     return table
 
 
-def plan_facts(plan: RankPlan) -> list[tuple[str, str]]:
+def plan_facts(plan: Plan) -> list[tuple[str, str]]:
     """What a plan was made for and from, as pairs of label and text."""
     settings = ", ".join(f"{key} {value}" for key, value in plan.method_settings.items())
     facts = [
@@ -79,34 +77,28 @@ def plan_facts(plan: RankPlan) -> list[tuple[str, str]]:
     return facts
 
 
-def _size(plan: RankPlan) -> tuple[str, str]:
-    if plan.q_bits and plan.form is not None:
-        parts = (
-            f"Q {plan.form.codebook}, L R at {plan.form.lr_bits} bits, {'' if plan.form.hadamard else 'not '}rotated"
-        )
+def _size(plan: Plan) -> tuple[str, str]:
+    form = plan.form
+    if plan.coded:
+        parts = f"Q {form.codebook}, {'' if form.hadamard else 'not '}rotated, low rank alone {form.storage}"
         return "size", f"{plan.bits_a_weight:.4f} bits a weight ({parts})"
-    return "kept", f"{plan.kept:.4f} of {plan.dense_parameters:,} ({plan.kept_parameters:,} numbers, {plan.storage})"
+    numbers = plan.kept_bits // form.number_bits
+    return "kept", f"{plan.kept:.4f} of {plan.weights:,} ({numbers:,} numbers, {form.storage})"
 
 
-def _short(rank: Rank) -> str:
-    if isinstance(rank, QuantizedRank):
-        return f"{rank.q_bits} bits + {int(rank)}"
-    return "dense" if rank is None else str(rank)
-
-
-def plan_difference(first: RankPlan, second: RankPlan) -> Table:
-    """Sites whose rank differs between two plans, and by how many parameters.
+def plan_difference(first: Plan, second: Plan) -> Table:
+    """Sites whose cut differs between two plans, and by how many bits.
 
     Args:
         first: one plan.
         second: another for the same shapes.
     """
     table = Table(show_edge=False, pad_edge=False)
-    for column in ("site", "first", "second", "parameters"):
+    for column in ("site", "first", "second", "bits"):
         table.add_column(column, justify="left" if column == "site" else "right")
     for name in first.shapes:
-        a, b = first.setting(name), second.setting(name)
+        a, b = first.cuts[name], second.cuts[name]
         if a != b:
-            change = second.cost(name) - first.cost(name)
-            table.add_row(name, _short(a), _short(b), f"{change:+,}")
+            change = second.site_bits(name) - first.site_bits(name)
+            table.add_row(name, str(a), str(b), f"{change:+,}")
     return table

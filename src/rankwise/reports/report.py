@@ -7,14 +7,14 @@ from dataclasses import asdict
 from typing import Any
 
 from rankwise.evaluation import Cost, Perplexity
-from rankwise.sizes import RankPlan
+from rankwise.sizes import Cut, Plan
 
 
 def build_report(
     *,
     recipe: Mapping[str, Any],
     fingerprint: str,
-    plan: RankPlan,
+    plan: Plan,
     search: Mapping[str, Any] | None,
     repair: Sequence[Mapping[str, Any]],
     roles: Mapping[str, tuple[int, str]],
@@ -32,7 +32,7 @@ def build_report(
     Args:
         recipe: the recipe as plain values.
         fingerprint: hash of the dense model's weights.
-        plan: rank of every site.
+        plan: cut of every site.
         search: how its ranks were searched for, or None.
         repair: what each step of the repair did.
         roles: site name -> (block, role).
@@ -54,7 +54,7 @@ def build_report(
             "block": roles[name][0],
             "role": roles[name][1],
             "shape": list(shape),
-            "rank": plan.ranks[name],
+            **cut_facts(plan.cuts[name]),
             **losses.get(name, {}),
         }
         for name, shape in plan.shapes.items()
@@ -73,7 +73,9 @@ def build_report(
         "architecture": plan.architecture,
         "keep": {"asked": plan.keep, "got": plan.kept},
         "bits": bits_of(plan, before),
-        "storage": plan.storage,
+        "storage": plan.form.storage,
+        "size": plan.size,
+        "coded": plan.coded,
         "counted": "weights of the decoder's linear layers; embeddings, head, norms and biases are not counted",
         "before": asdict(before),
         "after": asdict(after),
@@ -91,8 +93,16 @@ def build_report(
     }
 
 
-def bits_of(plan: RankPlan, before: Cost) -> dict[str, Any] | None:
-    """Bits a weight of a plan that quantises: asked for, got, and of the original; None for other plans."""
-    if not plan.q_bits:
+def bits_of(plan: Plan, before: Cost) -> dict[str, Any] | None:
+    """Bits a weight: asked for, got, and of the original; None for a plan that keeps a fraction in numbers."""
+    if not plan.coded and plan.keep is not None:
         return None
-    return {"asked": plan.bits, "got": plan.bits_a_weight, "before": 8 * before.linear_bytes / plan.dense_parameters}
+    return {"asked": plan.bits, "got": plan.bits_a_weight, "before": 8 * before.linear_bytes / plan.weights}
+
+
+def cut_facts(cut: Cut) -> dict[str, Any]:
+    """What a report says of a site's cut: its rank, None for dense, and bits where it is coded."""
+    facts: dict[str, Any] = {"rank": cut.rank}
+    if cut.coded:
+        facts |= {"q_bits": cut.q_bits, "lr_bits": cut.lr_bits}
+    return facts

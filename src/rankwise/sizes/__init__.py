@@ -1,20 +1,25 @@
-"""Sizes: the only place where a kept fraction or a number of bits becomes a rank, or back."""
+"""Sizes: what is decided of a weight (`Cut`), how that is stored (`Form`), what may be taken (`Budget`), the `Plan`."""
 
-from rankwise.sizes.bits import FULL_BITS, BitBudget, BitForm, QuantizedRank
-from rankwise.sizes.parameters import Budget, Rank, Storage, kept_by, numbers, pivots
-from rankwise.sizes.plan import RankPlan, same_shapes
+from rankwise.sizes.budget import SPELLINGS, Allowance, Budget, bytes_in_words
+from rankwise.sizes.candidates import Candidates, coded_candidates, join, low_rank_candidates
+from rankwise.sizes.cut import DENSE, Cut
+from rankwise.sizes.form import FULL_BITS, Form, Storage
+from rankwise.sizes.plan import Plan, same_shapes
 
 __all__ = [
+    "DENSE",
     "FULL_BITS",
-    "BitBudget",
-    "BitForm",
+    "SPELLINGS",
+    "Allowance",
     "Budget",
-    "QuantizedRank",
-    "Rank",
-    "RankPlan",
+    "Candidates",
+    "Cut",
+    "Form",
+    "Plan",
     "Storage",
-    "kept_by",
-    "numbers",
-    "pivots",
+    "bytes_in_words",
+    "coded_candidates",
+    "join",
+    "low_rank_candidates",
     "same_shapes",
 ]

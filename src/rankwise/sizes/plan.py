@@ -1,4 +1,4 @@
-"""`RankPlan`: what every site keeps, as a file."""
+"""`Plan`: the cut of every site, as a file."""
 
 from __future__ import annotations
 
@@ -11,169 +11,178 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from rankwise.errors import BudgetError
 from rankwise.models import Site
 from rankwise.quantizers import CODEBOOKS
-from rankwise.sizes.bits import FULL_BITS, BitForm, QuantizedRank, bit_details
-from rankwise.sizes.parameters import Budget, Rank, Storage, numbers
+from rankwise.sizes.budget import Allowance
+from rankwise.sizes.cut import DENSE, Cut
+from rankwise.sizes.form import FULL_BITS, Form
+
+PLAN_FORMAT = "rankwise-plan/2"
+_FIRST_FORMAT = "rankwise-plan/1"
+_LARGEST_FACTOR_BITS = 16
 
 
-class RankPlan(BaseModel):
-    """Site -> rank or dense, with what it was made for. A JSON file that can be published and reused.
+class Plan(BaseModel):
+    """Site -> cut, with what it was made for. A JSON file that can be published and reused.
+
+    Files of the first format, which held ranks and bits apart, are read too.
 
     Attributes:
         format: version of this file's form.
         architecture: class name of the model it was made for.
         fingerprint: hash of that model's weights; None when it is not known.
-        method: name of the method whose bases it slices.
+        method: name of the method that fits its cuts.
         method_settings: all its settings.
-        allocation: how the ranks were chosen.
-        keep: fraction asked for; None when the ranks were given.
+        allocation: how the cuts were chosen.
+        keep: fraction asked for; None when the size was spelled otherwise, or not at all.
+        bits: bits a weight asked for.
+        size: bytes of all weight files asked for.
         rank_multiple: what ranks are multiples of.
-        storage: how a site of rank r is stored.
+        form: how cuts are stored.
         shapes: by site name, `[m, n]`.
-        ranks: by site name, the rank; null for dense.
-        groups: by group of the search (or by role), the fraction of its parameters kept, or its bits a weight.
+        cuts: by site name.
+        groups: by group of the search (or by role), what it takes a weight: a fraction, or bits, as spelled.
         space: the search's space, `5x1` or `spectral`; None when nothing was searched.
         coordinates: the point of that space, by label.
         objective: value, perplexity and KL on the validation samples, where they were measured.
-        bits: bits a weight asked for; None when they were not.
-        q_bits: by name of each quantised site, bits a weight of Q.
-        form: how quantised sites are stored; None when there are none.
-        dense_bits: bits a weight of a site that stays dense, in plans of bits.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal["rankwise-plan/1"] = "rankwise-plan/1"
+    format: Literal["rankwise-plan/2"] = "rankwise-plan/2"
     architecture: str
     fingerprint: str | None = None
     method: str
     method_settings: dict[str, Any] = {}
     allocation: str
-    keep: float | None
+    keep: float | None = None
+    bits: float | None = None
+    size: int | None = None
     rank_multiple: int
-    storage: Storage = "two_factor"
+    form: Form
     shapes: dict[str, tuple[int, int]]
-    ranks: dict[str, int | None]
+    cuts: dict[str, Cut]
     groups: dict[str, float] = {}
     space: str | None = None
     coordinates: dict[str, float] = {}
     objective: dict[str, float] | None = None
-    bits: float | None = None
-    q_bits: dict[str, int] = {}
-    form: BitForm | None = None
-    dense_bits: int = FULL_BITS
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_format(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("format") == _FIRST_FORMAT:
+            return _from_first_format(values)
+        if isinstance(values, dict) and values.get("format", PLAN_FORMAT) != PLAN_FORMAT:
+            raise ValueError(
+                f"format {values['format']!r} was written by another version: this one reads {PLAN_FORMAT}"
+            )
+        return values
 
     @model_validator(mode="after")
-    def _whole(self) -> RankPlan:
-        if set(self.ranks) != set(self.shapes):
-            name = min(set(self.ranks) ^ set(self.shapes))
-            raise ValueError(f"{name} has a rank without a shape, or a shape without a rank")
-        for name, rank in self.ranks.items():
-            if rank is not None and not 0 <= rank <= min(self.shapes[name]):
-                raise ValueError(f"{name}: the rank {rank} does not lie in 0..{min(self.shapes[name])}")
-        ranked = {name for name, rank in self.ranks.items() if rank is not None}
-        if (self.form is not None or self.q_bits) and set(self.q_bits) != ranked:
-            name = min(set(self.q_bits) ^ ranked)
-            raise ValueError(f"{name} has a rank without bits of Q (q_bits), or bits without a rank")
-        if bool(self.q_bits) and self.form is None:
-            raise ValueError("q_bits are given, and not the form that quantised sites are stored in")
-        if self.form is not None:
-            for name, bits in self.q_bits.items():
-                if bits and bits not in CODEBOOKS[self.form.codebook].known_bits:
-                    raise ValueError(f"{name}: the codebook {self.form.codebook} has no {bits} bits")
+    def _whole(self) -> Plan:
+        if set(self.cuts) != set(self.shapes):
+            name = min(set(self.cuts) ^ set(self.shapes))
+            raise ValueError(f"{name} has a cut without a shape, or a shape without a cut")
+        for name, cut in self.cuts.items():
+            if cut.rank is not None and cut.rank > min(self.shapes[name]):
+                raise ValueError(f"{name}: the rank {cut.rank} does not lie in 0..{min(self.shapes[name])}")
+            if cut.q_bits and cut.q_bits not in CODEBOOKS[self.form.codebook].known_bits:
+                raise ValueError(f"{name}: the codebook {self.form.codebook} has no {cut.q_bits} bits")
+            if cut.lr_bits is not None and cut.lr_bits != FULL_BITS:
+                codebook = self.form.factor_codebook(cut.lr_bits)
+                if cut.lr_bits not in CODEBOOKS[codebook].known_bits:
+                    raise ValueError(f"{name}: the codebook {codebook} has no {cut.lr_bits} bits")
         return self
 
     @property
-    def dense_parameters(self) -> int:
+    def weights(self) -> int:
+        """Numbers in the dense weights of all sites."""
         return sum(m * n for m, n in self.shapes.values())
 
-    @property
-    def kept_parameters(self) -> int:
-        return sum(self.cost(name) for name in self.shapes)
-
-    def cost(self, name: str) -> int:
-        """Numbers the site of this name keeps; of a quantised one, its bits in numbers of 16."""
-        if name in self.q_bits:
-            return -(-self.site_bits(name) // FULL_BITS)
-        return numbers(self.shapes[name], self.ranks[name], self.storage)
-
     def site_bits(self, name: str) -> int:
-        """Bits of the site of this name, 16 a number where it is not quantised."""
-        rank = self.ranks[name]
-        if name not in self.q_bits or self.form is None or rank is None:
-            return self.dense_bits * self.cost(name)
-        return self.form.site_bits(self.shapes[name], self.q_bits[name], rank)
+        """Bits of the site of this name."""
+        return self.form.bits(self.shapes[name], self.cuts[name])
+
+    @property
+    def kept_bits(self) -> int:
+        """Bits of all sites."""
+        return sum(self.site_bits(name) for name in self.shapes)
 
     @property
     def bits_a_weight(self) -> float:
         """Bits of all sites over their weights."""
-        return sum(self.site_bits(name) for name in self.shapes) / self.dense_parameters
-
-    def fractions(self) -> dict[str, float | None]:
-        """By site name, the fraction of the matrix that is kept; None for dense."""
-        return {
-            name: None if self.ranks[name] is None else self.cost(name) / (m * n)
-            for name, (m, n) in self.shapes.items()
-        }
+        return self.kept_bits / self.weights
 
     @property
     def kept(self) -> float:
-        """Fraction of the sites' parameters kept."""
-        return self.kept_parameters / self.dense_parameters
+        """Bits of all sites over those of their dense weights."""
+        return self.kept_bits / (self.weights * self.form.number_bits)
+
+    @property
+    def coded(self) -> bool:
+        """Whether any site holds codes, so that bits say more than numbers."""
+        return any(cut.coded for cut in self.cuts.values())
+
+    @property
+    def spelling(self) -> dict[str, float | int | None]:
+        """The size asked for, as `Budget.spelling`."""
+        return {"keep": self.keep, "bits": self.bits, "size": self.size}
+
+    def fractions(self) -> dict[str, float | None]:
+        """By site name, the fraction of the dense bits that is kept; None for dense."""
+        return {
+            name: None if cut.dense else self.site_bits(name) / self.form.bits(self.shapes[name], DENSE)
+            for name, cut in self.cuts.items()
+        }
 
     @classmethod
     def make(
         cls,
         sites: Sequence[Site],
-        ranks: Mapping[str, Rank],
-        budget: Budget,
+        cuts: Mapping[str, Cut],
+        form: Form,
+        allowance: Allowance,
         *,
         architecture: str,
         method: str,
         allocation: str,
         **details: Any,
-    ) -> RankPlan:
-        """A plan that is checked against its budget.
+    ) -> Plan:
+        """A plan that is checked against its allowance.
 
         Args:
-            sites: every site the budget counts.
-            ranks: by site name; None for dense.
-            budget: what it is checked against.
+            sites: every site the allowance counts.
+            cuts: by site name.
+            form: how they are stored.
+            allowance: what they are checked against.
             architecture: class name of the model.
             method: name of the method.
-            allocation: how the ranks were chosen.
+            allocation: how the cuts were chosen.
             **details: further attributes of the plan.
 
         Raises:
-            BudgetError: when the ranks keep more than the budget allows, or a site has no rank.
+            BudgetError: when the cuts take more than is allowed, or a site has none.
         """
-        missing = [site.name for site in sites if site.name not in ranks]
+        missing = [site.name for site in sites if site.name not in cuts]
         if missing:
-            raise BudgetError("The plan has no rank for a site.", where=missing[0])
+            raise BudgetError("The plan has no cut for a site.", where=missing[0])
         plan = cls(
             architecture=architecture,
             method=method,
             allocation=allocation,
-            keep=budget.keep,
-            rank_multiple=budget.rank_multiple,
-            storage=budget.storage,
+            rank_multiple=allowance.budget.rank_multiple,
+            form=form,
             shapes={site.name: (site.m, site.n) for site in sites},
-            ranks={site.name: None if (r := ranks[site.name]) is None else int(r) for site in sites},
-            **bit_details(budget, ranks),
+            cuts={site.name: cuts[site.name] for site in sites},
+            **allowance.budget.spelling,
             **details,
         )
-        if plan.bits is not None and plan.bits_a_weight > plan.bits + 1e-9:
+        if allowance.sized and plan.kept_bits > allowance.bits:
             raise BudgetError(
-                f"The plan takes {plan.bits_a_weight:.4f} bits a weight, more than the {plan.bits:g} allowed.",
-                where="budget.bits",
-            )
-        if budget.keep is not None and plan.kept > budget.keep + 1e-9:
-            raise BudgetError(
-                f"The plan keeps {plan.kept:.4f}, more than the {budget.keep:g} allowed.", where="budget.keep"
+                f"The plan takes {allowance.in_words(plan.kept_bits)}, more than {allowance.asked}.", where="budget"
             )
         return plan
 
     @classmethod
-    def load(cls, path: Path) -> RankPlan:
+    def load(cls, path: Path) -> Plan:
         """Read a plan file.
 
         Raises:
@@ -184,8 +193,8 @@ class RankPlan(BaseModel):
         except (OSError, ValidationError, ValueError) as problem:
             raise BudgetError("The plan cannot be read.", where=str(path), remedy=_first_line(problem)) from None
 
-    def fitting(self, sites: Sequence[Site], where: str) -> dict[str, Rank]:
-        """Its ranks for a model's sites.
+    def fitting(self, sites: Sequence[Site], where: str) -> dict[str, Cut]:
+        """Its cuts for a model's sites.
 
         Args:
             sites: sites of the model it is to be used on.
@@ -195,12 +204,43 @@ class RankPlan(BaseModel):
             BudgetError: naming the first site that is missing or has another shape.
         """
         _require_shapes({site.name: (site.m, site.n) for site in sites}, self, "the model's", where)
-        return {site.name: self.setting(site.name) for site in sites}
+        return {site.name: self.cuts[site.name] for site in sites}
 
-    def setting(self, name: str) -> Rank:
-        """A site's rank, with the bits of Q where it is quantised."""
-        rank = self.ranks[name]
-        return rank if rank is None or name not in self.q_bits else QuantizedRank(rank, self.q_bits[name])
+
+def _from_first_format(values: dict[str, Any]) -> dict[str, Any]:
+    """A plan of the first format, in which ranks, bits of Q and one `lr_bits` for all stood apart."""
+    for name in ("ranks", "q_bits", "form"):
+        part = values.get(name)
+        if not isinstance(part, dict) and (part is not None or name == "ranks"):
+            raise ValueError(f"{name} is missing, or no mapping")
+    kept = {
+        name: value
+        for name, value in values.items()
+        if name not in ("format", "storage", "ranks", "q_bits", "form", "dense_bits")
+    }
+    old, ranks, q_bits = dict(values.get("form") or {}), dict(values["ranks"]), dict(values.get("q_bits") or {})
+    ranked = {name for name, rank in ranks.items() if rank is not None}
+    if (old or q_bits) and set(q_bits) != ranked:
+        raise ValueError(f"{min(set(q_bits) ^ ranked)} has a rank without bits of Q (q_bits), or bits without a rank")
+    if q_bits and not old:
+        raise ValueError("q_bits are given, and not the form that quantised sites are stored in")
+    lr_bits = old.pop("lr_bits", _LARGEST_FACTOR_BITS)
+    return {
+        **kept,
+        "form": {
+            **old,
+            "storage": values.get("storage", "two_factor"),
+            "number_bits": values.get("dense_bits", FULL_BITS),
+        },
+        "cuts": {
+            name: {
+                "rank": rank,
+                "q_bits": q_bits.get(name, 0),
+                "lr_bits": lr_bits if name in q_bits and rank else None,
+            }
+            for name, rank in ranks.items()
+        },
+    }
 
 
 def _first_line(problem: Exception) -> str:
@@ -210,7 +250,7 @@ def _first_line(problem: Exception) -> str:
     return str(problem).splitlines()[0]
 
 
-def _require_shapes(shapes: Mapping[str, tuple[int, int]], plan: RankPlan, whose: str, where: str) -> None:
+def _require_shapes(shapes: Mapping[str, tuple[int, int]], plan: Plan, whose: str, where: str) -> None:
     remedy = "use a plan made for a model with the same layers"
     for name, shape in shapes.items():
         there = plan.shapes.get(name)
@@ -232,7 +272,7 @@ def _require_shapes(shapes: Mapping[str, tuple[int, int]], plan: RankPlan, whose
         )
 
 
-def same_shapes(first: RankPlan, second: RankPlan, where_first: str, where_second: str) -> None:
+def same_shapes(first: Plan, second: Plan, where_first: str, where_second: str) -> None:
     """Raise unless two plans are for the same sites and shapes.
 
     Raises:

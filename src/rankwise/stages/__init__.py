@@ -1,39 +1,35 @@
-"""What each line of `compress` does, in the same order. Every stage is keyed by all that its result depends on."""
+"""What each line of the flows does, in the same order. Every stage is keyed by all that its result depends on."""
 
-from rankwise.stages.bases import collect_statistics, decompose_sites, draw_for, load_basis, weight_and_statistics
-from rankwise.stages.factors import put_factors, store, store_factors
 from rankwise.stages.finish import score, write
-from rankwise.stages.quantize import quantize_sites
-from rankwise.stages.ranks import Chosen, check_budget, choose_ranks, judging, objective_key, select_samples
-from rankwise.stages.repair import Repairing, judge, prepare_repair, repair
-from rankwise.stages.work import Texts, Work, begin, device_of, read_sequences, read_texts
+from rankwise.stages.fitting import fit_sites, store_layers, store_sites
+from rankwise.stages.outlooks import Outlooks, collect_statistics, draw_for, weight_and_statistics
+from rankwise.stages.planning import Chosen, check_budget, choose_cuts, judging, objective_key, select_samples
+from rankwise.stages.repairing import Repairing, judge_repair, prepare_repair, repair_step
+from rankwise.stages.work import Texts, Work, begin, read_sequences, read_texts
 
 __all__ = [
     "Chosen",
+    "Outlooks",
     "Repairing",
     "Texts",
     "Work",
     "begin",
     "check_budget",
-    "choose_ranks",
+    "choose_cuts",
     "collect_statistics",
-    "decompose_sites",
-    "device_of",
     "draw_for",
-    "judge",
+    "fit_sites",
+    "judge_repair",
     "judging",
-    "load_basis",
     "objective_key",
     "prepare_repair",
-    "put_factors",
-    "quantize_sites",
     "read_sequences",
     "read_texts",
-    "repair",
+    "repair_step",
     "score",
     "select_samples",
-    "store",
-    "store_factors",
+    "store_layers",
+    "store_sites",
     "weight_and_statistics",
     "write",
 ]

@@ -17,14 +17,14 @@ from rankwise.device import describe
 from rankwise.errors import RankwiseError
 from rankwise.evaluation import Cost, Perplexity, perplexity
 from rankwise.reports import build_report, can_draw, draw_iterations, draw_losses, draw_plan, draw_trials, model_card
-from rankwise.sizes import RankPlan
-from rankwise.stages.ranks import Chosen
-from rankwise.stages.repair import Repairing
+from rankwise.sizes import Plan
+from rankwise.stages.planning import Chosen
+from rankwise.stages.repairing import Repairing
 from rankwise.stages.work import Work, calibration_key, model_key
 from rankwise.version import __version__
 
 
-def score(work: Work, what: str, plan: RankPlan | None = None, repairing: Repairing | None = None) -> Perplexity | None:
+def score(work: Work, what: str, plan: Plan | None = None, repairing: Repairing | None = None) -> Perplexity | None:
     """Perplexity of the model as it stands, kept as a stage; None when the recipe asks for none."""
     settings, texts = work.recipe.evaluation, work.texts.evaluation
     if settings is None or texts is None:
@@ -37,9 +37,7 @@ def score(work: Work, what: str, plan: RankPlan | None = None, repairing: Repair
     }
     if plan is not None:
         key |= {
-            "plan": plan.ranks,
-            "storage": plan.storage,
-            "q_bits": plan.q_bits,
+            "plan": plan.model_dump(mode="json", include={"cuts", "form"}),
             "method": work.recipe.method.model_dump(),
             **calibration_key(work),
         }

@@ -5,48 +5,48 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.checkpoints import REPORT_FILE, LoadedModel, fingerprint, load_model, save_low_rank, writing
+from rankwise.data import Examples, load_examples, parse_source
 from rankwise.device import computing
-from rankwise.errors import ModelError, RankwiseError, RecipeError, RunError
+from rankwise.errors import DataError, ModelError, RankwiseError, RunError
 from rankwise.evaluation import perplexity
-from rankwise.layers import FACTORED, REPLACED, LowRankLinear, QuantizedLinear, read_factors, substitute
+from rankwise.layers import is_linear, kind_of
 from rankwise.models import Site, place_of
 from rankwise.progress import Reporter
-from rankwise.recipes import Evaluation
-from rankwise.repair import (
-    Lora,
-    LowRankFactors,
-    Subspace,
-    Teacher,
-    Training,
-    attach_lora,
-    attach_subspace,
-    low_rank_parameters,
-    merge_lora,
-    merge_subspace,
-    open_low_rank,
-    steps_of,
-    store_low_rank,
-    train,
-    trainable,
-)
-from rankwise.reports import can_draw, draw_losses, model_card
-from rankwise.sizes import BitForm, Budget, RankPlan
-from rankwise.stages.factors import store
+from rankwise.recipes import Evaluation, FineTune
+from rankwise.repair import Teacher, Training, mean_loss, steps_of, train
+from rankwise.reports import can_draw, cut_facts, draw_losses, model_card
+from rankwise.sizes import FULL_BITS, Plan, low_rank_candidates
+from rankwise.stages.fitting import store_layers
 from rankwise.stages.work import read_sequences
 
-if TYPE_CHECKING:
-    from rankwise.flows.finetune import FineTune
+Parts = tuple[dict[str, Any], dict[str, torch.Tensor]]
+"""The sites' modules by name, and the values of all vectors."""
 
 SETTINGS_FILE = "settings.json"
 _REPORT_KEYS = {"recipe", "model_fingerprint", "keep", "sites", "notes", "before", "after"}
+
+
+@dataclass(frozen=True)
+class TuningExamples:
+    """What a training learns from and what it is judged by.
+
+    Attributes:
+        learned: examples to learn from.
+        judged: those held out.
+        fingerprint: hash of all.
+    """
+
+    learned: Examples
+    judged: Examples
+    fingerprint: str
 
 
 def report_of(source: Path, name: str) -> dict[str, Any]:
@@ -88,15 +88,40 @@ def same_settings(folder: Path, settings: Mapping[str, Any], restart: bool) -> N
             )
 
 
-def _shape_of(module: Any) -> tuple[int, ...]:
-    """m and n of a layer, dense or factored."""
-    if isinstance(module, REPLACED):
-        return module.out_features, module.in_features
-    shape = tuple(module.weight.shape)
-    return shape[::-1] if isinstance(module, Conv1D) else shape
+def read_examples(wanted: FineTune, loaded: LoadedModel, reporter: Reporter) -> TuningExamples:
+    """Tokenize the data, and keep the last examples to judge by.
+
+    Raises:
+        DataError: when there are too few.
+    """
+    length = wanted.length or min(512, loaded.context or 512)
+    if loaded.context is not None and length > loaded.context:
+        reporter.note(f"examples are cut to the context of {loaded.context} tokens, not {length}")
+        length = loaded.context
+    source = parse_source(wanted.data)
+    found = load_examples(source, loaded.tokenizer, loaded.vocabulary, length=length, output_only=wanted.output_only)
+    if found.shortened:
+        reporter.note(f"{found.shortened} of {len(found)} examples were longer than {length} tokens: cut")
+    if len(found) <= wanted.held_out:
+        raise DataError(
+            f"The data holds {len(found)} examples, and {wanted.held_out} are held out to judge by.",
+            where=wanted.data,
+            remedy="give more data, or a smaller --held-out",
+        )
+    held = wanted.held_out
+    learned = Examples(found.ids[:-held], found.labels[:-held], found.source)
+    return TuningExamples(learned, Examples(found.ids[-held:], found.labels[-held:], found.source), found.fingerprint)
 
 
-def sites_of(loaded: LoadedModel, plan: RankPlan) -> list[Site]:
+def settings_of(wanted: FineTune, loaded: LoadedModel, examples: TuningExamples) -> dict[str, Any]:
+    """All that a training depends on; flat, so that a difference can be named: --lr rather than "settings"."""
+    settings = wanted.model_dump(mode="json", exclude={"settings"}) | wanted.training.model_dump(mode="json")
+    settings["contents of the data"] = examples.fingerprint
+    settings["weights of the model"] = fingerprint(loaded.model, loaded.stored_dtypes)
+    return settings
+
+
+def sites_of(loaded: LoadedModel, plan: Plan) -> list[Site]:
     """The sites of a compressed model, from the plan it was made with.
 
     Raises:
@@ -108,68 +133,61 @@ def sites_of(loaded: LoadedModel, plan: RankPlan) -> list[Site]:
             module = loaded.model.get_submodule(name)
         except AttributeError:
             raise ModelError("The model lacks a layer of its plan.", where=f"{loaded.source}: {name}") from None
-        if isinstance(module, REPLACED) == (plan.ranks[name] is None) or _shape_of(module) != (m, n):
+        same = is_linear(module) and kind_of(module).replaced != plan.cuts[name].dense
+        if not same or kind_of(module).shape(module) != (m, n):
             raise ModelError("The model's layers are not those of its plan.", where=f"{loaded.source}: {name}")
         block, role = place_of(name)
         biased = any(key.endswith("bias") for key, _ in module.named_parameters())
         found.append(Site(name, role, block, m, n, isinstance(module, Conv1D), biased, name))
-    if all(rank is None for rank in plan.ranks.values()):
+    if all(cut.dense for cut in plan.cuts.values()):
         raise ModelError(
             "Nothing in this model is factored.", where=loaded.source, remedy="compress with a lower --keep"
         )
     return found
 
 
-def parts_of(loaded: LoadedModel, sites: list[Site]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def parts_of(loaded: LoadedModel, sites: list[Site]) -> Parts:
     """The sites' modules, and the values of all vectors (norms among them): what training may change."""
     vectors = {name: p.detach().clone() for name, p in loaded.model.named_parameters() if p.ndim == 1}
     return {site.name: site.module(loaded.model) for site in sites}, vectors
 
 
-def put_back(loaded: LoadedModel, modules: Mapping[str, Any], vectors: Mapping[str, torch.Tensor]) -> None:
-    """Undo a training: the model is again what was read."""
+def put_back(
+    wanted: FineTune, loaded: LoadedModel, parts: Parts, facts: Mapping[str, Any], reporter: Reporter
+) -> dict[str, dict[str, Any]]:
+    """Undo a training and say so: the model is again what was read.
+
+    Returns:
+        What reports say anew of each site's storage: nothing.
+    """
+    modules, vectors = parts
     for name, module in modules.items():
         loaded.model.set_submodule(name, module)
     for name, values in vectors.items():
         loaded.model.get_parameter(name).data = values
+    reporter.note(
+        f"the training was undone: the loss on {wanted.held_out} examples held out rose from "
+        f"{facts['loss_before']:.4g} to {facts['loss_after']:.4g}; a lower --lr may help"
+    )
+    return {}
 
 
-def open_factors(loaded: LoadedModel, sites: list[Site], plan: RankPlan, training: Training) -> dict[str, torch.dtype]:
-    """Turn every factored layer into two factors in float32, components in order of size.
-
-    Of a quantised layer only the part of L R that is trained is turned.
+def open_factors(loaded: LoadedModel, sites: list[Site], training: Training) -> dict[str, torch.dtype]:
+    """Make what is trained numbers in float32.
 
     Returns:
-        By site name, the dtype it is stored in.
+        By name of each site that holds numbers, the dtype they are stored in.
 
     Raises:
         RecipeError: when the training is not for this kind of checkpoint.
     """
-    quantised = any(isinstance(site.module(loaded.model), QuantizedLinear) for site in sites)
-    if quantised != isinstance(training, LowRankFactors):
-        raise RecipeError(
-            "The checkpoint is quantised." if quantised else "The checkpoint is not quantised.",
-            where=loaded.source,
-            remedy="use --method lowrank" if quantised else "use --method full-factors, subspace or lora",
-        )
-    if isinstance(training, LowRankFactors):
-        assert plan.form is not None
-        opened = open_low_rank(loaded.model, sites, plan.form, training)
-        if not low_rank_parameters(loaded.model, sites, training.signs and opened.trained_signs):
-            raise RecipeError(
-                "There is nothing to train: no site has L R.",
-                where=loaded.source,
-                remedy="compress with --method caldera and a rank, or train the rotation: --set signs=true",
-            )
-        return {}
     dtypes = {}
     for site in sites:
         module = site.module(loaded.model)
-        if isinstance(module, FACTORED):
+        if kind_of(module).replaced and kind_of(module).in_numbers:
             first = next(name for name, _ in module.named_parameters())
             dtypes[site.name] = loaded.stored_dtypes[f"{site.name}.{first}"]
-            factors = read_factors(module)
-            substitute(loaded.model, site, factors.reduced(factors.rank)[0], torch.float32)
+    training.open(loaded.model, sites)
     return dtypes
 
 
@@ -208,27 +226,25 @@ def teacher_of(
     return predict
 
 
+def judge_tuned(wanted: FineTune, loaded: LoadedModel, judged: Examples, teacher: Teacher | None) -> float:
+    """The loss a token on the examples held out."""
+    with computing(loaded.model):
+        return mean_loss(loaded.model, judged, wanted.training, teacher)
+
+
 def train_factors(
     wanted: FineTune,
     loaded: LoadedModel,
     sites: list[Site],
-    plan: RankPlan,
-    examples: Any,
+    plan: Plan,
+    examples: Examples,
     teacher: Teacher | None,
     folder: Path,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Attach, train, merge."""
-
+    """Attach, train, fold in."""
     model, settings = loaded.model, wanted.training
-    if isinstance(settings, Subspace):
-        parameters = attach_subspace(model, sites, settings)
-    elif isinstance(settings, Lora):
-        parameters = attach_lora(model, sites, settings, wanted.seed)
-    elif isinstance(settings, LowRankFactors):
-        parameters = low_rank_parameters(model, sites, settings.signs)
-    else:
-        parameters = trainable(model, sites, settings.norms)
+    parameters = settings.attach(model, sites, wanted.seed)
     steps = steps_of(settings, len(examples))
     with reporter.counting(wanted.method, total=steps) as advance:
         history = train(
@@ -241,78 +257,65 @@ def train_factors(
             seed=wanted.seed,
             step_done=lambda done, total, loss: advance(f"{wanted.method}: loss {loss:.4g}"),
         )
-    facts: dict[str, Any] = {
-        "trained_parameters": sum(p.numel() for p in parameters.values()),
-        "history": history,
-    }
-    if isinstance(settings, LowRankFactors) and settings.requantize:
-        # Before the training is judged: what is judged is what will be stored.
-        store_low_rank(model, sites, form_of(loaded, sites, plan), True)
-    if isinstance(settings, Subspace):
-        merge_subspace(model, sites)
-    elif isinstance(settings, Lora):
-        # A site grows no further than to where the dense weight would be the smaller one.
-        budget = Budget(keep=None, rank_multiple=1, storage=plan.storage)
-        limits = {site.name: budget.largest_rank(site) for site in sites}
-        facts["norm_lost_in_merging"] = merge_lora(model, sites, settings.merge, limits)
-    return facts
+    # A site grows no further than to where the dense weight would be the smaller one.
+    limits = {site.name: low_rank_candidates((site.m, site.n), plan.form, 1).largest_rank for site in sites}
+    facts = settings.fold_in(model, sites, limits)
+    return {"trained_parameters": sum(p.numel() for p in parameters.values()), "history": history, **facts}
 
 
 def store_tuned(
     wanted: FineTune,
     loaded: LoadedModel,
     sites: list[Site],
-    plan: RankPlan,
+    plan: Plan,
     dtypes: Mapping[str, torch.dtype],
     probe: torch.Tensor,
     reporter: Reporter,
-) -> tuple[RankPlan, Mapping[str, Mapping[str, Any]]]:
+) -> tuple[Plan, Mapping[str, Mapping[str, Any]]]:
     """Bring what was trained into the form it is saved in.
 
     Returns:
         The plan of the model as it is then, and what reports say of each site's storage.
     """
-    training = wanted.training
-    if not isinstance(training, LowRankFactors):
-        plan = plan_of(loaded, sites, plan, reporter)
-        return plan, store(loaded, sites, plan, dtypes, probe, reporter)
-    assert plan.form is not None
-    loaded.to_stored_dtypes()
-    opened = form_of(loaded, sites, plan)
-    form = store_low_rank(loaded.model, sites, opened, training.requantize)
-    loaded.to_compute_dtypes()
-    new = plan.model_copy(update={"form": form})
-    if new.bits_a_weight > plan.bits_a_weight:
+    wanted.training.settle(loaded.model, sites)
+    new = _plan_of(loaded, sites, plan)
+    if new.kept_bits > plan.kept_bits:
         reporter.note(
-            f"what was trained is stored at 16 bits: {new.bits_a_weight:.4f} bits a weight, not "
-            f"{plan.bits_a_weight:.4f} (--set requantize=true brings L and R back to codes)"
+            f"the model has grown: {new.bits_a_weight:.4f} bits a weight ({new.kept:.4f} of the linear weights), not "
+            f"{plan.bits_a_weight:.4f} ({plan.kept:.4f}); merged adapters raise ranks, and L R trained beside codes "
+            "stays at 16 bits (--set requantize=true brings it back to codes)"
         )
-    return new, {site.name: {"bits": new.site_bits(site.name)} for site in sites if site.name in plan.q_bits}
+    stored = store_layers(loaded, sites, new.form, dtypes, probe, reporter)
+    return new, {name: {"bits": new.site_bits(name), **stored.get(name, {})} for name in new.cuts}
 
 
-def form_of(loaded: LoadedModel, sites: list[Site], plan: RankPlan) -> BitForm:
-    """How the model's quantised layers are made up now."""
-    assert plan.form is not None
-    layers = [layer for site in sites if isinstance(layer := site.module(loaded.model), QuantizedLinear)]
-    full = max(layer.form["full"] for layer in layers)
-    return plan.form.model_copy(
-        update={"full_rank": full, "trained_signs": any(layer.form["trained_signs"] for layer in layers)}
-    )
-
-
-def plan_of(loaded: LoadedModel, sites: list[Site], plan: RankPlan, reporter: Reporter) -> RankPlan:
-    """The plan with the ranks the sites have now; says so when they grew."""
-
-    ranks = {
-        site.name: module.right.out_features if isinstance(module := site.module(loaded.model), LowRankLinear) else None
+def _plan_of(loaded: LoadedModel, sites: list[Site], plan: Plan) -> Plan:
+    """The plan with the ranks the sites have now, and what of them are 16-bit numbers beside codes."""
+    cuts, form = dict(plan.cuts), plan.form
+    held = {
+        site.name: kind_of(layer).factors(layer)
         for site in sites
+        if kind_of(layer := site.module(loaded.model)).replaced
     }
-    new = plan.model_copy(update={"ranks": ranks})
-    if new.kept_parameters > plan.kept_parameters:
-        reporter.note(
-            f"merging the adapters raised the ranks: kept are {new.kept:.4f} of the linear weights, not {plan.kept:.4f}"
-        )
-    return new
+    for name, factors in held.items():
+        cuts[name] = replace(cuts[name], rank=factors.rank)
+    coded = {name: factors for name, factors in held.items() if cuts[name].coded}
+    if coded:
+        signs = [factors.rotation.minus_in for factors in coded.values()]
+        trained = any(each is not None and each.is_floating_point() for each in signs)
+        # Cuts whose L R is at 16 bits have nothing but numbers anyway.
+        full = max((f.full for name, f in coded.items() if cuts[name].lr_bits != FULL_BITS), default=0)
+        form = form.model_copy(update={"full_rank": full, "trained_signs": trained})
+    return plan.model_copy(update={"cuts": cuts, "form": form})
+
+
+def facts_of(
+    wanted: FineTune, examples: TuningExamples, scores: tuple[Any, Any], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the report says of the training."""
+    settings = {**wanted.model_dump(mode="json"), "settings": wanted.training.model_dump(mode="json")}
+    counts = {"count": len(examples.learned), "held_out": len(examples.judged), "tokens": examples.learned.tokens}
+    return {"settings": settings, "examples": counts, "before": scores[0], "after": scores[1], **facts}
 
 
 def score_tuned(wanted: FineTune, loaded: LoadedModel, reporter: Reporter) -> dict[str, Any] | None:
@@ -331,7 +334,7 @@ def write_tuned(
     output: Path,
     loaded: LoadedModel,
     sites: list[Site],
-    plan: RankPlan,
+    plan: Plan,
     stored: Mapping[str, Mapping[str, Any]],
     costs: tuple[Any, Any],
     facts: dict[str, Any],
@@ -340,12 +343,12 @@ def write_tuned(
     """Write the checkpoint; the report is the compression's, brought up to date, with what training did."""
     loaded.to_stored_dtypes()
     per_site = {
-        name: {**entry, "rank": plan.ranks[name], **stored.get(name, {})} for name, entry in report["sites"].items()
+        name: {**entry, **cut_facts(plan.cuts[name]), **stored.get(name, {})} for name, entry in report["sites"].items()
     }
     new = {
         **report,
         "keep": {**report["keep"], "got": plan.kept},
-        "bits": {**report["bits"], "got": plan.bits_a_weight} if plan.q_bits else None,
+        "bits": {**report["bits"], "got": plan.bits_a_weight} if report["bits"] else None,
         "after": asdict(costs[1]),
         "evaluation": None,
         "sites": per_site,

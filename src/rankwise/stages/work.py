@@ -8,20 +8,26 @@ from typing import Any
 import torch
 import transformers
 
+from rankwise.allocation import Looks, Problem
 from rankwise.checkpoints import LoadedModel, fingerprint
 from rankwise.data import Sequences, choose, load_sequences, parse_source
-from rankwise.device import best_device
-from rankwise.errors import DataError, ModelError, RecipeError
+from rankwise.errors import DataError, ModelError
 from rankwise.models import Site, find_sites, fused_expert_parameters, share_inputs
 from rankwise.progress import Reporter
 from rankwise.recipes import Calibration, Evaluation, Recipe, Validation
 from rankwise.runs import Run
-from rankwise.sizes import BitBudget, Budget
+from rankwise.sizes import Allowance
 
-_STAGE_FORMAT = 5
+_STAGE_FORMAT = 6
 """Raised when the contents or the arithmetic of a stage change, so that old stages are not taken for new ones."""
 
 _DEFAULT_LENGTH = 512
+
+_HEADER = 120
+"""Bytes that a tensor takes at most in the header of a file, beside its name."""
+
+_PARTS_OF_A_SITE = 8
+"""Tensors that a site is stored as at most."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Work:
         sites: its linear weights.
         fingerprint: hash of its weights.
         reporter: told about progress.
-        dense_bits: bits of a weight as the checkpoint stores it.
+        problem: what the allocation chooses from: candidates, how they are stored, and what is allowed.
     """
 
     recipe: Recipe
@@ -61,35 +67,12 @@ class Work:
     sites: list[Site]
     fingerprint: str
     reporter: Reporter
-    dense_bits: int
+    problem: Problem
 
     @property
-    def budget(self) -> Budget:
-        """What ranks are chosen on: the recipe's, as the method counts it."""
-        budget = self.recipe.method.budget(self.recipe.budget)
-        if not isinstance(budget, BitBudget):
-            return budget
-        return budget.model_copy(update={"dense_bits": self.dense_bits})
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    """The device a recipe names.
-
-    Raises:
-        RecipeError: when PyTorch has no such device here.
-    """
-    if recipe.device == "auto":
-        return best_device()
-    try:
-        device = torch.device(recipe.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as problem:
-        raise RecipeError(
-            f"The device {recipe.device!r} cannot be used ({str(problem).splitlines()[0]}).",
-            where="device",
-            remedy="use auto or cpu",
-        ) from None
-    return device
+    def looks(self) -> Looks:
+        """What the allocation looks at."""
+        return self.recipe.allocation.looks
 
 
 def sequence_length(settings: Calibration | Validation | Evaluation, context: int | None) -> int | None:
@@ -209,9 +192,40 @@ def begin(recipe: Recipe, run: Run, loaded: LoadedModel, texts: Texts, reporter:
         )
     if calibration.cut:
         reporter.note("the calibration source is very large; its first 64 million characters were read")
-    dense_bits = 8 * max(loaded.stored_dtypes[f"{site.name}.weight"].itemsize for site in sites)
     mark = fingerprint(loaded.model, loaded.stored_dtypes)
-    return Work(recipe, run, loaded, texts, sites, mark, reporter, dense_bits)
+    return Work(recipe, run, loaded, texts, sites, mark, reporter, _problem(recipe, loaded, sites))
+
+
+def _problem(recipe: Recipe, loaded: LoadedModel, sites: list[Site]) -> Problem:
+    """Candidates of every site, without losses, and what they may take together."""
+    method, budget = recipe.method, recipe.budget
+    number_bits = 8 * max(loaded.stored_dtypes[f"{site.name}.weight"].itemsize for site in sites)
+    form = method.form(budget, number_bits)
+    by_shape = {
+        shape: method.candidates(shape, form, budget.rank_multiple, recipe.allocation.looks >= Looks.LOSSES)
+        for shape in dict.fromkeys((site.m, site.n) for site in sites)
+    }
+    candidates = {site.name: by_shape[site.m, site.n] for site in sites}
+    weights = sum(site.parameters for site in sites)
+    allowance = Allowance(budget, weights, number_bits, _rest_bytes(loaded, sites, method.adds_bias))
+    if budget.size is not None:
+        allowance.require(0, what="no weight at all and the rest of the model")
+    return Problem(sites, candidates, form, allowance)
+
+
+def _rest_bytes(loaded: LoadedModel, sites: list[Site], adds_bias: bool) -> int:
+    """Bytes of the weight files beside the sites' weights, biases that may be added and headers among them."""
+    weights = {f"{site.name}.weight" for site in sites}
+    total = _HEADER
+    for name, parameter in loaded.model.named_parameters():
+        total += len(name) + _HEADER
+        if name not in weights:
+            total += parameter.numel() * loaded.stored_dtypes[name].itemsize
+    for site in sites:
+        total += _PARTS_OF_A_SITE * (len(site.name) + _HEADER)
+        if adds_bias and not site.has_bias:
+            total += site.m * loaded.stored_dtypes[f"{site.name}.weight"].itemsize
+    return total
 
 
 def model_key(work: Work) -> dict[str, Any]:

@@ -132,6 +132,11 @@ class SiteStatistics:
     def __init__(self, site: Site, weight: Tensor, bias: Tensor | None, store: Store) -> None:
         self._site, self._weight, self._bias, self._store = site, weight, bias, store
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's own bias, shape `[m]`, or None."""
+        return self._bias
+
     def _response(self, need: Need, kind: str) -> Response:
         key, record = self._store.record(need, self._site)
         mean = record.mean() if need is Need.POOLED_MOMENTS else record.mean

@@ -1,4 +1,4 @@
-"""Ranks: what an allocation looks at is put together here, and its answer becomes a plan."""
+"""Planning: what an allocation looks at is put together here, and its answer becomes a plan."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from torch import Tensor
 from rankwise.allocation import Choice, Evidence, Looks, Outcome, by_variance, random_plans
 from rankwise.errors import DataError
 from rankwise.evaluation import Objective
-from rankwise.layers import sliced
-from rankwise.sizes import RankPlan
-from rankwise.stages.bases import read_energies, site_bases
+from rankwise.layers.sliced import Beside, sliced
+from rankwise.models import Site
+from rankwise.sizes import Plan
+from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.work import Work, calibration_key
 
 
@@ -28,7 +29,7 @@ def check_budget(work: Work) -> None:
     Raises:
         BudgetError: saying what has to be kept at least.
     """
-    work.recipe.allocation.check(work.sites, work.budget)
+    work.recipe.allocation.check(work.problem)
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,17 @@ class Chosen:
     """A plan, and how it was found.
 
     Attributes:
-        plan: rank of every site.
+        plan: cut of every site.
         search: what a report says about the search; None when there was none.
         trials: its trials as plain values.
     """
 
-    plan: RankPlan
+    plan: Plan
     search: dict[str, Any] | None
     trials: list[dict[str, Any]]
 
 
-def choose_ranks(work: Work, bases: Path) -> Chosen:
+def choose_cuts(work: Work, outlooks: Outlooks) -> Chosen:
     """Spread the budget over the sites.
 
     Raises:
@@ -55,26 +56,25 @@ def choose_ranks(work: Work, bases: Path) -> Chosen:
     """
     recipe = work.recipe
     allocation, looks = recipe.allocation, recipe.allocation.looks
-    energies = read_energies(work, bases) if looks >= Looks.ENERGIES else {}
+    problem = outlooks.problem()
     if looks < Looks.OBJECTIVE:
-        evidence = Evidence(energies, reporter=work.reporter, fingerprint=work.fingerprint)
-        return Chosen(_plan(work, allocation.choose(work.sites, work.budget, evidence)), None, [])
-    samples = select_samples(work, bases)
+        evidence = Evidence(reporter=work.reporter, fingerprint=work.fingerprint)
+        return Chosen(_plan(work, allocation.choose(problem, evidence)), None, [])
+    samples = select_samples(work, outlooks)
     # The number of trials may be raised later, so it is not part of what a trial depends on.
     key = {**objective_key(work, samples), "allocation": allocation.model_dump(exclude={"trials"})}
     key |= {"budget": recipe.budget.model_dump(), "plan": _content(getattr(allocation, "plan", None))}
     stage = work.run.stage("search", key)
-    with judging(work, bases, samples) as objective:
+    with judging(work, outlooks, samples) as objective:
         evidence = Evidence(
-            energies=energies,
-            objective=lambda ranks: Outcome(*objective(ranks)),
+            objective=lambda cuts: Outcome(*objective(cuts)),
             log=stage.workspace() / "trials.jsonl",
             log_key=stage.key,
             seed=recipe.seed,
             reporter=work.reporter,
             fingerprint=work.fingerprint,
         )
-        choice = allocation.choose(work.sites, work.budget, evidence)
+        choice = allocation.choose(problem, evidence)
         search = _summary(work, samples, objective, choice)
     return Chosen(_plan(work, choice), search, choice.trials)
 
@@ -83,12 +83,13 @@ def _content(path: str | None) -> str | None:
     return None if path is None else Path(path).read_text()
 
 
-def _plan(work: Work, choice: Choice) -> RankPlan:
+def _plan(work: Work, choice: Choice) -> Plan:
     recipe = work.recipe
-    return RankPlan.make(
+    return Plan.make(
         work.sites,
-        choice.ranks,
-        work.budget,
+        choice.cuts,
+        work.problem.form,
+        work.problem.allowance,
         architecture=type(work.loaded.model).__name__,
         method=recipe.method.name,
         allocation=recipe.allocation.name,
@@ -133,7 +134,7 @@ def _summary(work: Work, samples: Tensor, objective: Objective, choice: Choice) 
 
 
 def objective_key(work: Work, samples: Tensor) -> dict[str, Any]:
-    """What an outcome depends on beside the ranks."""
+    """What an outcome depends on beside the cuts."""
     return {
         **calibration_key(work),
         "method": work.recipe.method.model_dump(),
@@ -145,26 +146,28 @@ def objective_key(work: Work, samples: Tensor) -> dict[str, Any]:
 
 
 @contextmanager
-def judging(work: Work, bases: Path, samples: Tensor) -> Iterator[Objective]:
+def judging(work: Work, outlooks: Outlooks, samples: Tensor) -> Iterator[Objective]:
     """The model with every basis resident, for as long as the block runs, and the objective that steers it.
 
     Args:
         work: the run.
-        bases: folder with one basis a site.
+        outlooks: what the method sees at each site.
         samples: validation samples, shape `[samples, length]`.
     """
     recipe, loaded = work.recipe, work.loaded
-    with sliced(
-        loaded.model,
-        work.sites,
-        lambda site: site_bases(work, bases, site),
-        work.budget.largest_rank,
-        loaded.stored_dtypes,
-    ) as set_ranks:
-        yield Objective(loaded.model, samples, recipe.objective, set_ranks, recipe.validation.batch_size)
+
+    def load(site: Site) -> dict[int, Beside]:
+        found = {}
+        for q_bits in work.problem.candidates[site.name].choices:
+            outlook = outlooks.of(site, q_bits)
+            found[q_bits] = outlook.q, outlook.rotation, outlook.basis
+        return found
+
+    with sliced(loaded.model, work.sites, load, work.problem.candidates, loaded.stored_dtypes) as set_cuts:
+        yield Objective(loaded.model, samples, recipe.objective, set_cuts, recipe.validation.batch_size)
 
 
-def select_samples(work: Work, bases: Path) -> Tensor:
+def select_samples(work: Work, outlooks: Outlooks) -> Tensor:
     """The validation samples a search uses, shape `[samples, length]`; a selection by variance is kept as a stage.
 
     Raises:
@@ -190,8 +193,8 @@ def select_samples(work: Work, bases: Path) -> Tensor:
     stage = work.run.stage("selection", key)
     if not stage.done:
         lowest = getattr(recipe.allocation, "lowest", 0.2)
-        plans = random_plans(space, work.sites, work.budget, lowest, settings.plans, recipe.seed)
-        with judging(work, bases, read.ids) as objective, stage.making() as folder:
+        plans = random_plans(space, work.problem, lowest, settings.plans, recipe.seed)
+        with judging(work, outlooks, read.ids) as objective, stage.making() as folder:
             rows = [
                 objective.sample_perplexities(plan).tolist()
                 for plan in work.reporter.track(plans, "validation samples", total=len(plans))

@@ -16,22 +16,21 @@ from torch import Tensor, nn
 from rankwise.data import Examples, load_examples, parse_source
 from rankwise.device import computing
 from rankwise.evaluation import Objective
-from rankwise.layers import LowRankLinear
+from rankwise.layers import kind_of
 from rankwise.linalg import OutputMetric
 from rankwise.models import BlockRunner, Original, Site, allocate
 from rankwise.repair import (
     Training,
-    attach_subspace,
     block_parameters,
-    merge_subspace,
     refit_block,
     steps_of,
     train,
     train_block,
     trainable,
 )
-from rankwise.sizes import RankPlan
-from rankwise.stages.ranks import objective_key, select_samples
+from rankwise.sizes import Plan
+from rankwise.stages.outlooks import Outlooks
+from rankwise.stages.planning import objective_key, select_samples
 from rankwise.stages.work import Work, sequence_length
 from rankwise.statistics import SiteStatistics, Store
 
@@ -55,15 +54,20 @@ class Repairing:
     facts: list[dict[str, Any]] = field(default_factory=list)
 
 
-def prepare_repair(work: Work, store: Store, bases: Path, plan: RankPlan) -> Repairing | None:
+def prepare_repair(work: Work, store: Store, outlooks: Outlooks, plan: Plan) -> Repairing | None:
     """Remember the original, while the model is still dense; None when nothing is to be repaired."""
     if not work.recipe.repair.steps:
         return None
-    samples = select_samples(work, bases)
+    samples = select_samples(work, outlooks)
     objective = Objective(
-        work.loaded.model, samples, work.recipe.objective, lambda _ranks: None, work.recipe.validation.batch_size
+        work.loaded.model, samples, work.recipe.objective, lambda _cuts: None, work.recipe.validation.batch_size
     )
-    key = {**objective_key(work, samples), "plan": plan.ranks, "method": work.recipe.method.model_dump(), "steps": []}
+    key = {
+        **objective_key(work, samples),
+        "plan": plan.model_dump(mode="json", include={"cuts", "form"}),
+        "method": work.recipe.method.model_dump(),
+        "steps": [],
+    }
     original = Original.of(work.loaded.model, work.sites)
 
     def metric_of(site: Site) -> OutputMetric | None:
@@ -75,13 +79,13 @@ def prepare_repair(work: Work, store: Store, bases: Path, plan: RankPlan) -> Rep
     return Repairing(original, objective, key, metric_of)
 
 
-def judge(work: Work, repairing: Repairing) -> float:
+def judge_repair(work: Work, repairing: Repairing) -> float:
     """The validation objective of the model as it stands, factors in float32 where they are."""
     with computing(work.loaded.model):
         return repairing.objective({})[0]
 
 
-def repair(work: Work, repairing: Repairing, step: str) -> None:
+def repair_step(work: Work, repairing: Repairing | None, step: str) -> None:
     """Carry out one step, or take it from a finished stage.
 
     Args:
@@ -94,8 +98,9 @@ def repair(work: Work, repairing: Repairing, step: str) -> None:
         NotFiniteError: naming the site or the step.
         DataError: when the data to learn from cannot be read.
     """
+    assert repairing is not None
     settings = getattr(work.recipe.repair, step)
-    if not any(isinstance(site.module(work.loaded.model), LowRankLinear) for site in work.sites):
+    if not any(kind_of(site.module(work.loaded.model)).trains for site in work.sites):
         work.reporter.note(f"repair {step} has nothing to do: every site is dense")
         return
     trains = step in ("subspace", "factors")
@@ -155,7 +160,7 @@ def _by_block(work: Work, repairing: Repairing, step: str, settings: Any, folder
     compressed.copy_(runner.embed(dense))
     count = len(runner.blocks)
     rows: list[dict[str, Any]] = []
-    start = before = judge(work, repairing)
+    start = before = judge_repair(work, repairing)
     with work.reporter.counting(f"repair, {step}", total=count) as advance:
         for index in range(count):
             sites = [site for site in work.sites if site.block == index]
@@ -179,7 +184,7 @@ def _by_block(work: Work, repairing: Repairing, step: str, settings: Any, folder
                         runner, index, parameters, compressed, output, settings, recipe.seed, ahead, lambda _loss: None
                     )
                     row |= {"loss_first": losses[0], "loss_last": losses[-1], "steps": len(losses)}
-                after = judge(work, repairing)
+                after = judge_repair(work, repairing)
                 # Not `after >= before`: an objective that is not a number is refused too.
                 row |= {"objective_after": after, "accepted": after < before}
                 if not row["accepted"]:
@@ -247,9 +252,9 @@ def _train_whole(
     """Train all factors, or diagonals that are then merged into them, on the whole model."""
     model = work.loaded.model
     factors = trainable(model, work.sites, getattr(settings, "norms", False))
-    start = judge(work, repairing)
+    start = judge_repair(work, repairing)
     old = _snapshot(factors)
-    parameters = attach_subspace(model, work.sites, settings) if step == "subspace" else factors  # type: ignore[arg-type]
+    parameters = settings.attach(model, work.sites, work.recipe.seed)
 
     def teacher(ids: Tensor, mask: Tensor) -> Tensor:
         with repairing.original.in_place(model):
@@ -267,9 +272,8 @@ def _train_whole(
             seed=work.recipe.seed,
             step_done=lambda done, total, loss: advance(f"repair, {step}: loss {loss:.4g}"),
         )
-    if step == "subspace":
-        merge_subspace(model, work.sites)
-    after = judge(work, repairing)
+    settings.fold_in(model, work.sites, {})
+    after = judge_repair(work, repairing)
     accepted = after < start
     if not accepted:
         _restore(factors, old)

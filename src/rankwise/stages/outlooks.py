@@ -1,0 +1,227 @@
+"""Statistics, and outlooks: what calibration measures at every site, and what the method sees in its weight."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rankwise.allocation import Looks, Problem
+from rankwise.errors import NotFiniteError
+from rankwise.factors import Basis
+from rankwise.methods import Looking, Outlook, estimated_losses
+from rankwise.models import Site
+from rankwise.quantizers import Packed, Rotation
+from rankwise.runs import Stage
+from rankwise.stages.work import Work, calibration_key, model_key
+from rankwise.statistics import Need, SiteStatistics, Store, collect, save_record, streams_of
+
+
+def collect_statistics(work: Work) -> Store:
+    """Collect what the method asks for and no finished stage holds: one pass for all of it.
+
+    Raises:
+        NotFiniteError: naming the layer.
+    """
+    method = work.recipe.method
+    requests = method.requests()
+    if work.looks >= Looks.LOSSES:
+        requests += method.plan_requests()
+    stages: dict[Need, Stage] = {
+        request.need: work.run.stage(f"statistics-{request.need}", {**calibration_key(work), **request.settings()})
+        for request in requests
+    }
+    missing = [request for request in requests if not stages[request.need].done]
+    if missing:
+        snapshot = work.run.stage("snapshot", {**calibration_key(work), "requests": [r.settings() for r in missing]})
+        records = collect(
+            work.loaded.model,
+            work.sites,
+            work.texts.calibration.ids,
+            missing,
+            batch_size=work.recipe.calibration.batch_size,
+            seed=work.recipe.seed,
+            snapshot=snapshot.partial,
+            reporter=work.reporter,
+        )
+        for need, by_stream in records.items():
+            with stages[need].making() as folder:
+                for key, record in by_stream.items():
+                    save_record(folder / f"{key}.safetensors", record)
+        snapshot.discard()
+    stream_of = {
+        need: {name: stream.key for stream in streams_of(need, work.sites) for name in stream.sites} for need in stages
+    }
+    return Store({need: stage.folder for need, stage in stages.items()}, stream_of)
+
+
+def weight_and_statistics(work: Work, store: Store, site: Site) -> tuple[Tensor, SiteStatistics]:
+    """W in float64 on the CPU, shape `[m, n]`, and what was collected at its site."""
+    weight = site.weight(work.loaded.model).double().cpu()
+    bias = site.bias(work.loaded.model)
+    return weight, SiteStatistics(site, weight, None if bias is None else bias.cpu(), store)
+
+
+@contextmanager
+def naming(site: Site) -> Iterator[None]:
+    """Give a numerical failure the name of its site.
+
+    Raises:
+        NotFiniteError: naming it.
+    """
+    try:
+        yield
+    except (torch.linalg.LinAlgError, ValueError) as problem:
+        raise NotFiniteError(
+            f"The decomposition failed: {problem}.",
+            where=site.name,
+            remedy="use more calibration text, or another method",
+        ) from problem
+
+
+def draw_for(work: Work, site: Site) -> torch.Generator:
+    """A generator for one site: what it draws does not depend on the other sites."""
+    digest = hashlib.sha256(f"{work.recipe.seed}:{site.name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def save_outlook(path: Path, outlook: Outlook, most: int) -> None:
+    """Write an outlook, whole or not at all.
+
+    Args:
+        path: of the file.
+        outlook: what is kept of it: energies, codes of Q, and
+        most: so many components of the basis.
+    """
+    basis = outlook.basis
+    parts: dict[str, Tensor | None] = {
+        "energy": basis.energy.float(),
+        "damping": torch.tensor([basis.damping]),
+        "noise": torch.tensor([[float(bits), share] for bits, share in outlook.noise.items()]).reshape(-1, 2).double(),
+    }
+    parts |= {
+        "left": basis.left[:, :most].float(),
+        "right": basis.right[:most].float(),
+        "mean_output": None if basis.mean_output is None else basis.mean_output.float(),
+        "mean_code": None if basis.mean_code is None else basis.mean_code[:most].float(),
+        "minus_in": outlook.rotation.minus_in,
+        "minus_out": outlook.rotation.minus_out,
+    }
+    if outlook.q is not None:
+        parts |= {"q.codes": outlook.q.codes, "q.scale": outlook.q.scale, "q.group": torch.tensor(outlook.q.group)}
+        parts["q.columns"] = torch.tensor(outlook.q.columns)
+    fresh = path.with_suffix(".new")
+    save_file({name: part.cpu().contiguous() for name, part in parts.items() if part is not None}, fresh)
+    fresh.replace(path)
+
+
+def load_outlook(path: Path, codebook: str) -> Outlook:
+    """Read what `save_outlook` wrote."""
+    parts = load_file(path)
+    q = None
+    if "q.codes" in parts:
+        columns, group = int(parts["q.columns"]), int(parts["q.group"])
+        q = Packed(parts["q.codes"], parts["q.scale"], columns, codebook, group)
+    basis = Basis(
+        parts["left"],
+        parts["right"],
+        parts["energy"],
+        parts.get("mean_output"),
+        parts.get("mean_code"),
+        float(parts["damping"]),
+    )
+    return Outlook(basis, q, Rotation(parts.get("minus_in"), parts.get("minus_out")), _noise_of(parts["noise"]))
+
+
+def _noise_of(rows: Tensor) -> dict[int, float]:
+    return {int(bits): share for bits, share in rows.tolist()}
+
+
+class Outlooks:
+    """What the method sees at every site; made at need, each kept in a file of its own.
+
+    Args:
+        work: the run.
+        store: its statistics.
+    """
+
+    def __init__(self, work: Work, store: Store) -> None:
+        self._work, self._store = work, store
+        method = work.recipe.method
+        key = calibration_key(work) if method.requests() else model_key(work)
+        self.folder = work.run.stage(f"outlooks-{method.name}", {**key, "method": method.model_dump()}).workspace()
+
+    def _file(self, site: Site, q_bits: int) -> Path:
+        return self.folder / (f"{site.name}.safetensors" if not q_bits else f"{site.name}.{q_bits}bits.safetensors")
+
+    def of(self, site: Site, q_bits: int) -> Outlook:
+        """The outlook at a site beside a Q of so many bits, with all of the basis that its candidates need.
+
+        Raises:
+            NotFiniteError: naming the site.
+        """
+        most = self._work.problem.candidates[site.name].with_ranks(q_bits)
+        known = self.known(site, q_bits)
+        if known is None or known.basis.rank < (most if q_bits else 1):
+            self._make(site, q_bits, with_basis=True)
+            known = self.known(site, q_bits)
+        assert known is not None
+        return known
+
+    def known(self, site: Site, q_bits: int) -> Outlook | None:
+        """What was kept of an outlook that was made before: energies and Q, and perhaps no basis; None for nothing."""
+        file = self._file(site, q_bits)
+        return load_outlook(file, self._work.problem.form.codebook) if file.exists() else None
+
+    def seen(self, site: Site) -> Looking:
+        """What a fit at a site may look at: W without a Q, made at need, and beside a Q what is known."""
+        return lambda q_bits: self.known(site, q_bits) if q_bits else self.of(site, 0)
+
+    def _make(self, site: Site, q_bits: int, with_basis: bool) -> None:
+        work = self._work
+        weight, seen = weight_and_statistics(work, self._store, site)
+        if q_bits:
+            weight = weight.to(work.loaded.model.device)
+        with naming(site):
+            outlook = work.recipe.method.outlook(weight, seen, q_bits, draw_for(work, site))
+        outlook.basis.check_finite(site.name)
+        # Without a Q the basis is what fits are sliced from; beside one it is for a search alone.
+        most = min(site.m, site.n)
+        if q_bits:
+            most = work.problem.candidates[site.name].with_ranks(q_bits) if with_basis else 0
+        save_outlook(self._file(site, q_bits), outlook, most)
+
+    def look(self) -> None:
+        """Make all outlooks that the allocation looks at and that are not there.
+
+        Raises:
+            NotFiniteError: naming the site.
+        """
+        work = self._work
+        wanted = [(site, q_bits) for site in work.sites for q_bits in work.problem.candidates[site.name].choices]
+        left = [(site, q_bits) for site, q_bits in wanted if not self._file(site, q_bits).exists()]
+        done = len(wanted) - len(left)
+        for site, q_bits in work.reporter.track(left, "looking at weights", total=len(wanted), done=done):
+            self._make(site, q_bits, with_basis=work.looks >= Looks.OBJECTIVE)
+
+    def problem(self) -> Problem:
+        """The run's problem with losses, where the allocation looks at them."""
+        work = self._work
+        if work.looks < Looks.LOSSES:
+            return work.problem
+        candidates = {}
+        for site in work.sites:
+            energies: dict[int, Tensor] = {}
+            noise: dict[int, Mapping[int, float]] = {}
+            table = work.problem.candidates[site.name]
+            for q_bits in table.choices:
+                with safe_open(self._file(site, q_bits), framework="pt") as file:
+                    energies[q_bits], noise[q_bits] = file.get_tensor("energy"), _noise_of(file.get_tensor("noise"))
+            candidates[site.name] = table.with_losses(estimated_losses(table, energies, noise))
+        return Problem(work.sites, candidates, work.problem.form, work.problem.allowance)
