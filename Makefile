@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test test-slow lint bench bench-gpu clean
+.PHONY: help setup quickstart real-model test test-slow lint bench bench-gpu clean
 
 help:
 	@echo "make quickstart   set up, compress the bundled model, show the result"
+	@echo "make real-model   set up, make a checkpoint of SmolLM2-135M-Instruct (downloads 93 MB)"
 	@echo "make test         set up, run the tests"
 	@echo "make test-slow    set up, run the tests that take minutes"
 	@echo "make lint         set up, check style, types and import rules"
@@ -25,6 +26,9 @@ setup: $(STAMP)
 
 quickstart: setup
 	$(BIN)/rankwise quickstart
+
+real-model: setup
+	$(BIN)/python examples/make_real_model.py
 
 test: setup
 	$(BIN)/python -m pytest
