@@ -7,6 +7,8 @@ import itertools
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +52,9 @@ from rankwise.quantizers.codes import (
 from rankwise.quantizers.lattice import nearest_e8p, nearest_short, round_e8p
 from rankwise.quantizers.rotation import rotate, rotation_parts
 from rankwise.sizes import BitForm, QuantizedRank
+from rankwise.statistics import Statistic
+from rankwise.statistics.curvature import Curvature
+from rankwise.statistics.input_moments import InputMoments
 
 seeds = st.integers(0, 2**31 - 1)
 KNOWN = [(name, bits) for name, kind in CODEBOOKS.items() for bits in kind.known_bits]
@@ -97,11 +102,11 @@ class Seen:
     moment: Tensor
     outputs: int = 0
 
-    def input_second_moment(self) -> Tensor:
-        return self.moment
-
-    def curvature(self) -> Tensor:
-        return second_moment(self.outputs, self.outputs + 3, 5)[None]
+    def of(self, statistic: Statistic) -> Any:
+        if isinstance(statistic, Curvature):
+            return second_moment(self.outputs, self.outputs + 3, 5)[None]
+        assert isinstance(statistic, InputMoments)
+        return SimpleNamespace(second_moment=lambda: self.moment)
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import Tensor
 from rankwise.factors import Basis
 from rankwise.linalg import Decomposition, OutputMetric
 from rankwise.sizes import Budget
-from rankwise.statistics import Request, SiteStatistics
+from rankwise.statistics import SiteStatistics, Statistic
 
 
 class Method(BaseModel, ABC):
@@ -53,11 +53,11 @@ class Method(BaseModel, ABC):
         if asked.bits is not None:
             raise ValueError(f"{self.name} counts parameters, not bits: give keep, or the method caldera")
 
-    def requests(self) -> tuple[Request, ...]:
+    def requests(self) -> tuple[Statistic, ...]:
         """Statistics that have to be collected first."""
         return ()
 
-    def plan_requests(self) -> tuple[Request, ...]:
+    def plan_requests(self) -> tuple[Statistic, ...]:
         """Statistics that are needed on top when an allocation looks at energies."""
         return ()
 

@@ -15,6 +15,7 @@ from rankwise.methods.quantizing import QuantizingMethod, drawn_rotation, rounde
 from rankwise.quantizers import Codebook, Hessian, LowRank, Packed, codebook_named, low_rank, weighed_error
 from rankwise.sizes import FULL_BITS, BitForm, QuantizedRank
 from rankwise.statistics import SiteStatistics
+from rankwise.statistics.input_moments import InputMoments
 
 
 class Caldera(QuantizingMethod):
@@ -74,7 +75,7 @@ class Caldera(QuantizingMethod):
     def quantize(
         self, weight: Tensor, statistics: SiteStatistics, rank: QuantizedRank, source: torch.Generator
     ) -> Quantized:
-        hessian = Hessian.of(statistics.input_second_moment().to(weight), self.damping)
+        hessian = Hessian.of(statistics.of(InputMoments()).second_moment().to(weight), self.damping)
         rotation = drawn_rotation(self, weight, source)
         target = rotation.weight(weight)
         steps = _Steps(self, Hessian(rotation.hessian(hessian.matrix), hessian.damping), rank)

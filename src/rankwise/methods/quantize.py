@@ -13,6 +13,7 @@ from rankwise.methods.quantizing import QuantizingMethod, drawn_rotation, rounde
 from rankwise.quantizers import Hessian, weighed_error
 from rankwise.sizes import BitForm, QuantizedRank
 from rankwise.statistics import SiteStatistics
+from rankwise.statistics.input_moments import InputMoments
 
 
 class Quantize(QuantizingMethod):
@@ -31,7 +32,7 @@ class Quantize(QuantizingMethod):
     def quantize(
         self, weight: Tensor, statistics: SiteStatistics, rank: QuantizedRank, source: torch.Generator
     ) -> Quantized:
-        hessian = Hessian.of(statistics.input_second_moment().to(weight), self.damping)
+        hessian = Hessian.of(statistics.of(InputMoments()).second_moment().to(weight), self.damping)
         rotation = drawn_rotation(self, weight, source)
         target, metric = rotation.weight(weight), rotation.hessian(hessian.matrix)
         feedback = Hessian(metric, hessian.damping).feedback() if self.feedback else None

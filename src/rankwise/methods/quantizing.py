@@ -15,10 +15,14 @@ from rankwise.linalg import InputMetric, OutputMetric, decompose
 from rankwise.methods.base import Method
 from rankwise.quantizers import CODEBOOKS, Codebook, Hessian, Packed, Rotation, codebook_named, improve, ldlq
 from rankwise.sizes import BitBudget, BitForm, Budget, QuantizedRank
-from rankwise.statistics import Need, Request, SiteStatistics
+from rankwise.statistics import SiteStatistics, Statistic
+from rankwise.statistics.curvature import Curvature
+from rankwise.statistics.input_moments import InputMoments
 
 _PLAN_DAMPING = 1.0
 """Of the curvature, as in `two_sided`."""
+_CURVATURE = Curvature(labels="sampled")
+"""What a plan looks at."""
 
 
 class QuantizingMethod(Method):
@@ -80,11 +84,11 @@ class QuantizingMethod(Method):
             given = " and ".join(option for option in settings if option in type(self).model_fields)
             raise ValueError(f"bits are given beside {given}: leave something to be chosen")
 
-    def requests(self) -> tuple[Request, ...]:
-        return (Request(Need.INPUT_MOMENTS),)
+    def requests(self) -> tuple[Statistic, ...]:
+        return (InputMoments(),)
 
-    def plan_requests(self) -> tuple[Request, ...]:
-        return (Request(Need.CURVATURE, labels="sampled"),)
+    def plan_requests(self) -> tuple[Statistic, ...]:
+        return (_CURVATURE,)
 
     def budget(self, asked: Budget) -> BitBudget:
         known = CODEBOOKS[self.codebook].known_bits
@@ -136,8 +140,8 @@ class QuantizingMethod(Method):
         """
         alone = self.quantize(weight, statistics, QuantizedRank(0, q_bits), source)
         coarse = alone.reconstruct() if alone.q is not None else torch.zeros_like(weight)
-        hessian = Hessian.of(statistics.input_second_moment().to(weight), self.damping)
-        curvature, inputs = statistics.curvature().to(weight), InputMetric(hessian.matrix)
+        hessian = Hessian.of(statistics.of(InputMoments()).second_moment().to(weight), self.damping)
+        curvature, inputs = statistics.of(_CURVATURE).to(weight), InputMetric(hessian.matrix)
         if not curvature.any():
             # Nothing that happens here changes the loss.
             found = decompose(weight - coarse, inputs=inputs)
@@ -145,7 +149,7 @@ class QuantizingMethod(Method):
         metric = OutputMetric.of(curvature, _PLAN_DAMPING)
         found = decompose(weight - coarse, inputs=inputs, metric=metric)
         # Both dampings only steer the directions: what is counted is the loss by the measured metrics.
-        seen = ((found.right @ statistics.input_second_moment().to(weight)) * found.right).sum(1)
+        seen = ((found.right @ statistics.of(InputMoments()).second_moment().to(weight)) * found.right).sum(1)
         damped = ((found.right @ hessian.matrix) * found.right).sum(1)
         shares = metric.undamped_share(found.left) * (seen / damped.clamp_min(torch.finfo(seen.dtype).tiny))
         return coarse, Basis(found.left, found.right, found.energy * shares.clamp(0, 1), damping=metric.damping)
