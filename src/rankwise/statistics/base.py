@@ -25,7 +25,18 @@ DEFAULT_GROUPS = 32
 
 @dataclass(frozen=True)
 class Totals(ABC):
-    """What was summed, in float64 on the CPU. Every field is a tensor or an integer; a file holds the fields."""
+    """What was summed, in float64 on the CPU. Every field is a tensor or an integer; a file holds the fields.
+
+    Raises:
+        TypeError: when a tensor is of another precision, or elsewhere.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and (value.dtype != torch.float64 or value.device.type != "cpu"):
+                what = f"{type(self).__name__}.{field.name}"
+                raise TypeError(f"{what} is {value.dtype} on {value.device}: totals are float64 on the CPU")
 
     @abstractmethod
     def merge(self, other: Self) -> Self:

@@ -43,6 +43,9 @@ class MeasuredSums(Sums):
         measure: gives a count and a sum, as `MeanStatistic.measure` does.
         d: dimension of the stream's vectors.
         device: where they live.
+
+    Raises:
+        TypeError: on adding, when the sum is not float32.
     """
 
     def __init__(self, measure: Callable[[Tensor, Tensor], tuple[int, Tensor]], d: int, device: torch.device) -> None:
@@ -55,6 +58,8 @@ class MeasuredSums(Sums):
 
     def add(self, x: Tensor, inputs: Tensor) -> None:
         count, total = self._measure(x, inputs)
+        if total.dtype != torch.float32:
+            raise TypeError(f"what is measured was summed in {total.dtype}: sums are float32")
         self._total = self._total + total if self._count else total
         self._count += count
 
