@@ -33,6 +33,7 @@ from rankwise.quantizers.codes import (
 from rankwise.quantizers.lattice import nearest_e8p, nearest_short, round_e8p
 from rankwise.recipes import recipe_from
 from rankwise.runs import Run
+from rankwise.statistics.input_moments import InputMoments
 
 COUNT = 1_000_000
 SIDE = 4096
@@ -92,7 +93,7 @@ def feedback_rows() -> list[list[str]]:
         for site in sites:
             weight, seen = stages.weight_and_statistics(work, store, site)
             rotation = Rotation.drawn(site.m, site.n, stages.draw_for(work, site))
-            hessian = Hessian(rotation.hessian(Hessian.of(seen.input_second_moment(), 0.01).matrix), 0.01)
+            hessian = Hessian(rotation.hessian(Hessian.of(seen.of(InputMoments()).second_moment(), 0.01).matrix), 0.01)
             target, feedback = rotation.weight(weight), hessian.feedback(tile_of("e8p")[1])
             for name, bits in kinds:
                 codebook = codebook_named(name, bits, by_row=True)

@@ -21,7 +21,7 @@ from rankwise.checkpoints import load_model
 from rankwise.methods import method_named
 from rankwise.progress import _reset_peak_memory, peak_memory_bytes
 from rankwise.models import find_sites, share_inputs
-from rankwise.statistics import collect, streams_of
+from rankwise.statistics import collect
 model_path, method, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 loaded = load_model(model_path)
 tokens = torch.randint(0, loaded.vocabulary, (count, 256), generator=torch.Generator().manual_seed(0))

@@ -85,7 +85,7 @@ def test_another_keep_or_method_reuses_what_is_still_valid(
     real = stages.collect
 
     def counting(model: Any, sites: Any, tokens: Any, requests: Any, **options: Any) -> Any:
-        collected.append([request.need for request in requests])
+        collected.append([request.name for request in requests])
         return real(model, sites, tokens, requests, **options)
 
     monkeypatch.setattr(stages, "collect", counting)
@@ -114,7 +114,7 @@ def test_after_kills_the_same_command_ends_with_the_same_bytes(settings: Setting
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     whole = compress(recipe_from({**values, "output": str(tmp_path / "whole")}), run_directory=tmp_path / "other")
     run = tmp_path / "run"
-    for where, after in (("save_record", 3), ("save_outlook", 5), ("_write_weights", 0)):
+    for where, after in (("save_totals", 3), ("save_outlook", 5), ("_write_weights", 0)):
         arguments = [where, str(after), str(tmp_path / "recipe.yaml"), str(run)]
         done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, done.stderr

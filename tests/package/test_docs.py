@@ -24,32 +24,35 @@ def test_the_trace_names_functions_that_are_where_it_says() -> None:
 
 def test_the_trace_has_the_numbers_of_the_run() -> None:
     from rankwise.flows.compress import compress
-    from rankwise.models import Site
     from rankwise.quickstart import MODEL
     from rankwise.recipes import Calibration, Recipe
-    from rankwise.sizes import BitForm
+    from rankwise.sizes import DENSE, Cut, Form
 
     recipe = Recipe(model=str(MODEL), calibration=Calibration(source="bundled:train", sequences=128, length=256))
-    plan = compress(recipe).plan
+    result = compress(recipe)
     name = "model.layers.2.mlp.up_proj"
-    (m, n), rank = plan.shapes[name], plan.ranks[name] or 0
-    site = Site(name, "up", 2, m, n, False, False, name)
+    (m, n), rank = result.plan.shapes[name], result.plan.cuts[name].rank or 0
     page = (ROOT / "docs/trace-one-weight.md").read_text()
     for number in (
         f"[{m}, {n}]",
-        f"{site.parameters:,}",
+        f"{m * n:,}",
+        f"{16 * m * n:,}",
         f"[{rank}, {n}]",
         f"rank {rank}",
         f"{rank * (m + n):,}",
-        f"all {len(plan.ranks)} sites",
+        f"{rank} ({m} + {n} - {rank}) = {rank * (m + n - rank):,}",
+        f"{m - rank}",
+        f"all {len(result.plan.cuts)} sites",
     ):
         assert number in page, number
-    assert plan.ranks["model.layers.2.mlp.down_proj"] is None
-    form = BitForm(lr_bits=4)
-    whole = form.site_bits((m, n), 2, 16)
-    for number in (2 * m * n, 16 * m, 16 * form.rank_bits((m, n)), m + n):
+    assert result.report["sites"][name]["storage"] == "pivoted"
+    assert result.model.get_submodule(name).place is None
+    assert result.plan.cuts["model.layers.2.mlp.down_proj"] == DENSE
+    form, codes = Form(), Cut(16, 2, 4)
+    whole = form.bits((m, n), codes)
+    for number in (2 * m * n, 16 * m, 16 * form.rank_bits((m, n), 4), m + n):
         assert f"{number:,}" in page, number
-    assert whole == 2 * m * n + 16 * m + 16 * form.rank_bits((m, n)) + m + n
+    assert whole == 2 * m * n + 16 * m + 16 * form.rank_bits((m, n), 4) + m + n
     assert f"{whole / (m * n):.2f} bits a weight" in page
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,14 @@ from conftest import tiny_llama
 from rankwise.errors import NotFiniteError
 from rankwise.models import Site, find_sites, share_inputs
 from rankwise.progress import Reporter
-from rankwise.statistics import (
-    Moments,
-    Need,
-    PooledMoments,
-    Request,
-    SiteStatistics,
-    Store,
-    collect,
-    save_record,
-    streams_of,
-)
-from rankwise.statistics.collect import group_ends
-from rankwise.statistics.curvature import CurvatureSums, block_size, squared_rows
-from rankwise.statistics.moments import MomentSums
+from rankwise.statistics import SiteStatistics, Statistic, Store, collect, passes, save_totals
+from rankwise.statistics.absolute_mean import AbsoluteMean
+from rankwise.statistics.curvature import Curvature, CurvatureSums, block_size
+from rankwise.statistics.groups import group_ends
+from rankwise.statistics.moment_sums import MomentSums, MomentTotals
+from rankwise.statistics.moments import Moments
+from rankwise.statistics.pooled_covariance import PooledCovariance, PooledTotals
+from rankwise.statistics.row_fisher import RowFisher, squared_rows
 
 
 def samples(count: int, d: int, seed: int, offset: float = 0.0) -> Tensor:
@@ -42,8 +35,8 @@ def samples(count: int, d: int, seed: int, offset: float = 0.0) -> Tensor:
 @settings(deadline=None)
 def test_merging_equals_collecting_together_in_any_order(counts: list[int], seed: int, offset: float) -> None:
     parts = [samples(count, 4, seed + i, offset * i) for i, count in enumerate(counts)]
-    whole = Moments.of(torch.cat(parts))
-    moments = [Moments.of(part) for part in parts]
+    whole = MomentTotals.of(torch.cat(parts))
+    moments = [MomentTotals.of(part) for part in parts]
     left = moments[0]
     for each in moments[1:]:
         left = left.merge(each)
@@ -58,9 +51,9 @@ def test_merging_equals_collecting_together_in_any_order(counts: list[int], seed
 
 def test_welford_is_merging_one_vector_at_a_time() -> None:
     x = samples(30, 5, 0, 7.0)
-    moments = Moments.of(x[:1])
+    moments = MomentTotals.of(x[:1])
     for row in x[1:]:
-        moments = moments.merge(Moments.of(row[None]))
+        moments = moments.merge(MomentTotals.of(row[None]))
     torch.testing.assert_close(moments.covariance(), torch.cov(x.T))
     torch.testing.assert_close(moments.second_moment(), x.T @ x / 30)
 
@@ -80,7 +73,7 @@ def test_float32_sums_give_both_halves_of_the_gram_matrix(d: int) -> None:
     sums = MomentSums(d, torch.device("cpu"))
     sums.add(x)
     found = sums.take()
-    torch.testing.assert_close(found.scatter, Moments.of(x).scatter, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(found.scatter, MomentTotals.of(x).scatter, atol=1e-3, rtol=1e-4)
     assert torch.equal(found.scatter, found.scatter.T)
 
 
@@ -136,14 +129,13 @@ class Setup:
         handle.remove()
         return seen[0]
 
-    def statistics(self, folder: Path, site: Site, *requests: Request, **options: Any) -> SiteStatistics:
+    def statistics(self, folder: Path, site: Site, *asked: Statistic, **options: Any) -> SiteStatistics:
         options = {"batch_size": 4, **options}
-        records = collect(self.model, self.sites, self.tokens, requests, **options)
-        for need, by_stream in records.items():
-            for key, record in by_stream.items():
-                save_record(folder / need / f"{key}.safetensors", record)
-        stream_of = {n: {name: s.key for s in streams_of(n, self.sites) for name in s.sites} for n in records}
-        store = Store({need: folder / need for need in records}, stream_of)
+        collected = collect(self.model, self.sites, self.tokens, asked, **options)
+        for statistic, by_stream in collected.items():
+            for key, totals in by_stream.items():
+                save_totals(folder / statistic.name / f"{key}.safetensors", totals)
+        store = Store({statistic: folder / statistic.name for statistic in collected}, self.sites)
         weight = site.weight(self.model).double()
         return SiteStatistics(site, weight, site.bias(self.model), store)
 
@@ -153,7 +145,7 @@ def test_input_statistics_give_the_outputs_moments(name: str, tmp_path: Path) ->
     setup = Setup()
     site = setup.site(name)
     y = setup.outputs(site).flatten(0, 1)
-    seen = setup.statistics(tmp_path, site, Request(Need.MOMENTS)).covariance()
+    seen = setup.statistics(tmp_path, site, Moments()).of(Moments()).covariance()
     weight = site.weight(setup.model).double()
     measured = seen.outputs if seen.outputs is not None else seen.inputs.output_moment(weight)
     assert (seen.outputs is not None) == ("down" in name)
@@ -171,25 +163,24 @@ def test_pooled_covariance_averages_groups_that_hold_every_sequence(
     ends = group_ends(len(y), groups)
     parts = [y[a:b].flatten(0, 1) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
     expected = sum(torch.cov(part.T) for part in parts) / groups
-    request = Request(Need.POOLED_MOMENTS, groups=groups)
-    seen = setup.statistics(tmp_path, site, request, batch_size=batch_size).pooled_covariance()
+    asked = PooledCovariance(groups=groups)
+    seen = setup.statistics(tmp_path, site, asked, batch_size=batch_size).of(asked)
     assert seen.outputs is not None
     torch.testing.assert_close(seen.outputs, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(seen.mean_output, sum(p.mean(0) for p in parts) / groups, atol=1e-5, rtol=1e-4)
 
 
 def test_one_group_is_the_sample_covariance() -> None:
-    moments = Moments.of(samples(20, 3, 6))
-    torch.testing.assert_close(PooledMoments.of_group(moments).covariance(), moments.covariance())
+    moments = MomentTotals.of(samples(20, 3, 6))
+    torch.testing.assert_close(PooledTotals.of_group(moments).covariance(), moments.covariance())
 
 
 def test_fewer_sequences_than_groups_means_fewer_groups_and_is_said() -> None:
     setup = Setup(sequences=3)
     reporter = Reporter(show=False)
-    records = collect(
-        setup.model, setup.sites, setup.tokens, [Request(Need.POOLED_MOMENTS)], batch_size=8, reporter=reporter
-    )
-    assert {record.groups for record in records[Need.POOLED_MOMENTS].values()} == {3}
+    asked = PooledCovariance()
+    collected = collect(setup.model, setup.sites, setup.tokens, [asked], batch_size=8, reporter=reporter)
+    assert {totals.groups for totals in collected[asked].values()} == {3}
     assert reporter.notes == ["3 calibration sequences make 3 pooling groups, not 32"]
 
 
@@ -198,7 +189,7 @@ def test_absolute_mean(tmp_path: Path) -> None:
     site = setup.site("0.self_attn.o_proj")
     seen: list[Tensor] = []
     site.module(setup.model).register_forward_pre_hook(lambda _m, a: seen.append(a[0].detach()))
-    found = setup.statistics(tmp_path, site, Request(Need.ABSOLUTE_MEAN), batch_size=11).absolute_mean()
+    found = setup.statistics(tmp_path, site, AbsoluteMean(), batch_size=11).of(AbsoluteMean())
     torch.testing.assert_close(found, seen[0].double().abs().mean((0, 1)), atol=1e-6, rtol=1e-5)
 
 
@@ -206,8 +197,8 @@ def test_gradients_are_those_of_the_text_loss(tmp_path: Path) -> None:
     """Curvature and row Fisher against autograd on the weights themselves."""
     setup = Setup(sequences=5)
     site = setup.site("1.mlp.gate_proj")
-    requests = (Request(Need.CURVATURE, labels="text"), Request(Need.ROW_FISHER, labels="text"))
-    found = setup.statistics(tmp_path, site, *requests, batch_size=2)
+    curvature, fisher = Curvature(labels="text"), RowFisher(labels="text")
+    found = setup.statistics(tmp_path, site, curvature, fisher, batch_size=2)
     weight = site.module(setup.model).weight.requires_grad_()
     rows, second = torch.zeros(site.m).double(), torch.zeros(site.m, site.m).double()
     for sequence in setup.tokens:
@@ -222,15 +213,15 @@ def test_gradients_are_those_of_the_text_loss(tmp_path: Path) -> None:
         second += g.T @ g
         rows += weight.grad.double().square().sum(1)
         weight.grad = None
-    torch.testing.assert_close(found.curvature()[0], second / setup.tokens.numel(), atol=1e-6, rtol=1e-3)
-    torch.testing.assert_close(found.row_fisher(), rows / len(setup.tokens), atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(found.of(curvature)[0], second / setup.tokens.numel(), atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(found.of(fisher), rows / len(setup.tokens), atol=1e-6, rtol=1e-3)
 
 
 def test_the_backward_pass_leaves_no_gradient_on_any_weight() -> None:
     setup = Setup()
     for parameter in setup.model.parameters():
         parameter.requires_grad_(True)
-    collect(setup.model, setup.sites, setup.tokens, [Request(Need.CURVATURE, labels="sampled")], batch_size=4)
+    collect(setup.model, setup.sites, setup.tokens, [Curvature(labels="sampled")], batch_size=4)
     assert all(parameter.grad is None for parameter in setup.model.parameters())
     assert all(parameter.requires_grad for parameter in setup.model.parameters())
 
@@ -238,9 +229,9 @@ def test_the_backward_pass_leaves_no_gradient_on_any_weight() -> None:
 def test_a_small_memory_limit_cuts_curvature_to_blocks_and_says_so() -> None:
     setup = Setup()
     reporter = Reporter(show=False)
-    request = Request(Need.CURVATURE, labels="text", curvature_gb=1e-4)
-    records = collect(setup.model, setup.sites, setup.tokens, [request], batch_size=4, reporter=reporter)
-    total = sum(record.blocks.numel() for record in records[Need.CURVATURE].values())
+    asked = Curvature(labels="text", memory_gb=1e-4)
+    collected = collect(setup.model, setup.sites, setup.tokens, [asked], batch_size=4, reporter=reporter)
+    total = sum(totals.blocks.numel() for totals in collected[asked].values())
     assert total * 12 <= 1e-4 * 1e9 < sum(site.m**2 for site in setup.sites) * 12
     assert "diagonal blocks" in reporter.notes[0]
 
@@ -250,22 +241,40 @@ def test_an_activation_that_is_not_finite_names_the_layer() -> None:
     with torch.no_grad():
         setup.model.model.layers[1].input_layernorm.weight[3] = float("inf")
     with pytest.raises(NotFiniteError, match=r"layers\.1\.self_attn\.q_proj"):
-        collect(setup.model, setup.sites, setup.tokens, [Request(Need.MOMENTS)], batch_size=4)
+        collect(setup.model, setup.sites, setup.tokens, [Moments()], batch_size=4)
+
+
+@pytest.mark.parametrize("asked", [Curvature(groups=1), Curvature(labels="sampled"), RowFisher()], ids=repr)
+def test_a_gradient_that_is_not_finite_names_the_layer(asked: Statistic) -> None:
+    """The loss gradient of one token overflows at the output of the first block: its last layer is the first to see."""
+    setup = Setup()
+    calls: list[int] = []
+
+    def overflow(gradient: Tensor) -> Tensor:
+        calls.append(1)
+        scale = torch.ones_like(gradient)
+        scale[0, 3, 5] = float("inf") if len(calls) == 1 else 1.0
+        return gradient * scale
+
+    block = setup.model.model.layers[0]
+    block.register_forward_hook(lambda _m, _a, output: (output.register_hook(overflow), None)[1])
+    with pytest.raises(NotFiniteError, match=r"(?s)loss gradients.*layers\.0\.mlp\.down_proj"):
+        collect(setup.model, setup.sites, setup.tokens, [asked], batch_size=4)
+    assert setup.model.model.embed_tokens.weight.requires_grad
 
 
 def test_a_pass_killed_between_snapshots_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["rankwise.statistics.collect"]
-    monkeypatch.setattr(module, "_SNAPSHOT_SECONDS", 0.0)
+    monkeypatch.setattr(passes, "_SNAPSHOT_SECONDS", 0.0)
     setup = Setup(sequences=12)
-    requests = [Request(Need.MOMENTS, groups=6), Request(Need.CURVATURE, groups=6, labels="sampled")]
+    moments, curvature = asked = (Moments(groups=6), Curvature(groups=6, labels="sampled"))
 
     def run(snapshot: Path | None) -> Any:
-        return collect(setup.model, setup.sites, setup.tokens, requests, batch_size=2, snapshot=snapshot)
+        return collect(setup.model, setup.sites, setup.tokens, asked, batch_size=2, snapshot=snapshot)
 
     whole = run(None)
-    real, calls = module._backward, []
+    real, calls = passes._backward, []
 
     def dies(*arguments: Any) -> None:
         calls.append(arguments)
@@ -273,14 +282,13 @@ def test_a_pass_killed_between_snapshots_ends_with_the_same_bytes(
             raise KeyboardInterrupt
         real(*arguments)
 
-    monkeypatch.setattr(module, "_backward", dies)
+    monkeypatch.setattr(passes, "_backward", dies)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "snapshot")
     resumed = run(tmp_path / "snapshot")
     assert len(calls) == 4 + 3  # three of six batches were not done again
-    for need in (Need.MOMENTS, Need.CURVATURE):
-        for key, record in whole[need].items():
-            again = resumed[need][key]
-            assert record.count == again.count
-            field = "scatter" if need is Need.MOMENTS else "blocks"
-            assert torch.equal(getattr(record, field), getattr(again, field))
+    for statistic, field in ((moments, "scatter"), (curvature, "blocks")):
+        for key, totals in whole[statistic].items():
+            again = resumed[statistic][key]
+            assert totals.count == again.count
+            assert torch.equal(getattr(totals, field), getattr(again, field))

@@ -9,7 +9,8 @@ from torch import Tensor
 from rankwise.factors import Basis
 from rankwise.linalg import decompose
 from rankwise.methods.base import Factorisation, make_basis
-from rankwise.statistics import Need, Request, SiteStatistics
+from rankwise.statistics import SiteStatistics, Statistic
+from rankwise.statistics.moments import Moments
 
 
 class AFM(Factorisation):
@@ -22,10 +23,10 @@ class AFM(Factorisation):
     name: Literal["afm"] = "afm"
     bias: bool = True
 
-    def requests(self) -> tuple[Request, ...]:
-        return (Request(Need.MOMENTS),)
+    def requests(self) -> tuple[Statistic, ...]:
+        return (Moments(),)
 
     def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
-        seen = statistics.covariance()
+        seen = statistics.of(Moments()).covariance()
         found = decompose(weight, inputs=seen.inputs, outputs=seen.outputs)
         return make_basis(found, seen.mean_output if self.bias else None)

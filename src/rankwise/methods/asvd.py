@@ -10,7 +10,8 @@ from torch import Tensor
 from rankwise.factors import Basis
 from rankwise.linalg import InputMetric, decompose
 from rankwise.methods.base import Factorisation, make_basis
-from rankwise.statistics import Need, Request, SiteStatistics
+from rankwise.statistics import SiteStatistics, Statistic
+from rankwise.statistics.absolute_mean import AbsoluteMean
 
 
 class ASVD(Factorisation):
@@ -23,9 +24,9 @@ class ASVD(Factorisation):
     name: Literal["asvd"] = "asvd"
     alpha: Annotated[float, Field(ge=0, le=2)] = 0.5
 
-    def requests(self) -> tuple[Request, ...]:
-        return (Request(Need.ABSOLUTE_MEAN),)
+    def requests(self) -> tuple[Statistic, ...]:
+        return (AbsoluteMean(),)
 
     def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
-        scale = statistics.absolute_mean() ** self.alpha
+        scale = statistics.of(AbsoluteMean()) ** self.alpha
         return make_basis(decompose(weight, inputs=InputMetric(scale.square())))

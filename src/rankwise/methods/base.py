@@ -15,7 +15,7 @@ from rankwise.factors import Basis, Factors, Fit
 from rankwise.linalg import Decomposition, OutputMetric
 from rankwise.quantizers import Packed, Rotation
 from rankwise.sizes import Budget, Candidates, Cut, Form, low_rank_candidates
-from rankwise.statistics import Request, SiteStatistics
+from rankwise.statistics import SiteStatistics, Statistic
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class Method(BaseModel, ABC):
         """
         return low_rank_candidates(shape, form, multiple)
 
-    def requests(self) -> tuple[Request, ...]:
+    def requests(self) -> tuple[Statistic, ...]:
         """Statistics that have to be collected first."""
         return ()
 
-    def plan_requests(self) -> tuple[Request, ...]:
+    def plan_requests(self) -> tuple[Statistic, ...]:
         """Statistics that are needed on top when an allocation looks at losses."""
         return ()
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from rankwise.factors import Basis
 from rankwise.linalg import decompose
 from rankwise.methods.base import Factorisation, make_basis
-from rankwise.statistics import Need, Request, SiteStatistics
+from rankwise.statistics import SiteStatistics, Statistic
+from rankwise.statistics.pooled_covariance import PooledCovariance
 
 
 class Bolaco(Factorisation):
@@ -25,10 +26,10 @@ class Bolaco(Factorisation):
     groups: Annotated[int, Field(ge=1)] = 32
     bias: bool = True
 
-    def requests(self) -> tuple[Request, ...]:
-        return (Request(Need.POOLED_MOMENTS, groups=self.groups),)
+    def requests(self) -> tuple[Statistic, ...]:
+        return (PooledCovariance(groups=self.groups),)
 
     def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
-        seen = statistics.pooled_covariance()
+        seen = statistics.of(PooledCovariance(groups=self.groups))
         found = decompose(weight, inputs=seen.inputs, outputs=seen.outputs)
         return make_basis(found, seen.mean_output if self.bias else None)

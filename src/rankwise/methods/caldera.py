@@ -25,6 +25,7 @@ from rankwise.quantizers import (
 )
 from rankwise.sizes import FULL_BITS, Budget, Cut, Form
 from rankwise.statistics import SiteStatistics
+from rankwise.statistics.input_moments import InputMoments
 
 
 class Caldera(QuantizingMethod):
@@ -87,7 +88,7 @@ class Caldera(QuantizingMethod):
     def fit(
         self, weight: Tensor, statistics: SiteStatistics, cut: Cut, source: torch.Generator, looking: Looking
     ) -> tuple[Factors, Fit]:
-        hessian = Hessian.of(statistics.input_second_moment().to(weight), self.damping)
+        hessian = Hessian.of(statistics.of(InputMoments()).second_moment().to(weight), self.damping)
         rotation = drawn_rotation(self, weight, source)
         target = rotation.weight(weight)
         steps = _Steps(self, Hessian(rotation.hessian(hessian.matrix), hessian.damping), cut)

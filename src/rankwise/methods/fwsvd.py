@@ -10,7 +10,8 @@ from torch import Tensor
 from rankwise.factors import Basis
 from rankwise.linalg import OutputMetric, decompose
 from rankwise.methods.base import Factorisation, make_basis
-from rankwise.statistics import Need, Request, SiteStatistics
+from rankwise.statistics import SiteStatistics, Statistic
+from rankwise.statistics.row_fisher import RowFisher
 
 
 class FWSVD(Factorisation):
@@ -25,9 +26,9 @@ class FWSVD(Factorisation):
     labels: Literal["text", "sampled"] = "text"
     damping: Annotated[float, Field(ge=0)] = 1e-6
 
-    def requests(self) -> tuple[Request, ...]:
-        return (Request(Need.ROW_FISHER, labels=self.labels),)
+    def requests(self) -> tuple[Statistic, ...]:
+        return (RowFisher(labels=self.labels),)
 
     def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
-        rows = OutputMetric.of(statistics.row_fisher()[:, None, None], self.damping)
+        rows = OutputMetric.of(statistics.of(RowFisher(labels=self.labels))[:, None, None], self.damping)
         return make_basis(decompose(weight, metric=rows), damping=rows.damping)

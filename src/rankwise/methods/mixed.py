@@ -12,10 +12,11 @@ from rankwise.factors import Factors, Fit
 from rankwise.linalg import OutputMetric
 from rankwise.methods.base import Looking, Outlook, tail_losses
 from rankwise.methods.caldera import Caldera
-from rankwise.methods.quantizing import weighed_by_blocks
+from rankwise.methods.quantizing import CURVATURE, weighed_by_blocks
 from rankwise.methods.two_sided import TwoSided
 from rankwise.sizes import DENSE, Budget, Candidates, Cut, Form, coded_candidates, join, low_rank_candidates
-from rankwise.statistics import Request, SiteStatistics
+from rankwise.statistics import SiteStatistics, Statistic
+from rankwise.statistics.input_moments import InputMoments
 
 _TRIED_RANK = 4
 """Of min(m, n), one part in so many: the rank at which the rounding of L and R is tried."""
@@ -51,10 +52,10 @@ class Mixed(Caldera):
         if not asked.sized and allocation != "plan":
             raise ValueError("mixed needs a size to choose by: give bits, keep or size")
 
-    def requests(self) -> tuple[Request, ...]:
+    def requests(self) -> tuple[Statistic, ...]:
         return (*super().requests(), *self._factorisation.requests())
 
-    def plan_requests(self) -> tuple[Request, ...]:
+    def plan_requests(self) -> tuple[Statistic, ...]:
         return ()
 
     def output_metric(self, statistics: SiteStatistics) -> OutputMetric:
@@ -78,7 +79,7 @@ class Mixed(Caldera):
             return super().outlook(weight, statistics, q_bits, source)
         basis = self._factorisation.decompose(weight, statistics)
         tail = tail_losses(basis.energy)
-        seen, curvature = statistics.input_second_moment().to(weight), statistics.curvature().to(weight)
+        seen, curvature = statistics.of(InputMoments()).second_moment().to(weight), statistics.of(CURVATURE).to(weight)
         rank = max(1, basis.rank // _TRIED_RANK)
         taken = float(tail[0] - tail[rank])
         noise = {}

@@ -14,6 +14,7 @@ from rankwise.methods.quantizing import QuantizingMethod, drawn_rotation, on, ro
 from rankwise.quantizers import Hessian, Packed, Rotation, weighed_error
 from rankwise.sizes import Cut
 from rankwise.statistics import SiteStatistics
+from rankwise.statistics.input_moments import InputMoments
 
 
 class Quantize(QuantizingMethod):
@@ -35,7 +36,7 @@ class Quantize(QuantizingMethod):
     def fit(
         self, weight: Tensor, statistics: SiteStatistics, cut: Cut, source: torch.Generator, looking: Looking
     ) -> tuple[Factors, Fit]:
-        hessian = Hessian.of(statistics.input_second_moment().to(weight), self.damping)
+        hessian = Hessian.of(statistics.of(InputMoments()).second_moment().to(weight), self.damping)
         rotation = drawn_rotation(self, weight, source)
         seen = looking(cut.q_bits)
         # The same rounding, where an outlook has made it already.

@@ -16,10 +16,15 @@ from rankwise.linalg import InputMetric, OutputMetric, decompose
 from rankwise.methods.base import Method, Outlook
 from rankwise.quantizers import CODEBOOKS, Codebook, Hessian, Packed, Rotation, codebook_named, improve, ldlq
 from rankwise.sizes import FULL_BITS, Budget, Candidates, Form, coded_candidates
-from rankwise.statistics import Need, Request, SiteStatistics
+from rankwise.statistics import SiteStatistics, Statistic
+from rankwise.statistics.curvature import Curvature
+from rankwise.statistics.input_moments import InputMoments
 
 _PLAN_DAMPING = 1.0
 """Of the curvature, as in `two_sided`."""
+
+CURVATURE = Curvature(labels="sampled")
+"""What a plan looks at beside the inputs."""
 
 _BITS_FOR_RANK = 2.0
 """Bits a weight that L R takes at most beside a Q, where a plan is made by loss: a finer Q is then the better one."""
@@ -88,11 +93,11 @@ class QuantizingMethod(Method):
             given = " and ".join(option for option in settings if option in type(self).model_fields)
             raise ValueError(f"a size is given beside {given}: leave something to be chosen")
 
-    def requests(self) -> tuple[Request, ...]:
-        return (Request(Need.INPUT_MOMENTS),)
+    def requests(self) -> tuple[Statistic, ...]:
+        return (InputMoments(),)
 
-    def plan_requests(self) -> tuple[Request, ...]:
-        return (Request(Need.CURVATURE, labels="sampled"),)
+    def plan_requests(self) -> tuple[Statistic, ...]:
+        return (CURVATURE,)
 
     def form(self, budget: Budget, number_bits: int) -> Form:
         return Form(
@@ -141,12 +146,12 @@ class QuantizingMethod(Method):
 
         Losses estimate twice the loss a token as those of `two_sided` do, so they compare between sites.
         """
-        seen = statistics.input_second_moment().to(weight)
+        seen = statistics.of(InputMoments()).second_moment().to(weight)
         hessian = Hessian.of(seen, self.damping)
         rotation = drawn_rotation(self, weight, source)
         q = self.alone(weight, hessian, rotation, q_bits) if q_bits else None
         rest = weight if q is None else weight - Factors(None, None, q=q, rotation=rotation).reconstruct()
-        curvature = statistics.curvature().to(weight)
+        curvature = statistics.of(CURVATURE).to(weight)
         if self.given_rank == 0:
             # Nothing stands beside Q: its own loss says it all.
             loss = (weighed_by_blocks(curvature, rest) * (rest @ seen)).sum().reshape(1)

@@ -9,7 +9,8 @@ from torch import Tensor
 from rankwise.factors import Basis
 from rankwise.linalg import decompose
 from rankwise.methods.base import Factorisation, make_basis
-from rankwise.statistics import Need, Request, SiteStatistics
+from rankwise.statistics import SiteStatistics, Statistic
+from rankwise.statistics.moments import Moments
 
 
 class SVDLLM(Factorisation):
@@ -21,9 +22,9 @@ class SVDLLM(Factorisation):
 
     name: Literal["svd_llm"] = "svd_llm"
 
-    def requests(self) -> tuple[Request, ...]:
-        return (Request(Need.MOMENTS),)
+    def requests(self) -> tuple[Statistic, ...]:
+        return (Moments(),)
 
     def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
-        seen = statistics.second_moment()
+        seen = statistics.of(Moments()).second_moment()
         return make_basis(decompose(weight, inputs=seen.inputs, outputs=seen.outputs))

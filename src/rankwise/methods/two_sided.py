@@ -11,8 +11,9 @@ from torch import Tensor
 from rankwise.factors import Basis
 from rankwise.linalg import OutputMetric, decompose
 from rankwise.methods.base import Factorisation, make_basis
-from rankwise.statistics import Need, Request, SiteStatistics
-from rankwise.statistics.needs import DEFAULT_CURVATURE_GB
+from rankwise.statistics import SiteStatistics, Statistic
+from rankwise.statistics.curvature import DEFAULT_CURVATURE_GB, Curvature
+from rankwise.statistics.moments import Moments
 
 
 class TwoSided(Factorisation):
@@ -39,15 +40,17 @@ class TwoSided(Factorisation):
     curvature_gb: Annotated[float, Field(gt=0)] = DEFAULT_CURVATURE_GB
     bias: bool = True
 
-    def requests(self) -> tuple[Request, ...]:
-        curvature = Request(Need.CURVATURE, labels=self.labels, curvature_gb=self.curvature_gb)
-        return (Request(Need.MOMENTS), curvature)
+    def _curvature(self) -> Curvature:
+        return Curvature(labels=self.labels, memory_gb=self.curvature_gb)
+
+    def requests(self) -> tuple[Statistic, ...]:
+        return (Moments(), self._curvature())
 
     def output_metric(self, statistics: SiteStatistics) -> OutputMetric:
-        return OutputMetric.of(statistics.curvature(), self.damping)
+        return OutputMetric.of(statistics.of(self._curvature()), self.damping)
 
     def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
-        seen = statistics.covariance()
+        seen = statistics.of(Moments()).covariance()
         metric = self.output_metric(statistics)
         found = decompose(weight, inputs=seen.inputs, outputs=seen.outputs, metric=metric)
         found = replace(found, energy=found.energy * metric.undamped_share(found.left))

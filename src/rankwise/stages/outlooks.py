@@ -18,9 +18,8 @@ from rankwise.factors import Basis
 from rankwise.methods import Looking, Outlook, estimated_losses
 from rankwise.models import Site
 from rankwise.quantizers import Packed, Rotation
-from rankwise.runs import Stage
 from rankwise.stages.work import Work, calibration_key, model_key
-from rankwise.statistics import Need, SiteStatistics, Store, collect, save_record, streams_of
+from rankwise.statistics import SiteStatistics, Store, collect, save_totals
 
 
 def collect_statistics(work: Work) -> Store:
@@ -33,14 +32,16 @@ def collect_statistics(work: Work) -> Store:
     requests = method.requests()
     if work.looks >= Looks.LOSSES:
         requests += method.plan_requests()
-    stages: dict[Need, Stage] = {
-        request.need: work.run.stage(f"statistics-{request.need}", {**calibration_key(work), **request.settings()})
-        for request in requests
+    stages = {
+        statistic: work.run.stage(
+            f"statistics-{statistic.name}", {**calibration_key(work), "statistic": statistic.settings()}
+        )
+        for statistic in requests
     }
-    missing = [request for request in requests if not stages[request.need].done]
+    missing = [statistic for statistic, stage in stages.items() if not stage.done]
     if missing:
-        snapshot = work.run.stage("snapshot", {**calibration_key(work), "requests": [r.settings() for r in missing]})
-        records = collect(
+        snapshot = work.run.stage("snapshot", {**calibration_key(work), "statistics": [s.settings() for s in missing]})
+        collected = collect(
             work.loaded.model,
             work.sites,
             work.texts.calibration.ids,
@@ -50,15 +51,12 @@ def collect_statistics(work: Work) -> Store:
             snapshot=snapshot.partial,
             reporter=work.reporter,
         )
-        for need, by_stream in records.items():
-            with stages[need].making() as folder:
-                for key, record in by_stream.items():
-                    save_record(folder / f"{key}.safetensors", record)
+        for statistic, by_stream in collected.items():
+            with stages[statistic].making() as folder:
+                for key, totals in by_stream.items():
+                    save_totals(folder / f"{key}.safetensors", totals)
         snapshot.discard()
-    stream_of = {
-        need: {name: stream.key for stream in streams_of(need, work.sites) for name in stream.sites} for need in stages
-    }
-    return Store({need: stage.folder for need, stage in stages.items()}, stream_of)
+    return Store({statistic: stage.folder for statistic, stage in stages.items()}, work.sites)
 
 
 def weight_and_statistics(work: Work, store: Store, site: Site) -> tuple[Tensor, SiteStatistics]:

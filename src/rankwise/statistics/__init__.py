@@ -1,23 +1,19 @@
-"""What calibration measures: moments of inputs, curvature at outputs, and the streamed passes that collect them."""
+"""What calibration measures, one file a statistic, and the streamed passes that collect it.
 
-from rankwise.statistics.collect import collect, streams_of
-from rankwise.statistics.curvature import Curvature, RowFisher
-from rankwise.statistics.moments import AbsoluteMean, Moments, PooledMoments
-from rankwise.statistics.needs import Need, Request
-from rankwise.statistics.store import Response, SiteStatistics, Store, save_record
+A method imports the statistics it asks for from their files; nothing here lists them.
+"""
+
+from rankwise.statistics.base import Collected, Labels, Statistic, Totals
+from rankwise.statistics.passes import collect
+from rankwise.statistics.store import SiteStatistics, Store, save_totals
 
 __all__ = [
-    "AbsoluteMean",
-    "Curvature",
-    "Moments",
-    "Need",
-    "PooledMoments",
-    "Request",
-    "Response",
-    "RowFisher",
+    "Collected",
+    "Labels",
     "SiteStatistics",
+    "Statistic",
     "Store",
+    "Totals",
     "collect",
-    "save_record",
-    "streams_of",
+    "save_totals",
 ]

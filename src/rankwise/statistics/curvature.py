@@ -1,15 +1,25 @@
-"""Second moments of loss gradients. They merge by addition."""
+"""Second moment of the loss gradient at a site's output, in diagonal blocks (the output side of K-FAC)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from rankwise.models import Site
+from rankwise.progress import Reporter
+from rankwise.statistics.base import DEFAULT_GROUPS, Labels, Place, StartSums, Statistic, Sums, Totals
+from rankwise.statistics.streams import Stream, gradient_streams
+
+DEFAULT_CURVATURE_GB = 8.0
+_BYTES_PER_ENTRY = 12  # float32 on the device, float64 for the total
+
 
 @dataclass(frozen=True)
-class Curvature:
+class CurvatureTotals(Totals):
     """Sum of g g^T over tokens, g the gradient of the loss at a site's output, in diagonal blocks.
 
     Attributes:
@@ -20,47 +30,19 @@ class Curvature:
     count: int
     blocks: Tensor
 
-    def merge(self, other: Curvature) -> Curvature:
-        return Curvature(self.count + other.count, self.blocks + other.blocks)
+    def merge(self, other: Self) -> Self:
+        return replace(self, count=self.count + other.count, blocks=self.blocks + other.blocks)
+
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.blocks.diagonal(dim1=1, dim2=2)).all())
 
     def value(self) -> Tensor:
         """E[g g^T] in blocks, shape `[k, b, b]`."""
         return self.blocks / self.count
 
 
-@dataclass(frozen=True)
-class RowFisher:
-    """Sum over sequences of the squared weight gradient, summed over each row: `total` of shape `[m]`, float64."""
-
-    count: int
-    total: Tensor
-
-    def merge(self, other: RowFisher) -> RowFisher:
-        return RowFisher(self.count + other.count, self.total + other.total)
-
-    def value(self) -> Tensor:
-        """Mean over sequences, shape `[m]`."""
-        return self.total / self.count
-
-
-def squared_rows(inputs: Tensor, gradients: Tensor) -> Tensor:
-    """Row sums of the squared weight gradient of each sequence, without forming that gradient.
-
-    The gradient of a sequence is G^T X. Its row i squares to sum_{t,t'} g_ti g_t'i <x_t, x_t'>.
-
-    Args:
-        inputs: X, shape `[sequences, tokens, n]`.
-        gradients: G, shape `[sequences, tokens, m]`.
-
-    Returns:
-        Shape `[m]`, summed over sequences.
-    """
-    gram = inputs @ inputs.mT
-    return ((gram @ gradients) * gradients).sum((0, 1))
-
-
-class CurvatureSums:
-    """Float32 accumulator of g g^T on the model's device, in diagonal blocks.
+class CurvatureSums(Sums):
+    """Sums of g g^T, in diagonal blocks.
 
     Args:
         m: outputs of the site.
@@ -76,16 +58,18 @@ class CurvatureSums:
     def empty(self) -> bool:
         return self._count == 0
 
-    def add(self, g: Tensor) -> None:
-        """Add gradients of shape `[tokens, m]`."""
+    def add(self, x: Tensor, inputs: Tensor | None = None) -> None:
+        """Add gradients of shape `[..., m]`."""
+        if not x.numel():
+            return
         count, block, _ = self._blocks.shape
-        parts = g.float().reshape(len(g), count, block).transpose(0, 1)
+        g = x.reshape(-1, count, block).float()
+        parts = g.transpose(0, 1)
         self._blocks.baddbmm_(parts.mT, parts)
         self._count += len(g)
 
-    def take(self) -> Curvature:
-        """What was added, in float64 on the CPU; the accumulator starts afresh."""
-        taken = Curvature(self._count, self._blocks.to("cpu", torch.float64, copy=True))
+    def take(self) -> CurvatureTotals:
+        taken = CurvatureTotals(self._count, self._blocks.to("cpu", torch.float64, copy=True))
         self._blocks.zero_()
         self._count = 0
         return taken
@@ -94,3 +78,53 @@ class CurvatureSums:
 def block_size(m: int, largest: int) -> int:
     """The largest divisor of m that is at most `largest`: m itself means a full matrix."""
     return next(size for size in range(min(m, max(1, largest)), 0, -1) if m % size == 0)
+
+
+@dataclass(frozen=True)
+class _StartInBlocks:
+    """Starts sums in blocks of at most `largest` outputs."""
+
+    largest: int
+
+    def __call__(self, d: int, device: torch.device) -> CurvatureSums:
+        return CurvatureSums(d, block_size(d, self.largest), device)
+
+
+@dataclass(frozen=True)
+class Curvature(Statistic[CurvatureTotals, Tensor]):
+    """E[g g^T] in diagonal blocks; a method sees it, shape `[k, b, b]`, k b = m.
+
+    Attributes:
+        labels: where the loss gradient g is taken.
+        groups: groups of sequences that are summed in float32.
+        memory_gb: what the curvature of all sites together may take, in 10^9 bytes. Where full matrices do not fit,
+            the largest diagonal blocks that do are kept.
+    """
+
+    name = "curvature"
+    totals = CurvatureTotals
+
+    labels: Labels = "text"
+    groups: int = DEFAULT_GROUPS
+    memory_gb: float = DEFAULT_CURVATURE_GB
+
+    def streams(self, sites: Sequence[Site]) -> list[Stream]:
+        return gradient_streams(sites)
+
+    def sums(self, streams: Sequence[Stream], sequences: int, reporter: Reporter) -> StartSums:
+        largest = max(stream.d for stream in streams)
+        block = largest
+        while block > 1:
+            entries = sum(stream.d * block_size(stream.d, block) for stream in streams)
+            if entries * _BYTES_PER_ENTRY <= self.memory_gb * 1e9:
+                break
+            block //= 2
+        if block < largest:
+            reporter.note(
+                f"the full curvature does not fit {self.memory_gb:g} GB: diagonal blocks of at most {block} outputs "
+                "are kept (method.curvature_gb raises the limit)"
+            )
+        return _StartInBlocks(block)
+
+    def seen(self, totals: CurvatureTotals, place: Place) -> Tensor:
+        return totals.value()

@@ -11,23 +11,28 @@ from rankwise.models import Site
 
 @dataclass(frozen=True)
 class Stream:
-    """The input that some sites share, or the output of one site.
+    """The input that some sites share, the output of one site, or the loss gradient at that output.
 
     Attributes:
-        module: path of the module whose input or output is watched.
-        side: which of the two.
+        module: path of the module that is watched.
+        side: which of the three.
         d: dimension of the vectors.
         sites: names of the sites it serves.
     """
 
     module: str
-    side: Literal["input", "output"]
+    side: Literal["input", "output", "gradient"]
     d: int
     sites: tuple[str, ...]
 
     @property
     def key(self) -> str:
         return f"{self.module}.{self.side}"
+
+    @property
+    def vectors(self) -> str:
+        """What its vectors are, as errors call them."""
+        return "The loss gradients at this layer" if self.side == "gradient" else f"The {self.side}s of this layer"
 
 
 def input_streams(sites: Sequence[Site]) -> list[Stream]:
@@ -43,7 +48,12 @@ def output_streams(sites: Sequence[Site]) -> list[Stream]:
     return [Stream(site.name, "output", site.m, (site.name,)) for site in sites]
 
 
-def moment_streams(sites: Sequence[Site]) -> list[Stream]:
+def gradient_streams(sites: Sequence[Site]) -> list[Stream]:
+    """One stream for the loss gradient at every site's output."""
+    return [Stream(site.name, "gradient", site.m, (site.name,)) for site in sites]
+
+
+def smaller_streams(sites: Sequence[Site]) -> list[Stream]:
     """Inputs where one n x n matrix serves, outputs where theirs are smaller together (a down projection)."""
     by_name = {site.name: site for site in sites}
     streams: list[Stream] = []

@@ -1,0 +1,51 @@
+"""Groups of calibration sequences: where they end, and how a batch falls into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from torch import Tensor
+
+
+def group_ends(sequences: int, groups: int) -> list[int]:
+    """Ends of `groups` contiguous groups, as equal as possible, that together hold every sequence."""
+    return [(index + 1) * sequences // groups for index in range(groups)]
+
+
+class Grouping:
+    """Splits batches where groups end.
+
+    Args:
+        sequences: how many there are.
+        groups: how many groups, never more than sequences. None makes every batch a group.
+    """
+
+    def __init__(self, sequences: int, groups: int | None) -> None:
+        self._ends = None if groups is None else frozenset(group_ends(sequences, min(groups, sequences)))
+        self._segments: list[tuple[int, int, bool]] = []
+
+    def begin(self, start: int, stop: int) -> None:
+        """A batch of the sequences `start..stop` comes next."""
+        ends = {stop} if self._ends is None else self._ends
+        cuts = sorted({start, stop, *(end for end in ends if start < end < stop)})
+        self._segments = [(a - start, b - start, b in ends) for a, b in pairwise(cuts)]
+
+    def parts(self, x: Tensor, inputs: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """Parts of what was seen of the batch, each within one group, and whether the group ends there.
+
+        Routed tokens (`[tokens, d]`) no longer know their sequence; they count to the batch's last group.
+
+        Args:
+            x: vectors of a stream, shape `[sequences, tokens, d]` or `[tokens, d]`.
+            inputs: what its module read, of the same sequences or tokens.
+        """
+        if x.ndim < 3:
+            yield x, inputs, self._segments[-1][2]
+            return
+        for start, stop, ends in self._segments:
+            yield x[start:stop], inputs[start:stop], ends
+
+    def ends_at(self, stop: int) -> bool:
+        """Whether a group ends after `stop` sequences."""
+        return self._ends is None or stop in self._ends

@@ -1,0 +1,118 @@
+"""Hooks that hand what streams carry to sums, and sums to totals where groups of sequences end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import NotFiniteError
+from rankwise.models import Site
+from rankwise.progress import Reporter
+from rankwise.statistics.base import Collected, StartSums, Statistic, Sums
+from rankwise.statistics.groups import Grouping
+from rankwise.statistics.streams import Stream
+
+
+class _Watch:
+    """The sums of one stream in groups of one kind, and the statistics made of them."""
+
+    def __init__(self, stream: Stream, grouping: Grouping, sums: Sums, statistics: Sequence[Statistic]) -> None:
+        self.stream = stream
+        self._grouping, self._sums, self._statistics = grouping, sums, statistics
+
+    def add(self, x: Tensor, inputs: Tensor, kept: Collected) -> None:
+        """Add what was seen of a batch, and to `kept` what the groups give that end in it."""
+        for part, part_inputs, ends in self._grouping.parts(x, inputs):
+            self._sums.add(part, part_inputs)
+            if not ends or self._sums.empty:
+                continue
+            taken = self._sums.take()
+            if not taken.is_finite():
+                raise NotFiniteError(
+                    f"{self.stream.vectors} hold NaN or an infinity.",
+                    where=self.stream.module,
+                    remedy="--set precision=float32 if the model overflows in half precision; "
+                    "else the checkpoint is damaged",
+                )
+            for statistic in self._statistics:
+                totals, by_stream = statistic.totals_of(taken), kept[statistic]
+                before = by_stream.get(self.stream.key)
+                by_stream[self.stream.key] = totals if before is None else before.merge(totals)
+
+
+class Collector:
+    """What one pass collects. Statistics that sum a stream alike share its sums.
+
+    Args:
+        statistics: what is collected.
+        sites: at which sites.
+        sequences: calibration sequences there are.
+        device: where the model is.
+        reporter: told what the user should know.
+    """
+
+    def __init__(
+        self,
+        statistics: Sequence[Statistic],
+        sites: Sequence[Site],
+        sequences: int,
+        device: torch.device,
+        reporter: Reporter,
+    ) -> None:
+        self.device = device
+        self.kept: Collected = {statistic: {} for statistic in statistics}
+        self._groupings = {s.groups: Grouping(sequences, s.groups) for s in statistics}
+        alike: dict[tuple[Stream, int | None, StartSums], list[Statistic]] = {}
+        for statistic in statistics:
+            streams = statistic.streams(sites)
+            start = statistic.sums(streams, sequences, reporter)
+            for stream in streams:
+                alike.setdefault((stream, statistic.groups, start), []).append(statistic)
+        self._watches: dict[Stream, list[_Watch]] = {}
+        for (stream, groups, start), members in alike.items():
+            watch = _Watch(stream, self._groupings[groups], start(stream.d, device), members)
+            self._watches.setdefault(stream, []).append(watch)
+
+    def begin(self, start: int, stop: int) -> None:
+        """A batch of the sequences `start..stop` comes next."""
+        for grouping in self._groupings.values():
+            grouping.begin(start, stop)
+
+    def sums_are_empty_after(self, stop: int) -> bool:
+        """Whether all groups that have begun end after `stop` sequences, so that `kept` is all there is."""
+        return all(grouping.ends_at(stop) for grouping in self._groupings.values())
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Watch every stream of the model inside the block."""
+        handles = [self._hook(model, stream) for stream in self._watches]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, model: nn.Module, stream: Stream) -> Any:
+        module = model.get_submodule(stream.module)
+
+        def add(x: Tensor, inputs: Tensor) -> None:
+            for watch in self._watches[stream]:
+                watch.add(x.detach(), inputs.detach(), self.kept)
+
+        def watch_gradient(_module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            inputs = arguments[0].detach()
+            _first(output).register_hook(lambda gradient: add(gradient, inputs))
+
+        if stream.side == "input":
+            return module.register_forward_pre_hook(lambda _m, arguments: add(arguments[0], arguments[0]))
+        if stream.side == "output":
+            return module.register_forward_hook(lambda _m, arguments, output: add(_first(output), arguments[0]))
+        return module.register_forward_hook(watch_gradient)
+
+
+def _first(value: Any) -> Tensor:
+    return value[0] if isinstance(value, tuple) else value
