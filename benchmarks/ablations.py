@@ -234,6 +234,7 @@ def main() -> None:
         parts.append(TABLES[name](kept, shared, folder / "run"))
         figures += kept.figures
     if set(arguments.only) == set(TABLES):
+        parts.append("Everything is stored as two factors.")
         write_result(
             "ablations", "Ablations of the Bolaco paper", "python benchmarks/ablations.py", "\n\n".join(parts), figures
         )

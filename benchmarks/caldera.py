@@ -217,6 +217,7 @@ def write(folder: Path) -> None:
         by = {(f["label"], f["size"]): f["perplexity"][text] for f in cells}
         rows = [[label, *(f"{by[label, s]:.2f}" if (label, s) in by else "-" for s in SIZES)] for label in STUDY]
         parts.append(f"{text}\n\n" + markdown_table(["bits a weight", *(f"{s:g}" for s in SIZES)], rows) + "\n")
+    parts.append("Low rank with 16 bits is stored as pivot rows, everything else as codes.")
     title = f"Low rank, quantisation and both at equal bytes, {MODEL}"
     write_result("caldera-study", title, "python benchmarks/caldera.py study", "\n".join(parts), cells)
 

@@ -57,7 +57,8 @@ def main() -> None:
     rows = [[name, *(f"{f['perplexity']:.2f}" for f in figures if f["variant"] == name)] for name in VARIANTS]
     body = (
         "Perplexity at the kept fraction that heads the column; 160 sequences of 256 tokens of each text, calibration "
-        "on 256 sequences of 256 tokens of mix.calibration, rank multiple 1.\n\n" + markdown_table(header, rows)
+        "on 256 sequences of 256 tokens of mix.calibration, rank multiple 1, two factors.\n\n"
+        + markdown_table(header, rows)
     )
     write_result(
         "defaults", "Default settings against their alternatives", "python benchmarks/defaults.py", body, figures

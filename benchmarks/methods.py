@@ -84,6 +84,7 @@ def main() -> None:
         ]
         parts.append(f"{text}: dense {chosen[0]['dense']:.2f}, {chosen[0]['tokens']:,} scored tokens\n")
         parts.append(markdown_table(["method", *(f"keep {keep}" for keep in KEEPS[model])], rows) + "\n")
+    parts.append("Stored as two factors.")
     title = f"Perplexity by method, {model}, uniform allocation, rank multiple 1"
     write_result(f"methods-{model}", title, f"python benchmarks/methods.py {model}", "\n".join(parts), figures)
 

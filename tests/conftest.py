@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +196,28 @@ def rankwise(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return int(stopped.value.code or 0), captured.out, captured.err
 
     return run
+
+
+@cache
+def results(name: str) -> Any:
+    """The figures of `benchmarks/results/NAME.json`."""
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["figures"]
+
+
+def figures(name: str, figure: str, part: str = "", **has: Any) -> list[float]:
+    """A figure in all records of a results file that have what is asked for.
+
+    Args:
+        name: of the results file.
+        figure: key in a record, or keys joined by slashes.
+        part: where in the file the records are.
+        has: keys and values.
+    """
+    found = []
+    for record in results(name)[part] if part else results(name):
+        if all(record[key] == value for key, value in has.items()):
+            value = record
+            for key in figure.split("/"):
+                value = value.get(key, {})
+            found += [] if value == {} else [float(value)]
+    return found

@@ -64,5 +64,5 @@ def test_tests_and_files_that_pages_name_exist(page: Path) -> None:
         assert f"def {name}(" in tests, name
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (page.parent / target).exists(), target
-    for target in re.findall(r"`((?:benchmarks|docs|examples)/[\w./-]+)`", text):
+    for target in re.findall(r"`((?:benchmarks|docs|examples|tests)/[\w./-]+)`", text):
         assert (ROOT / target).exists(), target

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from conftest import ROOT
 from rankwise.checkpoints.modeling_file import modeling_source
 from rankwise.progress import Reporter
 
@@ -64,6 +65,9 @@ def test_the_quickstart_compresses_the_bundled_model(tmp_path: Path, capsys: obj
     assert f"{dense:.3f}" in out
     assert f"{small:.3f}" in out
     assert out.count("Return a list of") == 2
+    sizes = [line.rstrip() for line in out.splitlines() if line.startswith(("linear", "parameters", "bytes"))]
+    assert len(sizes) == 5
+    assert "\n".join(sizes) in (ROOT / "README.md").read_text()
 
 
 def test_notes_are_said_once_and_kept(capsys: object) -> None:

@@ -1,4 +1,4 @@
-"""The one decomposition behind every method: principal outputs of a weight under two metrics.
+"""The one decomposition behind all low-rank parts: principal outputs of a weight under two metrics.
 
 With P P^T a metric on outputs and M one on inputs, the minimiser of tr(P^T (W - L R) M (W - L R)^T P) over rank r is
 L = P^{-T} U_r, R = U_r^T P^T W, with U the eigenvectors of P^T W M W^T P. A method is a choice of M and P.

@@ -39,7 +39,7 @@ def e8p_patterns() -> Tensor:
     long = [
         [1 if place in ones else 3 for place in range(LATTICE)] for ones in itertools.combinations(range(LATTICE), 3)
     ]
-    # Every second of the 56, and one more: the choice changes the error on a Gaussian by 0.1%.
+    # Every second of the 56, and one more.
     return torch.tensor([*short, *long[::2], long[1]], dtype=torch.float32, device="cpu") / 2
 
 

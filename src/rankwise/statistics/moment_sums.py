@@ -53,10 +53,7 @@ class MomentTotals(Totals):
 
 
 def _gram_block(d: int, device: torch.device) -> int:
-    """Rows of a Gram matrix to update at a time: small blocks save most of the upper half, large ones keep GEMMs fast.
-
-    128 and 256 were the fastest of 64 to 1024 on a CPU, at d up to 1024 and at 4096.
-    """
+    """Rows of a Gram matrix to update at a time: small ones save most of the upper half, large ones keep GEMMs fast."""
     if device.type != "cpu":
         return max(1024, d // 4)
     return 128 if d < 2048 else 256

@@ -1,0 +1,271 @@
+"""Tables in README and docs show the numbers of `benchmarks/results`, and say which of them and of what storage.
+
+The text above a table of measurements names its results file, and `TABLES` says which figure a row and a column show.
+`DESCRIPTIONS` lists the tables without measurements.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+
+from conftest import ROOT, figures
+
+PAGES = {str(page.relative_to(ROOT)): page for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
+TEXTS = ("wikitext2.test", "mix.heldout")
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+RESULTS = re.compile(r"`benchmarks/results/([\w-]+)\.md`")
+STORAGE = re.compile(r"two factors|pivot rows|pivoted|codes")
+
+Record = dict[str, Any]
+
+DESCRIPTIONS = {
+    ("README.md", "option"),
+    ("docs/allocation.md", "`--allocation`"),
+    ("docs/architecture.md", "noun"),
+    ("docs/methods/README.md", "method"),
+    ("docs/methods/caldera.md", "setting"),
+    ("docs/quantisation.md", "`--allocation`"),
+    ("docs/repair.md", "step"),
+    ("docs/storage.md", "`--storage`"),
+}
+"""Tables without measurements: page, head of the first column."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a table shows of a results file.
+
+    Attributes:
+        rows: label of a row -> what its records have.
+        columns: head of a column -> what its records have, then the names of the figures in a cell.
+        part: where in the file the records are.
+    """
+
+    rows: dict[str, Record]
+    columns: dict[str, tuple[Record, list[str]]]
+    part: str = ""
+
+
+def scores(*keeps: float) -> dict[str, tuple[Record, list[str]]]:
+    return {f"{text} {keep}": ({"keep": keep}, [f"perplexity/{text}"]) for text in TEXTS for keep in keeps}
+
+
+def rows(key: str, names: dict[str, str]) -> dict[str, Record]:
+    return {label: {key: name} for label, name in names.items()}
+
+
+def named(key: str, *names: str) -> dict[str, Record]:
+    return {name: {key: name} for name in names}
+
+
+TABLES = {
+    ("README.md", "repair-wiki-llama-8m"): Shown(
+        rows(
+            "row",
+            {
+                "two factors": "two-factor, spectral",
+                "pivot rows": "pivoted, spectral",
+                "pivot rows, `blocks`": "1024 sequences: pivoted, spectral, blocks",
+                "pivot rows, `blocks,factors`": "1024 sequences: pivoted, spectral, blocks, factors",
+            },
+        ),
+        scores(0.6, 0.4, 0.25, 0.15),
+        "runs",
+    ),
+    ("README.md", "allocation-wiki-llama-8m"): Shown(
+        named(
+            "row",
+            "bolaco, uniform",
+            "bolaco, LoRD manual",
+            "bolaco, bayesian:5x1",
+            "bolaco, bayesian:5x4",
+            "two_sided, uniform",
+            "two_sided, spectral",
+            "two_sided, bayesian:spectral",
+        ),
+        scores(0.6, 0.4, 0.25),
+        "runs",
+    ),
+    ("README.md", "methods-wiki-llama-8m"): Shown(
+        named("method", "svd", "fwsvd", "asvd", "svd_llm", "afm", "bolaco", "two_sided"),
+        {f"{t} {keep}": ({"keep": keep, "text": t}, ["compressed"]) for t in TEXTS for keep in (0.6, 0.4, 0.25)},
+    ),
+    ("README.md", "caldera"): Shown(
+        rows(
+            "label",
+            {
+                "rounded to the nearest, evenly spaced levels": "2 bits, to the nearest, uniform",
+                "and errors fed back (LDLQ)": "2 bits, LDLQ, uniform",
+                "and rotated, E8P lattice (`quantize`)": "2 bits, LDLQ, Hadamard, E8P",
+                "and L R of rank 8 at 4 bits (`caldera`)": "2 bits, rank 8 at 4 bits",
+                "rank 16": "2 bits, rank 16 at 4 bits",
+                "rank 32": "2 bits, rank 32 at 4 bits",
+                "rank 64": "2 bits, rank 64 at 4 bits",
+                "`quantize`, 3 bits": "3 bits, LDLQ, Hadamard, E8P",
+                "`quantize`, 4 bits": "4 bits, LDLQ, Hadamard, E8P",
+            },
+        ),
+        {"bits a weight": ({}, ["bits"]), **{text: ({}, [f"perplexity/{text}"]) for text in TEXTS}},
+    ),
+    ("docs/repair.md", "repair-stories260k"): Shown(
+        rows(
+            "row",
+            {
+                "none": "pivoted, spectral",
+                "a search of 50 trials in place of repair": "pivoted, search",
+                "`refit`": "pivoted, spectral, refit",
+                "`refit`, both factors": "pivoted, spectral, refit of both factors",
+                "`subspace`": "pivoted, spectral, subspace",
+                "`blocks`": "pivoted, spectral, blocks",
+                "`factors`": "pivoted, spectral, factors",
+                "`blocks,factors`": "pivoted, spectral, blocks, factors",
+                "`refit` (both), `blocks`, `factors`": "pivoted, spectral, refit of both factors, blocks, factors",
+                "a search, then `blocks,factors`": "pivoted, search, blocks, factors",
+            },
+        ),
+        {
+            **{f"keep {keep}": ({"keep": keep}, ["perplexity/sampled stories"]) for keep in (0.9, 0.8, 0.7)},
+            "seconds": ({}, ["repair_seconds"]),
+        },
+        "runs",
+    ),
+    ("docs/repair.md", "repair-wiki-llama-8m"): Shown(
+        rows(
+            "row",
+            {
+                "none": "pivoted, spectral",
+                "a search of 50 trials in place of repair": "pivoted, search",
+                "`refit`": "pivoted, spectral, refit",
+                "`refit`, both factors": "pivoted, spectral, refit of both factors",
+                "`subspace`": "pivoted, spectral, subspace",
+                "`blocks`": "pivoted, spectral, blocks",
+                "`factors`": "pivoted, spectral, factors",
+                "`blocks,factors`": "pivoted, spectral, blocks, factors",
+                "`blocks,factors` on 1,024 x 256 tokens": "1024 sequences: pivoted, spectral, blocks, factors",
+                "a search, then `blocks,factors`": "pivoted, search, blocks, factors",
+            },
+        ),
+        {**scores(0.4, 0.25), "seconds 0.4": ({"keep": 0.4}, ["repair_seconds"])},
+        "runs",
+    ),
+    ("docs/storage.md", "speed-cpu"): Shown(
+        {
+            "two factors, keep 0.8": {"variant": "two factors", "keep": 0.8},
+            "pivoted, keep 0.8": {"variant": "pivoted", "keep": 0.8},
+            "pivoted, the ranks of the first row": {"variant": "pivoted, ranks of two factors", "keep": 0.8},
+            "two factors, keep 0.5": {"variant": "two factors", "keep": 0.5},
+            "pivoted, keep 0.5": {"variant": "pivoted", "keep": 0.5},
+            "pivoted, the ranks of the fourth row": {"variant": "pivoted, ranks of two factors", "keep": 0.5},
+        },
+        {
+            mode: ({"mode": mode}, ["ratio", "operations_ratio"])
+            for mode in ("prefill 1 x 512", "prefill 8 x 512", "decode, batch 1", "decode, batch 8")
+        },
+        "models",
+    ),
+}
+"""Tables of measurements: page, results file."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a page, and the paragraph above it."""
+
+    page: str
+    above: str
+    head: list[str]
+    body: list[list[str]]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """As in `TABLES` where a results file is named, as in `DESCRIPTIONS` elsewhere."""
+        results = RESULTS.findall(self.above)
+        assert len(results) <= 1, f"{self}: two results files"
+        return self.page, (results or self.head)[0]
+
+    def __str__(self) -> str:
+        return f"{self.page}, table headed {' | '.join(self.head)}"
+
+
+def tables(page: str) -> Iterator[Table]:
+    """The tables of a page, in order."""
+    above = ""
+    for block in re.split(r"\n\n+", re.sub(r"^```.*?^```", "", PAGES[page].read_text(), flags=re.M | re.S)):
+        text, mark, table = f"\n{block}".partition("\n|")
+        above = text if text.strip() else above
+        if mark:
+            cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[:-1]] for line in table.split("\n|")]
+            yield Table(page, above, cells[0], cells[2:])
+
+
+def check(table: Table, shown: Shown, label: str, column: str, cell: str) -> None:
+    """A cell has the figures of its records, rounded to its digits; nothing where none was measured."""
+    has, names = shown.columns[column]
+    what = {**shown.rows[label], **has}
+    expected = [figures(table.key[1], name, shown.part, **what) for name in names]
+    numbers = NUMBER.findall(cell)
+    if not numbers:
+        assert not any(map(any, expected)), f"{table}: {label}, {column} was measured"
+        return
+    assert all(expected), f"{table}: {label}, {column} was not measured"
+    digits = [len(number.partition(".")[2]) for number in numbers]
+    right = [f"{mean(values):.{places}f}" for values, places in zip(expected, digits, strict=True)]
+    assert numbers == right, f"{table}: {label}, {column}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_show_the_figures_of_the_results_they_name(page: str) -> None:
+    for table in tables(page):
+        if table.key in DESCRIPTIONS:
+            continue
+        assert table.key in TABLES, f"{table}: neither in TABLES, by the results file named above it, nor a description"
+        shown = TABLES[table.key]
+        assert {row[0] for row in table.body} == set(shown.rows), table
+        assert set(table.head[1:]) == set(shown.columns), table
+        for label, *cells in table.body:
+            for column, cell in zip(table.head[1:], cells, strict=True):
+                check(table, shown, label, column, cell)
+
+
+def test_every_table_is_found_and_says_what_storage_it_is_of() -> None:
+    found = [table for page in PAGES for table in tables(page)]
+    assert sorted(table.key for table in found) == sorted({*TABLES, *DESCRIPTIONS})
+    for table in found:
+        if table.key in TABLES:
+            labels = [row[0] for row in table.body]
+            assert STORAGE.search(" ".join([table.above, *table.head, *labels])), table
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_bold_is_the_least_of_a_column(page: str) -> None:
+    for table in tables(page):
+        columns = list(zip(*table.body, strict=True))[1:]
+        if any("**" in cell for column in columns for cell in column):
+            for head, column in zip(table.head[1:], columns, strict=True):
+                numbers = {cell: float(NUMBER.findall(cell)[0]) for cell in column if NUMBER.search(cell)}
+                least = {cell for cell, number in numbers.items() if number == min(numbers.values())}
+                assert {cell for cell in column if "**" in cell} == least, f"{table}: {head}"
+
+
+def test_a_wrong_number_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = PAGES["docs/storage.md"].read_text()
+    changed = tmp_path / "page.md"
+    monkeypatch.setitem(PAGES, "docs/storage.md", changed)
+    for right, wrong in (
+        ("0.79 (0.80)", "0.78 (0.80)"),
+        ("0.79 (0.80)", "0.79"),
+        ("0.79 (0.80)", ""),
+        ("two factors, keep 0.8", "two factors, keep 0.9"),
+        ("`benchmarks/results/speed-cpu.md`", ""),
+    ):
+        assert right in text
+        changed.write_text(text.replace(right, wrong, 1))
+        with pytest.raises((AssertionError, ValueError)):
+            test_tables_show_the_figures_of_the_results_they_name("docs/storage.md")
