@@ -1,6 +1,6 @@
 """How much each part of a model bears: one role, or one site, compressed at a time (Bolaco, Figures 1 and 5).
 
-The flow is that of `compress` up to the bases; then every point is one forward pass over the validation samples.
+The flow is that of `compress` up to the outlooks; then every point is one forward pass over the validation samples.
 """
 
 from __future__ import annotations

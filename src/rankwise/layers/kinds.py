@@ -44,12 +44,14 @@ class Kind(ABC):
         in_numbers: whether all of it is numbers of the checkpoint's own type, which it keeps where it is written.
         trains: whether its factors are parameters as they are, so that a repair can change them.
         movable: whether its inputs and outputs can be put in another order.
+        transposed: whether it keeps W as `[n, m]`.
     """
 
     replaced: ClassVar[bool] = True
     in_numbers: ClassVar[bool] = True
     trains: ClassVar[bool] = False
     movable: ClassVar[bool] = True
+    transposed = False
 
     def shape(self, layer: Any) -> tuple[int, int]:
         """`(m, n)`."""
@@ -135,13 +137,13 @@ class _Dense(Kind):
     replaced = False
 
     def __init__(self, outputs: int) -> None:
-        self._outputs = outputs
+        self._outputs, self.transposed = outputs, bool(outputs)
 
     def shape(self, layer: Any) -> tuple[int, int]:
         return layer.weight.shape[self._outputs], layer.weight.shape[1 - self._outputs]
 
     def of(self, factors: Factors, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        return dense_layer(factors.reconstruct(), factors.bias, bool(self._outputs), dtype, device)
+        return dense_layer(factors.reconstruct(), factors.bias, self.transposed, dtype, device)
 
     def factors(self, layer: Any) -> Factors:
         raise ValueError("a dense layer has no factors")

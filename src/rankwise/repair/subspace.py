@@ -76,7 +76,7 @@ class Subspace(Training):
 
     def fold_in(self, model: Any, sites: Sequence[Site], limits: Mapping[str, int]) -> dict[str, Any]:
         for site in sites:
-            layer = site.module(model)
-            if isinstance(layer, SubspaceLinear):
-                model.set_submodule(site.name, layer.merged())
+            merged = getattr(site.module(model), "merged", None)
+            if merged is not None:
+                model.set_submodule(site.name, merged())
         return {}

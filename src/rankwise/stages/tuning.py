@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from rankwise.checkpoints import REPORT_FILE, LoadedModel, fingerprint, load_model, save_low_rank, writing
 from rankwise.data import Examples, load_examples, parse_source
@@ -138,7 +137,7 @@ def sites_of(loaded: LoadedModel, plan: Plan) -> list[Site]:
             raise ModelError("The model's layers are not those of its plan.", where=f"{loaded.source}: {name}")
         block, role = place_of(name)
         biased = any(key.endswith("bias") for key, _ in module.named_parameters())
-        found.append(Site(name, role, block, m, n, isinstance(module, Conv1D), biased, name))
+        found.append(Site(name, role, block, m, n, kind_of(module).transposed, biased, name))
     if all(cut.dense for cut in plan.cuts.values()):
         raise ModelError(
             "Nothing in this model is factored.", where=loaded.source, remedy="compress with a lower --keep"
