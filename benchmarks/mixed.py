@@ -40,7 +40,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "wiki-llama-8m": {"calibration": 256, "scored": 100, "batch": 8, "rows": tuple(ROWS), "multiple": 1},
-    "smollm2-135m": {"calibration": 64, "scored": 40, "batch": 2, "rows": tuple(ROWS)[:3], "multiple": 8},
+    "smollm2-135m": {"calibration": 48, "scored": 32, "batch": 2, "rows": tuple(ROWS)[:3], "multiple": 8},
 }
 LENGTH = 256
 

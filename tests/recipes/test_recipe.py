@@ -28,6 +28,34 @@ def test_every_method_can_be_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "budget", "keep", "allocation"),
+    [
+        ("two_sided", None, 0.8, "spectral"),
+        ("two_sided", {"bits": None}, 0.8, "spectral"),
+        ("bolaco", {"rank_multiple": 1}, 0.8, "uniform"),
+        ("two_sided", {"bits": 4}, None, "spectral"),
+        ("two_sided", {"size": "9MB"}, None, "spectral"),
+        ("quantize", {"keep": 0.25}, 0.25, "spectral"),
+        ("mixed", {"bits": 4}, None, "spectral"),
+        ({"name": "quantize", "q_bits": 2}, None, None, "uniform"),
+    ],
+)
+def test_a_size_is_given_by_default_where_the_method_has_one(
+    method: Any, budget: Any, keep: float | None, allocation: str
+) -> None:
+    recipe = recipe_from({"model": "M", "method": method, **({} if budget is None else {"budget": budget})})
+    assert recipe.budget.keep == keep
+    assert recipe.allocation.name == allocation
+    assert recipe.budget.storage == "auto"
+
+
+def test_a_budget_of_another_type_is_refused() -> None:
+    for bad in (3, "small", [0.5], True):
+        with pytest.raises(RecipeError, match="budget"):
+            recipe_from({"model": "M", "budget": bad})
+
+
+@pytest.mark.parametrize(
     ("values", "says"),
     [
         ({"modle": "M"}, r"'modle' is no key(.|\n)*did you mean 'model'"),

@@ -226,16 +226,18 @@ class Recipe(_Node):
         kind = METHODS.get(name) if isinstance(name, str) else None
         if kind is None:
             return values
-        given = values.get("budget")
-        budget = (
-            dict(given) if isinstance(given, Mapping) else {} if given is None else given.model_dump(exclude_unset=True)
-        )
-        if not any(spelling in budget for spelling in SPELLINGS) and kind.default_keep is not None:
+        given = values.get("budget") or {}
+        if not isinstance(given, Mapping | BaseModel):
+            return values
+        budget = dict(given) if isinstance(given, Mapping) else given.model_dump(exclude_unset=True)
+        sized = any(budget.get(spelling) is not None for spelling in SPELLINGS)
+        # A keep of null says that the size is given otherwise, or by hand.
+        if not sized and "keep" not in budget and kind.default_keep is not None:
             budget["keep"] = kind.default_keep
         values = {**values, "budget": budget}
         if values.get("allocation") is None:
             # Where nothing says a size, there is nothing to spend.
-            spends = kind.default_keep is not None or any(budget.get(spelling) is not None for spelling in SPELLINGS)
+            spends = sized or kind.default_keep is not None
             values["allocation"] = Spectral() if kind.one_unit and spends else Uniform()
         return values
 
