@@ -26,7 +26,7 @@ class Outlook:
         basis: of what Q leaves of W, or of W itself.
         q: codes of Q; None without Q.
         rotation: of Q.
-        noise: by bits of L and R, the share of the energy that L R takes and that rounding its entries gives back.
+        noise: by bits of L and R, the share of the energy that L R should take and a fit of it does not.
     """
 
     basis: Basis

@@ -79,9 +79,19 @@ class Caldera(QuantizingMethod):
     def form(self, budget: Budget, number_bits: int) -> Form:
         return super().form(budget, number_bits).model_copy(update={"lr_codebook": self.lr_codebook})
 
+    def output_weights(self, statistics: SiteStatistics, rotation: Rotation, like: Tensor) -> Tensor | None:
+        """What errors of the rotated outputs weigh when L and R are fitted, shape `[m, m]`; None weighs all the same.
+
+        Args:
+            statistics: what was collected at this site.
+            rotation: of both sides.
+            like: a tensor of the dtype and device to use.
+        """
+        return None
+
     def alone(self, weight: Tensor, hessian: Hessian, rotation: Rotation, q_bits: int) -> Packed:
         turned = Hessian(rotation.hessian(hessian.matrix), hessian.damping)
-        q = _Steps(self, turned, Cut(0, q_bits)).q_for(rotation.weight(weight), None)
+        q = _Steps(self, turned, Cut(0, q_bits), None).q_for(rotation.weight(weight), None)
         assert q is not None
         return q
 
@@ -91,8 +101,9 @@ class Caldera(QuantizingMethod):
         hessian = Hessian.of(statistics.of(InputMoments()).second_moment().to(weight), self.damping)
         rotation = drawn_rotation(self, weight, source)
         target = rotation.weight(weight)
-        steps = _Steps(self, Hessian(rotation.hessian(hessian.matrix), hessian.damping), cut)
-        whole = weighed_error(target, steps.hessian.matrix)
+        outputs = self.output_weights(statistics, rotation, weight) if cut.rank else None
+        steps = _Steps(self, Hessian(rotation.hessian(hessian.matrix), hessian.damping), cut, outputs)
+        whole = weighed_error(target, steps.hessian.matrix, outputs)
         pair: LowRank | None = None
         errors: list[float] = []
         best: tuple[Packed | None, LowRank | None] = None, None
@@ -106,7 +117,7 @@ class Caldera(QuantizingMethod):
                 q = steps.q_for(target if pair is None else target - pair.product(), pair)
             rest = target if q is None else target - q.dense()
             pair = steps.pair_for(rest) if cut.rank else None
-            error = weighed_error(rest if pair is None else rest - pair.product(), steps.hessian.matrix)
+            error = weighed_error(rest if pair is None else rest - pair.product(), steps.hessian.matrix, outputs)
             errors.append(error / whole if whole > 0 else error)
             if errors.index(min(errors)) == len(errors) - 1:
                 best = q, pair
@@ -130,10 +141,11 @@ class _Steps:
         method: the settings.
         hessian: H, rotated and damped.
         cut: what is decided.
+        outputs: what errors of outputs weigh when L and R are fitted; None for all the same.
     """
 
-    def __init__(self, method: Caldera, hessian: Hessian, cut: Cut) -> None:
-        self._method, self.hessian, self._cut = method, hessian, cut
+    def __init__(self, method: Caldera, hessian: Hessian, cut: Cut, outputs: Tensor | None) -> None:
+        self._method, self.hessian, self._cut, self._outputs = method, hessian, cut, outputs
         self._metric = InputMetric(hessian.matrix)
         self._codebook = method.codes(cut.q_bits) if cut.q_bits else None
         self._factors: Codebook | None = None
@@ -164,4 +176,5 @@ class _Steps:
     def pair_for(self, rest: Tensor) -> LowRank:
         """L R of what Q leaves, shape `[m, n]`."""
         feedback = self._along(self._factors) if self._method.right_feedback else None
-        return low_rank(rest, self._metric, self._cut.rank or 0, self._factors, self._method.inner, feedback)
+        rank, turns = self._cut.rank or 0, self._method.inner
+        return low_rank(rest, self._metric, rank, self._factors, turns, feedback, self._outputs)

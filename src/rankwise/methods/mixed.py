@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -14,19 +15,23 @@ from rankwise.methods.base import Looking, Outlook, tail_losses
 from rankwise.methods.caldera import Caldera
 from rankwise.methods.quantizing import CURVATURE, weighed_by_blocks
 from rankwise.methods.two_sided import TwoSided
+from rankwise.quantizers import Rotation
 from rankwise.sizes import DENSE, Budget, Candidates, Cut, Form, coded_candidates, join, low_rank_candidates
 from rankwise.statistics import SiteStatistics, Statistic
 from rankwise.statistics.input_moments import InputMoments
 
-_TRIED_RANK = 4
-"""Of min(m, n), one part in so many: the rank at which the rounding of L and R is tried."""
+_TRIED_ALONE = 4
+_TRIED_BESIDE = 16
+"""Of min(m, n), one part in so many: the rank at which L R is tried without a Q, and beside one."""
 
 
 class Mixed(Caldera):
     """Candidates of `two_sided` (dense, and L R in numbers) beside those of `caldera` (Q, Q + L R) in one budget.
 
     Losses of both are in one unit, so one plan may mix them; what is chosen is then fitted by the one or the other. L R
-    without Q may also be codes. What rounding its entries costs is tried once a site, at a quarter of the full rank.
+    without Q may also be codes. Where L R is codes it is fitted to the loss: errors of outputs weigh by the curvature,
+    as in `two_sided`. What a fit misses of the loss that a rank would save is tried once a site and number of bits, and
+    counted in.
 
     Attributes:
         alone_bits: bits of the entries of L R without Q; numbers of the checkpoint's own type are a choice besides.
@@ -74,21 +79,44 @@ class Mixed(Caldera):
         # By size alone Q climbs, and then the weight stays as it is.
         return join(coded, *alone, low_rank_candidates(shape, form, multiple))
 
+    def output_weights(self, statistics: SiteStatistics, rotation: Rotation, like: Tensor) -> Tensor | None:
+        blocks = statistics.of(CURVATURE).to(like)
+        if not blocks.any():
+            return None
+        curvature = torch.block_diag(*blocks)
+        curvature.diagonal().add_(self.curvature_damping * curvature.diagonal().mean())
+        return rotation.curvature(curvature)
+
     def outlook(self, weight: Tensor, statistics: SiteStatistics, q_bits: int, source: torch.Generator) -> Outlook:
+        state = source.get_state()
         if q_bits:
-            return super().outlook(weight, statistics, q_bits, source)
-        basis = self._factorisation.decompose(weight, statistics)
-        tail = tail_losses(basis.energy)
-        seen, curvature = statistics.of(InputMoments()).second_moment().to(weight), statistics.of(CURVATURE).to(weight)
-        rank = max(1, basis.rank // _TRIED_RANK)
+            found = super().outlook(weight, statistics, q_bits, source)
+        else:
+            found = Outlook(self._factorisation.decompose(weight, statistics))
+        tail = tail_losses(found.basis.energy)
+        rank = max(1, (len(tail) - 1) // (_TRIED_BESIDE if q_bits else _TRIED_ALONE))
         taken = float(tail[0] - tail[rank])
         noise = {}
-        for bits in self.alone_bits:
-            tried = super().fit(weight, statistics, Cut(rank, 0, bits), source, _no_looking)[0]
-            rest = weight - tried.reconstruct()
-            loss = float((weighed_by_blocks(curvature, rest) * (rest @ seen)).sum())
-            noise[bits] = max(0.0, (loss - float(tail[rank])) / taken) if taken > 0 else 0.0
-        return Outlook(basis, noise=noise)
+        for bits in (self.lr_bits,) if q_bits else self.alone_bits:
+            # Signs are drawn as they will be for the fit.
+            source.set_state(state)
+            tried = self._tried(weight, statistics, Cut(rank, q_bits, bits), source, found)
+            lost = self._loss(weight - tried.reconstruct(), statistics)
+            noise[bits] = max(0.0, (lost - float(tail[rank])) / taken) if taken > 0 else 0.0
+        return replace(found, noise=noise)
+
+    def _tried(
+        self, weight: Tensor, statistics: SiteStatistics, cut: Cut, source: torch.Generator, found: Outlook
+    ) -> Factors:
+        """One turn of a fit."""
+        once = self.model_copy(update={"outer": 1})
+        return super(Mixed, once).fit(weight, statistics, cut, source, lambda _q_bits: found)[0]
+
+    @staticmethod
+    def _loss(error: Tensor, statistics: SiteStatistics) -> float:
+        """tr(F E H E^T) by the measured metrics, E of shape `[m, n]`."""
+        seen = statistics.of(InputMoments()).second_moment().to(error)
+        return float((weighed_by_blocks(statistics.of(CURVATURE).to(error), error) * (error @ seen)).sum())
 
     def fit(
         self, weight: Tensor, statistics: SiteStatistics, cut: Cut, source: torch.Generator, looking: Looking
@@ -96,7 +124,3 @@ class Mixed(Caldera):
         if cut.coded:
             return super().fit(weight, statistics, cut, source, looking)
         return self._factorisation.fit(weight, statistics, cut, source, looking)
-
-
-def _no_looking(_q_bits: int) -> None:
-    """Nothing was seen yet."""

@@ -39,11 +39,11 @@ class Rotation:
 
     def hessian(self, hessian: Tensor) -> Tensor:
         """V H V^T for H of shape `[n, n]`."""
-        if self.minus_in is None:
-            return hessian
-        signs = _signs(self.minus_in, hessian)
-        turned = rotate(rotate(hessian * signs).T * signs)
-        return (turned + turned.T) / 2
+        return _turned(hessian, self.minus_in)
+
+    def curvature(self, curvature: Tensor) -> Tensor:
+        """U F U^T for F of shape `[m, m]`."""
+        return _turned(curvature, self.minus_out)
 
     def undo(self, weight: Tensor) -> Tensor:
         """U^T W~ V, shape `[m, n]`."""
@@ -51,6 +51,15 @@ class Rotation:
             return weight
         turned = rotate(weight) * _signs(self.minus_in, weight)
         return (rotate(turned.T) * _signs(self.minus_out, weight)).T
+
+
+def _turned(matrix: Tensor, minus: Tensor | None) -> Tensor:
+    """A symmetric matrix rotated on both sides."""
+    if minus is None:
+        return matrix
+    signs = _signs(minus, matrix)
+    turned = rotate(rotate(matrix * signs).T * signs)
+    return (turned + turned.T) / 2
 
 
 def _signs(minus: Tensor, like: Tensor) -> Tensor:

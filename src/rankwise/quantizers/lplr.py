@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankwise.linalg import InputMetric, decompose
+from rankwise.linalg import InputMetric, OutputMetric, decompose
 from rankwise.quantizers.codebooks import Codebook, Packed
 from rankwise.quantizers.ldlq import ldlq
 
@@ -31,20 +31,25 @@ class LowRank:
         return self.left @ self.right
 
 
-def weighed_error(error: Tensor, hessian: Tensor) -> float:
-    """tr(E H E^T) for E of shape `[m, n]`."""
-    return float(((error @ hessian) * error).sum())
+def weighed_error(error: Tensor, hessian: Tensor, outputs: Tensor | None = None) -> float:
+    """tr(F E H E^T) for E of shape `[m, n]`; F, shape `[m, m]`, is the identity when it is None."""
+    weighed = error @ hessian
+    return float((weighed * (error if outputs is None else outputs @ error)).sum())
 
 
-def rank_constrained(residual: Tensor, metric: InputMetric, rank: int) -> tuple[Tensor, Tensor]:
-    """The best L R of this rank for tr((E - L R) H (E - L R)^T), L with orthonormal columns.
+def rank_constrained(
+    residual: Tensor, metric: InputMetric, rank: int, outputs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The best L R of this rank for tr(F (E - L R) H (E - L R)^T).
 
     Args:
         residual: E, shape `[m, n]`.
         metric: H.
         rank: r.
+        outputs: F, shape `[m, m]`, positive definite; None for the identity, and L then has orthonormal columns.
     """
-    found = decompose(residual, inputs=metric)
+    weights = None if outputs is None else OutputMetric.of(outputs.unsqueeze(0), 0.0)
+    found = decompose(residual, inputs=metric, metric=weights)
     return found.left[:, :rank], found.right[:rank]
 
 
@@ -55,6 +60,7 @@ def low_rank(
     codebook: Codebook | None,
     iterations: int,
     feedback: Tensor | None = None,
+    outputs: Tensor | None = None,
 ) -> LowRank:
     """Fit L R to E. With a codebook, each factor is fitted in turn to the other and rounded; the best pair is kept.
 
@@ -65,30 +71,34 @@ def low_rank(
         codebook: what both factors are rounded to; None leaves them as they are.
         iterations: turns.
         feedback: U of H: R is then rounded with feedback; None rounds it to the nearest.
+        outputs: F, shape `[m, m]`, positive definite: errors of outputs weigh by it; None weighs all the same.
 
     Raises:
         ValueError: when a fit is not finite.
     """
-    left, right = rank_constrained(residual, metric, rank)
+    left, right = rank_constrained(residual, metric, rank, outputs)
     if codebook is None:
         return LowRank(left, right)
     hessian = metric.matrix
+    seen = residual if outputs is None else outputs @ residual
     weighed = residual @ hessian
-    whole = float((weighed * residual).sum())
+    whole = float((weighed * seen).sum())
     best: tuple[float, LowRank] | None = None
     gram = right @ hessian @ right.T
     for _ in range(iterations):
         packed_left = codebook.quantize(_solve(gram, right @ weighed.T))
         left = packed_left.dense().T
-        wanted = _solve(left.T @ left, left.T @ residual)
+        # F says nothing of the best L for an R; it does of the best R for an L.
+        felt = left if outputs is None else outputs @ left
+        wanted = _solve(left.T @ felt, left.T @ seen)
         if feedback is None:
             packed_right = codebook.quantize(wanted)
         else:
             packed_right = ldlq(wanted, feedback, codebook, codebook.scales(wanted, feedback=True))
         right = packed_right.dense()
-        # tr((E - L R) H (E - L R)^T) without another product of full size.
+        # tr(F (E - L R) H (E - L R)^T) without another product of full size.
         gram = right @ hessian @ right.T
-        error = whole - 2 * float(((left.T @ weighed) * right).sum()) + float(((left.T @ left) * gram).sum())
+        error = whole - 2 * float(((felt.T @ weighed) * right).sum()) + float(((left.T @ felt) * gram).sum())
         if best is None or error < best[0]:
             best = error, LowRank(left, right, (packed_left, packed_right))
     assert best is not None
