@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from conftest import Run, failed, make_problem, make_site
 from rankwise import compress
 from rankwise.allocation import MultipleChoice
-from rankwise.checkpoints import load_model
+from rankwise.checkpoints import REPORT_FILE, load_model
 from rankwise.layers import kind_of
 from rankwise.methods import estimated_losses, method_named
 from rankwise.recipes import recipe_from
+from rankwise.reports import Report
 from rankwise.sizes import DENSE, Cut, Form
 
 Settings = Callable[..., dict[str, Any]]
@@ -84,6 +85,7 @@ def test_a_mixed_plan_is_fitted_stored_and_read_back(settings: Settings, tmp_pat
     made = compress(recipe_from(values), run_directory=tmp_path / "run")
     assert made.plan.cuts == cuts
     found = {name: site.storage or "dense" for name, site in made.report.sites.items()}
+    assert {name: site.cut for name, site in Report.load(tmp_path / "out" / REPORT_FILE).sites.items()} == cuts
     form = made.plan.form
     assert found == {name: form.kind(made.plan.shapes[name], cut) for name, cut in cuts.items()}
     ids = torch.arange(3, 27)[None]

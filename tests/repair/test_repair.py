@@ -412,8 +412,9 @@ def test_a_repair_that_harms_is_undone_and_said(
 def test_a_repair_to_nan_is_undone(repairing: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([2.0, float("nan"), float("nan")])
     monkeypatch.setattr(stage_module, "judge_repair", lambda *_: next(values))
-    result = compress(recipe_from(repairing("blocks")), run_directory=tmp_path / "run")
+    result = compress(recipe_from(repairing("blocks", output=str(tmp_path / "out"))), run_directory=tmp_path / "run")
     step = result.report.repair[0]
+    assert "NaN" not in (tmp_path / "out" / "rankwise_report.json").read_text()
     assert step.objective_after == 2.0
     assert [(row.objective_after, row.accepted) for row in step.blocks] == [(None, False), (None, False)]
 

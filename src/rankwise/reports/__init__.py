@@ -2,6 +2,7 @@
 
 from rankwise.reports.model_card import model_card
 from rankwise.reports.parts import (
+    Bits,
     BlockRepair,
     CalibrationText,
     ExampleCounts,
@@ -11,6 +12,8 @@ from rankwise.reports.parts import (
     KeptPredictions,
     LearnedText,
     Machine,
+    Named,
+    Part,
     RecipeSettings,
     RepairStep,
     Scores,
@@ -37,6 +40,7 @@ from rankwise.reports.table import closing_table
 
 __all__ = [
     "REPORT_FORMAT",
+    "Bits",
     "BlockRepair",
     "CalibrationText",
     "ExampleCounts",
@@ -46,6 +50,8 @@ __all__ = [
     "KeptPredictions",
     "LearnedText",
     "Machine",
+    "Named",
+    "Part",
     "RecipeSettings",
     "RepairStep",
     "Report",
