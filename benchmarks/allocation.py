@@ -86,11 +86,12 @@ def measure(model: str, shared: Path, run_directory: Path, **changes: Any) -> di
     except BudgetError as problem:
         return {"infeasible": problem.problem}
     seconds = time.monotonic() - started
+    search = result.report.search
     return {
         "kept": result.plan.kept,
         "perplexity": {text: score(result.model.float(), recipe.model, settings) for text, settings in texts.items()},
         "seconds": seconds,
-        "search": result.report["search"],
+        "search": None if search is None else search.model_dump(mode="json"),
     }
 
 

@@ -101,9 +101,9 @@ def measure(shared: Path, run_directory: Path, **changes: Any) -> dict[str, Any]
     result = compress(recipe, run_directory=run_directory, reporter=Reporter(show=False))
     seconds = time.monotonic() - started
     cache_dense(result.model, True)
-    bits = result.report["bits"]
+    bits = result.report.bits
     return {
-        "bits": result.plan.kept * 16 if bits is None else bits["got"],
+        "bits": result.plan.kept * 16 if bits is None else bits.got,
         "perplexity": {text: score(result.model.float(), recipe.model, each) for text, each in texts.items()},
         "seconds": seconds,
     }
@@ -147,13 +147,14 @@ def tune(shared: Path, folder: Path, settings: dict[str, Any]) -> dict[str, Any]
         reporter=Reporter(show=False),
     )
     seconds = time.monotonic() - started
+    assert report.bits is not None
     model = load_model(str(tuned)).model.float()
     cache_dense(model, True)
     return {
-        "bits": report["bits"]["got"],
+        "bits": report.bits.got,
         "perplexity": {text: score(model, source, each) for text, each in texts.items()},
         "seconds": seconds,
-        "accepted": report["finetune"][-1]["accepted"],
+        "accepted": report.finetune[-1].accepted,
     }
 
 

@@ -49,7 +49,9 @@ def main() -> None:
                         }
                     )
                     result = compress(recipe, run_directory=run_directory, reporter=Reporter())
-                    score = result.report["evaluation"]["compressed"]["perplexity"]
+                    scores = result.report.evaluation
+                    assert scores is not None
+                    score = scores.compressed.perplexity
                     figures.append({"variant": name, "text": text, "keep": keep, "perplexity": score})
             row = [f"{f['perplexity']:.2f}" for f in figures if f["variant"] == name]
             print(name, *row, flush=True)

@@ -54,19 +54,20 @@ def main() -> None:
                         }
                     )
                     result = compress(recipe, run_directory=run_directory, reporter=Reporter())
-                    scores = result.report["evaluation"]
+                    scores = result.report.evaluation
+                    assert scores is not None
                     figures.append(
                         {
                             "method": method,
                             "keep": keep,
                             "kept": result.plan.kept,
                             "text": text,
-                            "dense": scores["dense"]["perplexity"],
-                            "compressed": scores["compressed"]["perplexity"],
-                            "tokens": scores["dense"]["tokens"],
+                            "dense": scores.dense.perplexity,
+                            "compressed": scores.compressed.perplexity,
+                            "tokens": scores.dense.tokens,
                         }
                     )
-                    print(method, keep, text, round(scores["compressed"]["perplexity"], 2), flush=True)
+                    print(method, keep, text, round(scores.compressed.perplexity, 2), flush=True)
     parts = []
     for text in texts:
         chosen = [f for f in figures if f["text"] == text]

@@ -110,16 +110,14 @@ def measure(model: str, shared: Path, run_directory: Path, row: Row, keep: float
         result = compress(recipe, run_directory=run_directory, reporter=Reporter(show=False))
     except BudgetError as problem:
         return {"infeasible": problem.problem}
-    repairs = [{k: v for k, v in step.items() if k not in ("history", "blocks")} for step in result.report["repair"]]
-    entries = [
-        facts["largest_pivot_entry"] for facts in result.report["sites"].values() if "largest_pivot_entry" in facts
-    ]
+    repair, sites = result.report.repair, result.report.sites.values()
+    entries = [site.largest_pivot_entry for site in sites if site.largest_pivot_entry is not None]
     return {
         "kept": result.plan.kept,
         "perplexity": {text: score(result.model.float(), recipe.model, at) for text, at in texts.items()},
         "seconds": time.monotonic() - started,
-        "repair": repairs,
-        "repair_seconds": sum(step["seconds"] for step in repairs),
+        "repair": [step.model_dump(mode="json", exclude={"history", "blocks"}) for step in repair],
+        "repair_seconds": sum(step.seconds for step in repair),
         "largest_pivot_entry": max(entries, default=None),
     }
 

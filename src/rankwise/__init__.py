@@ -7,8 +7,9 @@ from rankwise.version import __version__
 
 if TYPE_CHECKING:
     from rankwise.recipes import Recipe
+    from rankwise.reports import Report
 
-__all__ = ["Compressed", "Recipe", "__version__", "compress"]
+__all__ = ["Compressed", "Recipe", "Report", "__version__", "compress"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from rankwise.recipes import Recipe
 
         return Recipe
+    if name == "Report":
+        from rankwise.reports import Report
+
+        return Report
     raise AttributeError(f"module 'rankwise' has no attribute {name!r}")

@@ -10,8 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -39,6 +40,21 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@dataclass(frozen=True)
+class StageTime:
+    """What a stage took.
+
+    Attributes:
+        seconds: by the clock.
+        peak_memory_bytes: most resident memory.
+        peak_is_of_this_stage: False where the system gives the peak since the start of the process alone.
+    """
+
+    seconds: float
+    peak_memory_bytes: int
+    peak_is_of_this_stage: bool
+
+
 class Reporter:
     """Collects notes and stage timings, and shows progress on a terminal.
 
@@ -49,7 +65,7 @@ class Reporter:
 
     def __init__(self, show: bool | None = None) -> None:
         self.notes: list[str] = []
-        self.stages: dict[str, dict[str, Any]] = {}
+        self.stages: dict[str, StageTime] = {}
         self._print_notes = show is not False
         self._text: str | None = None
         self._bars = sys.stderr.isatty() if show is None else show
@@ -72,11 +88,7 @@ class Reporter:
         try:
             yield
         finally:
-            self.stages[name] = {
-                "seconds": round(time.monotonic() - started, 2),
-                "peak_memory_bytes": peak_memory_bytes(),
-                "peak_is_of_this_stage": resets,
-            }
+            self.stages[name] = StageTime(round(time.monotonic() - started, 2), peak_memory_bytes(), resets)
 
     @contextmanager
     def counting(self, description: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:

@@ -55,13 +55,13 @@ def test_a_search_is_never_worse_than_its_first_trial_and_is_written_down(search
     trials = trials_of(tmp_path / "out")
     assert [t["trial"] for t in trials] == list(range(14))
     assert (trials[0]["origin"], trials[-1]["origin"]) == ("spectral", "proposed")
-    search = result.report["search"]
-    assert search["objective"]["value"] == min(t["objective"] for t in trials) <= trials[0]["objective"]
-    assert search["validation"]["sequences"] == 6
-    assert search["seconds"]["bare_forward"] > 0
+    search = result.report.search
+    assert search.objective.value == min(t["objective"] for t in trials) <= trials[0]["objective"]
+    assert search.validation.sequences == 6
+    assert search.seconds.bare_forward > 0
     plan = Plan.load(tmp_path / "out" / "plan.json")
     assert plan == result.plan
-    assert plan.fingerprint == result.report["model_fingerprint"]
+    assert plan.fingerprint == result.report.model_fingerprint
     assert plan.space == "spectral"
     assert set(plan.coordinates) == {"q", "k", "v", "o", "gate", "up", "down", "slope"}
     assert plan.objective is not None
@@ -77,14 +77,14 @@ def test_the_searchs_perplexity_is_that_of_the_checkpoint(searching: Settings, t
         allocation={"space": "rolesx1", "trials": 6},
     )
     result = compress(recipe_from(values))
-    assert any("calibration sequences too" in note for note in result.report["notes"])
+    assert any("calibration sequences too" in note for note in result.report.notes)
     from rankwise.data import load_sequences, parse_source
 
     loaded = load_model(str(tmp_path / "out"))
     source = parse_source(f"text:{text}")
     ids = load_sequences(source, loaded.tokenizer, loaded.vocabulary, length=32, count=6, seed=None).ids
     measured = perplexity(loaded.model, ids, batch_size=3).perplexity
-    assert measured == pytest.approx(result.report["search"]["objective"]["perplexity"], rel=1e-4)
+    assert measured == pytest.approx(result.report.search.objective.perplexity, rel=1e-4)
 
 
 _KILLED = """
@@ -152,7 +152,7 @@ def test_validation_samples_are_selected_and_kept(searching: Settings, select: s
     chosen = {"sequences": 8, "select": select, "count": 3, "plans": 4}
     values = searching(validation=chosen, allocation={"space": "rolesx2", "trials": 3})
     result = compress(recipe_from(values), run_directory=tmp_path / "run")
-    assert result.report["search"]["validation"]["sequences"] == 3
+    assert result.report.search.validation.sequences == 3
     folders = list((tmp_path / "run").glob("selection-*"))
     assert len(folders) == (select != "random")
     if folders:
@@ -272,7 +272,7 @@ def test_without_optional_packages_the_rest_works(
 
 def test_validation_that_nothing_uses_is_said(settings: Settings, text: Path) -> None:
     result = compress(recipe_from(settings(validation={"source": f"text:{text}"})))
-    assert any("validation text is not used" in note for note in result.report["notes"])
+    assert any("validation text is not used" in note for note in result.report.notes)
 
 
 def test_an_impossible_budget_is_said_before_anything_is_measured(searching: Settings, tmp_path: Path) -> None:

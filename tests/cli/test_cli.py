@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from conftest import Run, failed, tiny_llama
+from rankwise.reports import Report
 
 
 @pytest.fixture
@@ -44,7 +45,9 @@ def test_compress_evaluate_generate(compress: Run, rankwise: Run, text: Path, tm
 def test_json_prints_the_report_and_nothing_else(compress: Run) -> None:
     status, out, _ = compress("--json", "--quiet")
     assert status == 0
-    assert json.loads(out)["format"] == "rankwise-report/1"
+    printed = json.loads(out)
+    assert printed["format"] == "rankwise-report/1"
+    assert Report.model_validate(printed).model_dump(mode="json") == printed
 
 
 def test_quiet_says_nothing(compress: Run) -> None:

@@ -42,7 +42,7 @@ def test_every_method_runs_and_full_rank_changes_nothing(method: str, settings: 
     loaded = load_model(str(tiny))
     with torch.no_grad():
         dense = loaded.model(input_ids=ids).logits
-    folder = next(Path(result.report["run_directory"]).glob(f"outlooks-{method}-*"))
+    folder = next(Path(result.report.run_directory).glob(f"outlooks-{method}-*"))
     for site in find_sites(loaded.model):
         basis = stages.load_outlook(folder / f"{site.name}.safetensors", "e8p").basis
         energy = basis.energy
@@ -151,9 +151,9 @@ def test_a_disk_that_fills_up_among_the_stages_is_said_and_continued(
 def test_the_report_tells_times_sizes_and_scores(settings: Settings, text: Path) -> None:
     evaluation = {"source": f"text:{text}", "length": 32, "sequences": 10}
     report = compress(recipe_from(settings(evaluation=evaluation))).report
-    assert set(report["stages"]) >= {"load", "statistics", "plan", "fits", "evaluate dense", "checkpoint"}
-    assert all(stage["seconds"] >= 0 and stage["peak_memory_bytes"] > 0 for stage in report["stages"].values())
-    assert report["evaluation"]["dense"]["tokens"] == 10 * 31
-    assert report["keep"] == {"asked": 0.6, "got": pytest.approx(0.6, abs=0.01)}
-    assert len(report["sites"]) == 14
-    assert all(0 < site["dropped_energy"] < 1 for site in report["sites"].values() if site["rank"])
+    assert set(report.stages) >= {"load", "statistics", "plan", "fits", "evaluate dense", "checkpoint"}
+    assert all(stage.seconds >= 0 and stage.peak_memory_bytes > 0 for stage in report.stages.values())
+    assert report.evaluation.dense.tokens == 10 * 31
+    assert (report.keep.asked, report.keep.got) == (0.6, pytest.approx(0.6, abs=0.01))
+    assert len(report.sites) == 14
+    assert all(0 < site.dropped_energy < 1 for site in report.sites.values() if site.rank)

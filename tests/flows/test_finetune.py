@@ -22,6 +22,7 @@ from rankwise.data.instructions import IGNORED, prompt_of, read_instructions
 from rankwise.errors import DataError
 from rankwise.flows.finetune import finetune as finetune_flow
 from rankwise.recipes import FineTune, recipe_from
+from rankwise.reports import Report
 from rankwise.sizes import Cut, Plan
 from rankwise.stages import tuning
 
@@ -197,12 +198,12 @@ def test_what_cannot_be_tuned(finetune: Run, compressed: Path, tiny: Path, text:
     whole_plan = json.loads((compressed / "plan.json").read_text())
     shapes = {**whole_plan["shapes"], "model.layers.1.mlp.up_proj": [88, 32]}
     (compressed / "plan.json").write_text(json.dumps({**whole_plan, "shapes": shapes}))
-    failed(finetune(), "not those of its plan", "model.layers.1.mlp.up_proj")
+    failed(finetune(), "of other sites: model.layers.1.mlp.up_proj differs", "written together")
     dense = {name: {"rank": None} for name in report["sites"]}
     (compressed / "plan.json").write_text(json.dumps({**whole_plan, "cuts": dense}))
     failed(finetune(), "not those of its plan")
-    (compressed / REPORT_FILE).write_text(json.dumps({"recipe": report["recipe"]}))
-    failed(finetune(), "no directory that rankwise compress wrote")
+    (compressed / REPORT_FILE).write_text(json.dumps({"format": "rankwise-report/1", "recipe": report["recipe"]}))
+    failed(finetune(), "The report lacks 'model_fingerprint'", str(compressed / REPORT_FILE))
 
 
 BAD_LINES = [
@@ -263,8 +264,9 @@ def test_the_flow_is_there_for_python_too(compressed: Path, instructions: Path, 
         model=str(compressed), data=f"alpaca:{instructions}", output=str(tmp_path / "mine"), length=32, held_out=5
     )
     report = finetune_flow(wanted)
-    assert report["finetune"][0]["settings"]["method"] == "full-factors"
-    assert report["finetune"][0]["settings"]["settings"]["epochs"] == 4
+    assert report.finetune[0].settings.method == "full-factors"
+    assert report.finetune[0].settings.settings["epochs"] == 4
+    assert Report.load(tmp_path / "mine" / REPORT_FILE).finetune == report.finetune
     assert type(wanted.model_copy(update={"method": "lora"}).training).__name__ == "Lora"
     with pytest.raises(ValueError, match="not those of lora"):
         FineTune(**{**wanted.model_dump(), "method": "lora", "settings": repair.Subspace()})

@@ -37,9 +37,9 @@ def scores(
         "evaluation": {"source": tokens, "skip": 224},
     }
     result = compress(recipe_from(values), run_directory=run_directory)
-    found = result.report["evaluation"]
-    assert found["dense"]["windows"] == 96
-    return found["dense"]["perplexity"], found["compressed"]["perplexity"], result.plan.kept
+    found = result.report.evaluation
+    assert found.dense.windows == 96
+    return found.dense.perplexity, found.compressed.perplexity, result.plan.kept
 
 
 PROTOTYPE = {"svd_llm": (15.3, 27.2, 55.6), "afm": (14.2, 24.2, 50.2)}

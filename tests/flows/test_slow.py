@@ -68,6 +68,6 @@ def test_wiki_llama_agrees_with_the_prototype(method: str, shared: Path, tmp_pat
             "calibration": {"source": f"text:{shared}/data/mix.calibration.txt", "sequences": 256, "length": 256},
             "evaluation": {**text, "sequences": 160, "sample": "random", "seed": 1, "batch_size": 16},
         }
-        found = compress(recipe_from(values), run_directory=tmp_path).report["evaluation"]
-        assert found["dense"]["perplexity"] == pytest.approx(49.7, abs=0.1)
-        assert found["compressed"]["perplexity"] == pytest.approx(expected, rel=0.05)
+        found = compress(recipe_from(values), run_directory=tmp_path).report.evaluation
+        assert found.dense.perplexity == pytest.approx(49.7, abs=0.1)
+        assert found.compressed.perplexity == pytest.approx(expected, rel=0.05)

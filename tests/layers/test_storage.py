@@ -164,7 +164,7 @@ def test_a_plan_made_for_one_storage_is_scaled_for_another(settings: Any, tmp_pa
     assert sum(cut.rank or 0 for cut in result.plan.cuts.values()) > sum(
         cut.rank or 0 for cut in two.plan.cuts.values()
     )
-    assert any("storage" in note for note in result.report["notes"])
+    assert any("storage" in note for note in result.report.notes)
 
 
 def test_ill_conditioned_pivots_fall_back_to_two_factors(
@@ -174,7 +174,7 @@ def test_ill_conditioned_pivots_fall_back_to_two_factors(
     result = compress(recipe_from(settings(output=str(tmp_path / "out"), budget=budget("pivoted"))))
     assert not any(isinstance(m, PivotedLinear) for m in result.model.modules())
     assert any(isinstance(m, LowRankLinear) for m in result.model.modules())
-    assert any("ill-conditioned" in note and "numbers more than planned" in note for note in result.report["notes"])
+    assert any("ill-conditioned" in note and "numbers more than planned" in note for note in result.report.notes)
 
 
 def test_the_dense_format_multiplies_pivoted_layers_back(settings: Any, tmp_path: Path) -> None:
@@ -202,9 +202,9 @@ def test_in_bfloat16_the_storages_differ_by_less_than_a_fifth_of_a_percent(bundl
     values["allocation"] = {"name": "plan", "file": str(tmp_path / "plan.json")}
     pivoted = compress(recipe_from(values), run_directory=tmp_path / "run")
     assert {str(p.dtype) for p in pivoted.model.parameters()} == {"torch.bfloat16"}
-    factored = [name for name, facts in pivoted.report["sites"].items() if facts.get("storage") == "pivoted"]
+    factored = [name for name, site in pivoted.report.sites.items() if site.storage == "pivoted"]
     assert len(factored) == len(pivoted.plan.cuts)
-    expected, found = (result.report["evaluation"]["compressed"]["perplexity"] for result in (two, pivoted))
+    expected, found = (result.report.evaluation.compressed.perplexity for result in (two, pivoted))
     assert found == pytest.approx(expected, rel=0.002)
     assert found != expected
 
@@ -213,8 +213,8 @@ def test_files_are_as_large_as_the_arithmetic_says(settings: Any, tmp_path: Path
     for storage in ("two_factor", "pivoted", "auto"):
         output = tmp_path / storage
         result = compress(recipe_from(settings(output=str(output), budget=budget(storage))))
-        after, file = result.report["after"], (output / "model.safetensors").stat().st_size
+        after, file = result.report.after, (output / "model.safetensors").stat().st_size
         header = int.from_bytes((output / "model.safetensors").read_bytes()[:8], "little")
-        assert file == 8 + header + after["bytes"]
-        assert after["linear_parameters"] <= 0.7 * result.report["before"]["linear_parameters"]
-        assert result.report["bytes_on_disk"] == file
+        assert file == 8 + header + after.bytes
+        assert after.linear_parameters <= 0.7 * result.report.before.linear_parameters
+        assert result.report.bytes_on_disk == file

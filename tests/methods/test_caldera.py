@@ -31,6 +31,7 @@ from rankwise.models import Site
 from rankwise.progress import Reporter
 from rankwise.recipes import FineTune, recipe_from
 from rankwise.repair import LowRankFactors
+from rankwise.reports import Report
 from rankwise.sizes import DENSE, Allowance, Budget, Cut, Form, Plan
 
 Settings = Callable[..., dict[str, Any]]
@@ -273,7 +274,7 @@ def test_a_search_sees_the_bits_of_its_plans(small: Settings) -> None:
     search = {"name": "bayesian", "space": "rolesx1", "trials": 4}
     values = small(method="quantize", allocation=search, budget={"bits": 3.8}, validation={"sequences": 8})
     result = compress(recipe_from({**values, "output": None}))
-    assert result.report["search"]["trials"] == 4
+    assert result.report.search.trials == 4
     assert result.plan.objective is not None
     uniform = compress(recipe_from(small(method="quantize", allocation="uniform", budget={"bits": 3.8})))
     assert {cut.rank for plan in (uniform.plan, result.plan) for cut in plan.cuts.values()} == {0}
@@ -443,7 +444,7 @@ def test_after_a_kill_among_the_codes_the_same_command_ends_with_the_same_bytes(
 # --- Training of L and R.
 
 
-def tune(quantised: Path, text: Path, **settings: Any) -> tuple[dict[str, Any], Path]:
+def tune(quantised: Path, text: Path, **settings: Any) -> tuple[Report, Path]:
     output = quantised.with_name("tuned")
     training = LowRankFactors(epochs=1, lr=0.01, batch_size=8, **settings)
     wanted = FineTune(
@@ -461,9 +462,9 @@ def test_training_lowers_the_loss_and_leaves_q_alone(
     training: dict[str, Any], full: int, quantised: Path, text: Path
 ) -> None:
     report, output = tune(quantised, text, **training)
-    facts = report["finetune"][-1]
-    assert facts["accepted"]
-    assert facts["loss_after"] < facts["loss_before"]
+    step = report.finetune[-1]
+    assert step.accepted
+    assert step.loss_after < step.loss_before
     before, after = site_tensors(quantised, NAME), site_tensors(output, NAME)
     assert torch.equal(before["q.codes"], after["q.codes"])
     assert torch.equal(before["q.scale"], after["q.scale"])
@@ -471,8 +472,9 @@ def test_training_lowers_the_loss_and_leaves_q_alone(
     assert (plan.form.full_rank, plan.form.trained_signs) == (full, training.get("signs", False))
     for name in plan.shapes:
         assert 8 * sum(t.nbytes for t in site_tensors(output, name).values()) == plan.site_bits(name)
-        assert report["sites"][name]["bits"] == plan.site_bits(name)
-    assert report["bits"]["got"] == plan.bits_a_weight
+        assert report.sites[name].bits == plan.site_bits(name)
+        assert report.sites[name].cut == plan.cuts[name]
+    assert report.bits.got == plan.bits_a_weight
     kept = training.get("trained_rank", 8)
     if kept < 8:
         start = 0 if full else kept
@@ -488,7 +490,7 @@ def test_a_tuned_checkpoint_can_be_tuned_again(quantised: Path, text: Path) -> N
     report, output = tune(quantised.with_name("tuned"), text, trained_rank=5)
     plan = Plan.load(output / "plan.json")
     assert plan.form.full_rank == 5
-    assert len(report["finetune"]) == 2
+    assert len(report.finetune) == 2
 
 
 def test_a_training_that_harms_is_undone(quantised: Path, text: Path) -> None:
@@ -498,7 +500,7 @@ def test_a_training_that_harms_is_undone(quantised: Path, text: Path) -> None:
         FineTune(model=str(quantised), data=f"text:{text}", output=str(output), method="lowrank", settings=training,
                  length=32)
     )  # fmt: skip
-    assert not report["finetune"][-1]["accepted"]
+    assert not report.finetune[-1].accepted
     assert (output / "model.safetensors").read_bytes() == (quantised / "model.safetensors").read_bytes()
 
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from conftest import Run, failed, make_problem, make_site
 from rankwise import compress
 from rankwise.allocation import MultipleChoice
-from rankwise.checkpoints import load_model
+from rankwise.checkpoints import REPORT_FILE, load_model
 from rankwise.layers import kind_of
 from rankwise.methods import estimated_losses, method_named
 from rankwise.recipes import recipe_from
+from rankwise.reports import Report
 from rankwise.sizes import DENSE, Cut, Form
 
 Settings = Callable[..., dict[str, Any]]
@@ -83,7 +84,8 @@ def test_a_mixed_plan_is_fitted_stored_and_read_back(settings: Settings, tmp_pat
     del values["budget"]
     made = compress(recipe_from(values), run_directory=tmp_path / "run")
     assert made.plan.cuts == cuts
-    found = {name: facts.get("storage", "dense") for name, facts in made.report["sites"].items()}
+    found = {name: site.storage or "dense" for name, site in made.report.sites.items()}
+    assert {name: site.cut for name, site in Report.load(tmp_path / "out" / REPORT_FILE).sites.items()} == cuts
     form = made.plan.form
     assert found == {name: form.kind(made.plan.shapes[name], cut) for name, cut in cuts.items()}
     ids = torch.arange(3, 27)[None]
@@ -105,7 +107,7 @@ def test_a_search_may_mix_too(settings: Settings, text: Path, tmp_path: Path) ->
         validation={"source": f"text:{text}", "sequences": 4, "length": 32},
     )
     result = compress(recipe_from(values), run_directory=tmp_path)
-    assert result.report["search"]["trials"] == 3
+    assert result.report.search.trials == 3
     assert 2.9 < result.plan.bits_a_weight <= 3
     assert all(kind_of(result.model.get_submodule(name)).replaced for name in result.plan.cuts)
 
@@ -120,7 +122,7 @@ def test_a_size_is_what_the_files_take_at_most(
     output = tmp_path / "out"
     result = compress(recipe_from(settings(method=named, budget=budget, output=str(output))))
     size = (output / "model.safetensors").stat().st_size
-    assert size == result.report["bytes_on_disk"] <= wanted
+    assert size == result.report.bytes_on_disk <= wanted
     if method != "quantize":  # Whose codes end at 4 bits.
         assert size > 0.97 * wanted
     assert result.plan.size == wanted

@@ -71,9 +71,9 @@ def test_gradients_reach_every_site(name: str, tokens: str, tmp_path: Path) -> N
     small = compress(
         recipe_from({**values, "method": "two_sided", "allocation": "uniform", "calibration": {"source": tokens}})
     )
-    compressed = [site for site in small.report["sites"].values() if site["rank"]]
+    compressed = [site for site in small.report.sites.values() if site.rank]
     assert len(compressed) == len(small.plan.cuts)
-    assert all(0 < site["dropped_energy"] < 1 for site in compressed)
+    assert all(0 < site.dropped_energy < 1 for site in compressed)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -121,17 +121,17 @@ def test_pivoted_storage_repair_and_fine_tuning(name: str, tokens: str, tmp_path
         "repair": {"steps": "refit,blocks,subspace,factors", "blocks": {"epochs": 1}, "factors": {"epochs": 1}},
     }
     small = compress(recipe_from(values))
-    assert [step["step"] for step in small.report["repair"]] == ["refit", "blocks", "subspace", "factors"]
-    assert {facts["storage"] for facts in small.report["sites"].values() if facts["rank"]} == {"pivoted"}
+    assert [step.step for step in small.report.repair] == ["refit", "blocks", "subspace", "factors"]
+    assert {site.storage for site in small.report.sites.values() if site.rank} == {"pivoted"}
     ids = torch.arange(32).view(2, 16)
     with torch.no_grad():
         trusted = AutoModelForCausalLM.from_pretrained(values["output"], trust_remote_code=True)
         assert torch.equal(trusted(input_ids=ids).logits, small.model(input_ids=ids).logits)
     wanted = FineTune(model=values["output"], data=tokens, output=str(tmp_path / "tuned"), held_out=4)
     report = finetune(wanted)
-    assert report["finetune"][0]["trained_parameters"] > 0
+    assert report.finetune[0].trained_parameters > 0
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", trust_remote_code=True)
     with torch.no_grad():
         found, expected = tuned(input_ids=ids).logits, trusted(input_ids=ids).logits
         assert torch.equal(load_model(str(tmp_path / "tuned")).model(input_ids=ids).logits, found)
-    assert torch.equal(found, expected) != report["finetune"][0]["accepted"]
+    assert torch.equal(found, expected) != report.finetune[0].accepted

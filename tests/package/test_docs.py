@@ -45,7 +45,7 @@ def test_the_trace_has_the_numbers_of_the_run() -> None:
         f"all {len(result.plan.cuts)} sites",
     ):
         assert number in page, number
-    assert result.report["sites"][name]["storage"] == "pivoted"
+    assert result.report.sites[name].storage == "pivoted"
     assert result.model.get_submodule(name).place is None
     assert result.plan.cuts["model.layers.2.mlp.down_proj"] == DENSE
     form, codes = Form(), Cut(16, 2, 4)

@@ -85,7 +85,7 @@ def test_a_stage_is_timed_even_when_it_fails() -> None:
             raise KeyError
     except KeyError:
         pass
-    assert reporter.stages["fails"]["peak_memory_bytes"] > 0
+    assert reporter.stages["fails"].peak_memory_bytes > 0
 
 
 def test_progress_passes_every_item_through() -> None:

@@ -346,27 +346,27 @@ def repairing(settings: Settings) -> Settings:
 def test_every_repair_in_one_run(repairing: Settings, tmp_path: Path) -> None:
     values = repairing("factors,refit, blocks,subspace", output=str(tmp_path / "out"))
     result = compress(recipe_from(values), run_directory=tmp_path / "run")
-    steps = result.report["repair"]
-    assert [step["step"] for step in steps] == ["refit", "blocks", "subspace", "factors"]
+    steps = result.report.repair
+    assert [step.step for step in steps] == ["refit", "blocks", "subspace", "factors"]
     for step in steps:
-        assert step["objective_after"] <= step["objective_before"] or not step["accepted"]
+        assert step.objective_after <= step.objective_before or not step.accepted
     for earlier, later in pairwise(steps):
-        reached = earlier["objective_after"] if earlier["accepted"] else earlier["objective_before"]
-        assert later["objective_before"] == pytest.approx(reached, rel=1e-4)
-    assert len(steps[-1]["history"]) == 5
+        reached = earlier.objective_after if earlier.accepted else earlier.objective_before
+        assert later.objective_before == pytest.approx(reached, rel=1e-4)
+    assert len(steps[-1].history) == 5
     assert (tmp_path / "out" / "repair.svg").exists()
     assert (tmp_path / "out" / "README.md").read_text().count("- repair `") == 4
     printed = Console(width=120, file=io.StringIO())
     printed.print(closing_table(result.report))
     assert "objective, blocks" in printed.file.getvalue()
     plain = compress(recipe_from({**values, "repair": {}, "output": None}), run_directory=tmp_path / "run")
-    assert result.report["after"] == plain.report["after"]
+    assert result.report.after == plain.report.after
     assert any(isinstance(m, PivotedLinear) for m in result.model.modules())
     # From finished stages: the same bytes.
     again = compress(recipe_from({**values, "output": str(tmp_path / "again")}), run_directory=tmp_path / "run")
     first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert again.report["repair"] == steps
+    assert again.report.repair == steps
 
 
 @pytest.mark.parametrize("steps", ["refit", "blocks"])
@@ -401,8 +401,8 @@ def test_a_repair_that_harms_is_undone_and_said(
     rising = iter(range(1, 1000))
     monkeypatch.setattr(stage_module, "judge_repair", lambda *_: float(next(rising)))
     result = compress(recipe_from(repairing(steps)), run_directory=tmp_path / "run")
-    assert not result.report["repair"][0]["accepted"]
-    assert any("undone" in note for note in result.report["notes"])
+    assert not result.report.repair[0].accepted
+    assert any("undone" in note for note in result.report.notes)
     ids = IDS[:1]
     torch.testing.assert_close(
         result.model(input_ids=ids).logits, plain.model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
@@ -412,10 +412,11 @@ def test_a_repair_that_harms_is_undone_and_said(
 def test_a_repair_to_nan_is_undone(repairing: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([2.0, float("nan"), float("nan")])
     monkeypatch.setattr(stage_module, "judge_repair", lambda *_: next(values))
-    result = compress(recipe_from(repairing("blocks")), run_directory=tmp_path / "run")
-    step = result.report["repair"][0]
-    assert step["objective_after"] == 2.0
-    assert [row["accepted"] for row in step["blocks"]] == [False, False]
+    result = compress(recipe_from(repairing("blocks", output=str(tmp_path / "out"))), run_directory=tmp_path / "run")
+    step = result.report.repair[0]
+    assert "NaN" not in (tmp_path / "out" / "rankwise_report.json").read_text()
+    assert step.objective_after == 2.0
+    assert [(row.objective_after, row.accepted) for row in step.blocks] == [(None, False), (None, False)]
 
 
 @pytest.mark.parametrize("steps", ["refit", "blocks"])
@@ -450,9 +451,9 @@ def test_repair_learns_from_instructions(repairing: Settings, tmp_path: Path) ->
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = repairing("subspace", repair={"data": f"alpaca:{file}", "output_only": True, "subspace": {"epochs": 1}})
-    step = compress(recipe_from(values)).report["repair"][0]
-    assert step["examples"]["count"] == 8
-    assert 8 <= step["examples"]["tokens"] < 8 * 24
+    step = compress(recipe_from(values)).report.repair[0]
+    assert step.examples.count == 8
+    assert 8 <= step.examples.tokens < 8 * 24
 
 
 def test_the_original_comes_back_even_when_something_breaks() -> None:
@@ -517,20 +518,20 @@ def test_training_leaves_no_mark_and_counts_no_first_token(tmp_path: Path) -> No
 def test_a_model_that_computes_in_bfloat16_is_repaired_too(repairing: Settings) -> None:
     values = repairing("blocks,factors", precision="stored", repair={"blocks": {"norms": True}})
     result = compress(recipe_from(values))
-    assert [step["step"] for step in result.report["repair"]] == ["blocks", "factors"]
+    assert [step.step for step in result.report.repair] == ["blocks", "factors"]
 
 
 def test_nothing_to_repair_is_said(repairing: Settings) -> None:
     budget = {"keep": 1, "rank_multiple": 1}
     result = compress(recipe_from(repairing("refit,blocks,subspace,factors", budget=budget)))
-    assert result.report["repair"] == []
-    assert sum("nothing to do" in note for note in result.report["notes"]) == 4
+    assert result.report.repair == ()
+    assert sum("nothing to do" in note for note in result.report.notes) == 4
 
 
 def test_learning_from_the_text_that_judges_is_said(repairing: Settings, text: Path) -> None:
     result = compress(recipe_from(repairing("subspace", repair={"data": f"text:{text}", "length": 5000})))
-    assert any("judged by" in note for note in result.report["notes"])
-    assert any("context of 64" in note for note in result.report["notes"])
+    assert any("judged by" in note for note in result.report.notes)
+    assert any("context of 64" in note for note in result.report.notes)
 
 
 def test_a_refit_without_enough_text_says_what_to_do(repairing: Settings) -> None:

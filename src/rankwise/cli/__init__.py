@@ -152,7 +152,7 @@ def compress(
 
     result = run(valid, run_directory=run_dir, reporter=reporter_for(quiet))
     if json:
-        print_json(result.report)
+        print_json(result.report.model_dump(mode="json"))
     elif not quiet:
         from rich.console import Console
 

@@ -43,6 +43,7 @@ def finetune(
     from rankwise.data import parse_source
     from rankwise.flows.finetune import finetune as run
     from rankwise.recipes import TRAININGS, FineTune
+    from rankwise.reports import in_words
 
     if method not in TRAININGS:
         raise RecipeError(f"There is no method {method!r}.", where="--method", remedy=nearest(method, TRAININGS))
@@ -80,13 +81,13 @@ def finetune(
         message = first["msg"].removeprefix("Value error, ")
         raise RecipeError(f"{where}: {message} (given: {first['input']!r}).", where="finetune") from None
     report = run(wanted, restart=restart, reporter=reporter_for(quiet))
-    facts = report["finetune"][-1]
     if json:
-        print_json(report)
+        print_json(report.model_dump(mode="json"))
     elif not quiet:
-        judged = f"{facts['examples']['held_out']} examples held out"
-        print(f"loss a token on {judged}: {facts['loss_before']:.4f} before, {facts['loss_after']:.4f} after")
-        if facts["before"] is not None:
-            print(f"perplexity: {facts['before']['perplexity']:.3f} before, {facts['after']['perplexity']:.3f} after")
-        print(f"{facts['trained_parameters']:,} parameters trained on {facts['examples']['tokens']:,} tokens")
+        step = report.finetune[-1]
+        before, after = (in_words(loss, ".4f") for loss in (step.loss_before, step.loss_after))
+        print(f"loss a token on {step.examples.held_out} examples held out: {before} before, {after} after")
+        if step.before is not None and step.after is not None:
+            print(f"perplexity: {step.before.perplexity:.3f} before, {step.after.perplexity:.3f} after")
+        print(f"{step.trained_parameters:,} parameters trained on {step.examples.tokens:,} tokens")
         print(f"written to {output}")

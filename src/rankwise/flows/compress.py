@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankwise.progress import Reporter
     from rankwise.recipes import Recipe
+    from rankwise.reports import Report
     from rankwise.sizes import Plan
 
 
@@ -24,13 +25,13 @@ class Compressed:
         model: the compressed model, on its device, in the dtypes that were saved.
         tokenizer: its tokenizer, or None.
         plan: the cut of every site.
-        report: what `rankwise_report.json` holds.
+        report: what was done and measured; `rankwise_report.json` holds it.
     """
 
     model: Any
     tokenizer: Any
     plan: Plan
-    report: dict[str, Any]
+    report: Report
 
 
 def compress(
@@ -98,5 +99,5 @@ def compress(
             score = stages.score(work, "compressed", chosen.plan, repairing)
         with reporter.stage("checkpoint"):
             report = stages.write(work, chosen, facts, repairing, (dense_cost, cost), (dense_score, score))
-    report["stages"] = dict(reporter.stages)
+    report = report.model_copy(update={"stages": dict(reporter.stages)})
     return Compressed(loaded.model, loaded.tokenizer, chosen.plan, report)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rankwise.progress import Reporter
     from rankwise.recipes import FineTune
+    from rankwise.reports import Report
 
 
-def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | None = None) -> dict[str, Any]:
+def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | None = None) -> Report:
     """Fine-tune a compressed model and write it as a checkpoint of the same kind.
 
     A killed training goes on from its last checkpoint when the same call is made again.
@@ -29,19 +30,17 @@ def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | No
         RankwiseError: for anything the user can mend.
     """
     # Imported here so that `import rankwise` stays light.
-    from rankwise.checkpoints import REPORT_FILE, check_output, load_model
+    from rankwise.checkpoints import check_output, load_model
     from rankwise.device import named_device
     from rankwise.evaluation import measure_cost
     from rankwise.progress import Reporter
     from rankwise.runs.run import write_atomically
-    from rankwise.sizes import Plan
     from rankwise.stages import tuning
 
     reporter = reporter or Reporter(show=False)
     source, output = Path(wanted.model), Path(wanted.output)
     check_output(output)
-    report = tuning.report_of(source, REPORT_FILE)
-    plan = Plan.load(source / "plan.json")
+    report, plan = tuning.read_results(source)
     folder = output.absolute().with_name(f".{output.name}.training")
     with reporter.stage("load"):
         device = named_device(wanted.device)
@@ -73,7 +72,7 @@ def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | No
     with reporter.stage("evaluate after"):
         scores = score_before, tuning.score_tuned(wanted, loaded, reporter)
     with reporter.stage("checkpoint"):
-        facts = tuning.facts_of(wanted, examples, scores, facts)
-        new = tuning.write_tuned(report, output, loaded, sites, plan, stored, (before, cost), facts, reporter)
+        step = tuning.step_of(wanted, examples, scores, before, facts)
+        report = tuning.write_tuned(report, output, loaded, sites, plan, stored, cost, step, reporter)
     shutil.rmtree(folder, ignore_errors=True)
-    return new
+    return report

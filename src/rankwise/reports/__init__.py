@@ -1,6 +1,30 @@
 """What a run tells after it ended: a report for machines, a card, tables and pictures for people."""
 
 from rankwise.reports.model_card import model_card
+from rankwise.reports.parts import (
+    Bits,
+    BlockRepair,
+    CalibrationText,
+    ExampleCounts,
+    FineTuneSettings,
+    FineTuneStep,
+    Kept,
+    KeptPredictions,
+    LearnedText,
+    Machine,
+    Named,
+    Part,
+    RecipeSettings,
+    RepairStep,
+    Scores,
+    SearchSummary,
+    SearchTimes,
+    SiteReport,
+    TrainingStep,
+    ValidationText,
+    bits_of,
+    in_words,
+)
 from rankwise.reports.pictures import (
     can_draw,
     draw_iterations,
@@ -11,20 +35,42 @@ from rankwise.reports.pictures import (
     draw_trials,
 )
 from rankwise.reports.plan_table import kept_grid, plan_difference, plan_facts, plan_table
-from rankwise.reports.report import build_report, cut_facts
+from rankwise.reports.report import REPORT_FORMAT, Report
 from rankwise.reports.table import closing_table
 
 __all__ = [
-    "build_report",
+    "REPORT_FORMAT",
+    "Bits",
+    "BlockRepair",
+    "CalibrationText",
+    "ExampleCounts",
+    "FineTuneSettings",
+    "FineTuneStep",
+    "Kept",
+    "KeptPredictions",
+    "LearnedText",
+    "Machine",
+    "Named",
+    "Part",
+    "RecipeSettings",
+    "RepairStep",
+    "Report",
+    "Scores",
+    "SearchSummary",
+    "SearchTimes",
+    "SiteReport",
+    "TrainingStep",
+    "ValidationText",
+    "bits_of",
     "can_draw",
     "closing_table",
-    "cut_facts",
     "draw_iterations",
     "draw_losses",
     "draw_plan",
     "draw_role_curves",
     "draw_site_map",
     "draw_trials",
+    "in_words",
     "kept_grid",
     "model_card",
     "plan_difference",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jinja2 import Environment, StrictUndefined
+
+from rankwise.reports.parts import in_words
+from rankwise.reports.report import Report
 
 _CARD = """\
 ---
@@ -41,13 +42,13 @@ kept {{ "%.4f" | format(keep.got) }}{% endif %}
 - {{ "{:,}".format(biases_added) }} biases were added to make up for the mean of what was dropped
 {%- endif %}
 {%- for step in repair %}
-- repair `{{ step.step }}`: objective on validation samples {{ "%.4g" | format(step.objective_before) }} before, \
-{{ "%.4g" | format(step.objective_after) }} after{% if not step.accepted %}; undone{% endif %}
+- repair `{{ step.step }}`: objective on validation samples {{ step.objective_before | in_words(".4g") }} before, \
+{{ step.objective_after | in_words(".4g") }} after{% if not step.accepted %}; undone{% endif %}
 {%- endfor %}
-{%- for step in finetune | default([]) %}
+{%- for step in finetune %}
 - fine-tuned with `{{ step.settings.method }}` on {{ step.examples.count }} examples of `{{ step.settings.data }}`: \
-loss a token on {{ step.examples.held_out }} held out {{ "%.4f" | format(step.loss_before) }} before, \
-{{ "%.4f" | format(step.loss_after) }} after{% if not step.accepted %}; undone{% endif %}
+loss a token on {{ step.examples.held_out }} held out {{ step.loss_before | in_words(".4f") }} before, \
+{{ step.loss_after | in_words(".4f") }} after{% if not step.accepted %}; undone{% endif %}
 {%- endfor %}
 {%- for note in notes %}
 - {{ note }}
@@ -73,11 +74,10 @@ The weights are multiplied back: this checkpoint loads like the original and is 
 """
 
 
-def model_card(report: dict[str, Any]) -> str:
+def model_card(report: Report) -> str:
     """Markdown for a report."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    source = report["recipe"]["model"].rstrip("/").rpartition("/")[2]
-    low_rank = report["recipe"]["format"] == "low_rank"
-    return environment.from_string(_CARD).render(
-        **{"bits": None, "coded": bool(report.get("bits")), **report}, name=source, source=source, low_rank=low_rank
-    )
+    environment.filters["in_words"] = in_words
+    source = report.recipe.model.rstrip("/").rpartition("/")[2]
+    low_rank = report.recipe.format == "low_rank"
+    return environment.from_string(_CARD).render(**dict(report), name=source, source=source, low_rank=low_rank)

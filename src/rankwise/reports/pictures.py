@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import MissingPackageError, OutputError
+from rankwise.reports.parts import TrainingStep
 from rankwise.reports.plan_table import kept_grid
 from rankwise.sizes import Plan
 
@@ -50,12 +51,12 @@ def _save(figure: Any, path: Path) -> None:
         ) from None
 
 
-def draw_losses(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+def draw_losses(path: Path, curves: Mapping[str, Sequence[TrainingStep]]) -> None:
     """Draw loss a token over steps of training, each curve named at its end.
 
     Args:
         path: file to write; its suffix says the format.
-        curves: name -> rows with `step` and `loss`.
+        curves: by name.
 
     Raises:
         MissingPackageError: when matplotlib is absent.
@@ -64,10 +65,8 @@ def draw_losses(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]])
     figure, axes = _figure(6.0, 3.2)
     for name, rows in curves.items():
         if rows:
-            (line,) = axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1.2)
-            axes.annotate(
-                f" {name}", (rows[-1]["step"], rows[-1]["loss"]), color=line.get_color(), fontsize=8, va="center"
-            )
+            (line,) = axes.plot([row.step for row in rows], [row.loss for row in rows], linewidth=1.2)
+            axes.annotate(f" {name}", (rows[-1].step, rows[-1].loss), color=line.get_color(), fontsize=8, va="center")
     axes.set_xlabel("step")
     axes.set_ylabel("loss a token (nats)")
     _save(figure, path)

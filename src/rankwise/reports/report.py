@@ -1,108 +1,169 @@
-"""The report: one JSON object with everything that was done and measured."""
+"""`Report`: everything that was done and measured, as a frozen object and as one JSON file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+import json
+from pathlib import Path
+from typing import Final, Literal
 
-from rankwise.evaluation import Cost, Perplexity
-from rankwise.sizes import Cut, Plan
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from rankwise.errors import ModelError
+from rankwise.evaluation import Cost
+from rankwise.progress import StageTime
+from rankwise.reports.parts import (
+    Bits,
+    CalibrationText,
+    FineTuneStep,
+    Kept,
+    Machine,
+    Part,
+    RecipeSettings,
+    RepairStep,
+    Scores,
+    SearchSummary,
+    SiteReport,
+)
+from rankwise.sizes import Storage
+
+REPORT_FORMAT: Final = "rankwise-report/1"
+
+COUNTED = "weights of the decoder's linear layers; embeddings, head, norms and biases are not counted"
 
 
-def build_report(
-    *,
-    recipe: Mapping[str, Any],
-    fingerprint: str,
-    plan: Plan,
-    search: Mapping[str, Any] | None,
-    repair: Sequence[Mapping[str, Any]],
-    roles: Mapping[str, tuple[int, str]],
-    losses: Mapping[str, Mapping[str, Any]],
-    costs: tuple[Cost, Cost],
-    scores: tuple[Perplexity | None, Perplexity | None],
-    calibration: Mapping[str, Any],
-    machine: Mapping[str, str],
-    notes: Sequence[str],
-    stages: Mapping[str, Any],
-    run_directory: str,
-) -> dict[str, Any]:
-    """Put a report together.
+class Report(Part):
+    """What a compression did, and every fine-tuning after it. `rankwise_report.json` has it under the same keys.
 
-    Args:
-        recipe: the recipe as plain values.
-        fingerprint: hash of the dense model's weights.
-        plan: cut of every site.
-        search: how its ranks were searched for, or None.
-        repair: what each step of the repair did.
-        roles: site name -> (block, role).
-        losses: site name -> what dropping components cost, and how the site is stored.
-        costs: sizes before and after.
-        scores: perplexities before and after, or None.
+    Bytes are of parameters in the dtypes they are stored in. A number that is None though something was measured was
+    not finite. `model_dump(mode="json")` is what the file holds.
+
+    Attributes:
+        format: version of the file's form.
+        recipe: of the compression.
+        model_fingerprint: hash of the original's weights.
+        architecture: class name of the original.
+        keep: fraction of the linear weights, asked for and got.
+        bits: bits a linear weight; None where a fraction was kept in numbers.
+        storage: how a matrix of low rank is stored in the checkpoint's own numbers, as the budget said.
+        size: bytes of all weight files asked for; None when the size was spelled otherwise.
+        coded: whether any site holds codes.
+        counted: what `keep` and `bits` are of, in words.
+        before: size of the original.
+        after: size of the result.
+        biases_added: biases that make up for the mean of what was dropped; how many numbers.
+        evaluation: perplexity before and after; None when no text was given, and after a fine-tuning.
         calibration: what the statistics were taken on.
-        machine: where the run took place.
+        search: what the search did; None when nothing was searched.
+        repair: what each step of the repair did, in order.
+        groups: by group of the search (or by role), what it takes a weight: a fraction or bits, as the budget says.
+        sites: by name of each linear weight, what became of it.
+        stages: by name, time and memory of each stage; after a fine-tuning those of the fine-tuning.
+        machine: where the compression ran.
         notes: what the user was told.
-        stages: seconds and peak memory by stage.
         run_directory: where finished stages are.
-
-    Returns:
-        An object that JSON can hold. Bytes are of parameters in the dtypes stored.
+        bytes_on_disk: of all weight files; None when none was written.
+        finetune: what each fine-tuning did, in order.
     """
-    before, after = costs
-    sites = {
-        name: {
-            "block": roles[name][0],
-            "role": roles[name][1],
-            "shape": list(shape),
-            **cut_facts(plan.cuts[name]),
-            **losses.get(name, {}),
+
+    format: Literal["rankwise-report/1"] = REPORT_FORMAT
+    recipe: RecipeSettings
+    model_fingerprint: str
+    architecture: str
+    keep: Kept
+    bits: Bits | None
+    storage: Storage
+    size: int | None
+    coded: bool
+    counted: str = COUNTED
+    before: Cost
+    after: Cost
+    biases_added: int
+    evaluation: Scores | None
+    calibration: CalibrationText
+    search: SearchSummary | None
+    repair: tuple[RepairStep, ...]
+    groups: dict[str, float]
+    sites: dict[str, SiteReport]
+    stages: dict[str, StageTime]
+    machine: Machine
+    notes: tuple[str, ...]
+    run_directory: str
+    bytes_on_disk: int | None = None
+    finetune: tuple[FineTuneStep, ...] = ()
+
+    @classmethod
+    def load(cls, path: Path | str) -> Report:
+        """Read a report file, of this version or of 0.1.0.
+
+        Raises:
+            ModelError: when it cannot be read, naming its format if that is another, or the first key that is wrong.
+        """
+        try:
+            values = from_json(Path(path).read_bytes())
+        except OSError as problem:
+            raise ModelError(
+                f"The report cannot be read ({problem.strerror}).",
+                where=str(path),
+                remedy="give the rankwise_report.json of a directory that rankwise wrote",
+            ) from None
+        except ValueError as problem:
+            raise ModelError(f"The report is not JSON: {problem}.", where=str(path), remedy=_MAKE_AGAIN) from None
+        found = values.get("format") if isinstance(values, dict) else None
+        if found is None:
+            raise ModelError(
+                "The file is no report: it has no format.",
+                where=str(path),
+                remedy="give the rankwise_report.json of a directory that rankwise wrote",
+            )
+        if found != REPORT_FORMAT:
+            raise ModelError(
+                f"The report is of format {found!r}, and this version reads {REPORT_FORMAT!r}.",
+                where=str(path),
+                remedy=f"use the version of rankwise that wrote it, or {_MAKE_AGAIN}",
+            )
+        try:
+            # The two keys that 0.1.0 did not write: it knew no size, and bits of codes alone.
+            report = cls.model_validate({"size": None, "coded": values.get("bits") is not None, **values})
+        except ValidationError as problem:
+            raise _explained(problem, str(path)) from None
+        return report._with_bits_of_factors()
+
+    def save(self, path: Path | str) -> None:
+        """Write it as a file.
+
+        Raises:
+            OSError: when it cannot be written.
+        """
+        text = json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    def _with_bits_of_factors(self) -> Report:
+        """The same, with the bits of L and R at each coded site, which 0.1.0 gave with the method alone."""
+        lr_bits = getattr(self.recipe.method, "lr_bits", None)
+        untold = {
+            name: site.model_copy(update={"lr_bits": lr_bits if site.rank else None})
+            for name, site in self.sites.items()
+            if site.q_bits is not None and "lr_bits" not in site.model_fields_set
         }
-        for name, shape in plan.shapes.items()
-    }
-    evaluation = None
-    if scores[0] is not None and scores[1] is not None:
-        evaluation = {
-            "source": recipe["evaluation"]["source"],
-            "dense": asdict(scores[0]),
-            "compressed": asdict(scores[1]),
-        }
-    return {
-        "format": "rankwise-report/1",
-        "recipe": dict(recipe),
-        "model_fingerprint": fingerprint,
-        "architecture": plan.architecture,
-        "keep": {"asked": plan.keep, "got": plan.kept},
-        "bits": bits_of(plan, before),
-        "storage": plan.form.storage,
-        "size": plan.size,
-        "coded": plan.coded,
-        "counted": "weights of the decoder's linear layers; embeddings, head, norms and biases are not counted",
-        "before": asdict(before),
-        "after": asdict(after),
-        "biases_added": after.linear_biases - before.linear_biases,
-        "evaluation": evaluation,
-        "calibration": dict(calibration),
-        "search": None if search is None else dict(search),
-        "repair": [dict(step) for step in repair],
-        "groups": plan.groups,
-        "sites": sites,
-        "stages": dict(stages),
-        "machine": dict(machine),
-        "notes": list(notes),
-        "run_directory": run_directory,
-    }
+        return self.model_copy(update={"sites": self.sites | untold})
 
 
-def bits_of(plan: Plan, before: Cost) -> dict[str, Any] | None:
-    """Bits a weight: asked for, got, and of the original; None for a plan that keeps a fraction in numbers."""
-    if not plan.coded and plan.keep is not None:
-        return None
-    return {"asked": plan.bits, "got": plan.bits_a_weight, "before": 8 * before.linear_bytes / plan.weights}
+_MAKE_AGAIN = "make the checkpoint again with rankwise compress"
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
-def cut_facts(cut: Cut) -> dict[str, Any]:
-    """What a report says of a site's cut: its rank, None for dense, and bits where it is coded."""
-    facts: dict[str, Any] = {"rank": cut.rank}
-    if cut.coded:
-        facts |= {"q_bits": cut.q_bits, "lr_bits": cut.lr_bits}
-    return facts
+def _explained(problem: ValidationError, path: str) -> ModelError:
+    """One error for people from pydantic's list: an unknown key, which explains one that is missing, else the first."""
+    error = min(problem.errors(), key=lambda each: each["type"] not in _UNKNOWN)
+    place = ".".join(map(str, error["loc"]))
+    if error["type"] in _UNKNOWN:
+        return ModelError(
+            f"{error['loc'][-1]!r} is no key of a report.",
+            where=f"{path}: {place}",
+            remedy="use the version of rankwise that wrote it, or take the key out",
+        )
+    if error["type"] == "missing":
+        return ModelError(f"The report lacks {place!r}.", where=path, remedy=_MAKE_AGAIN)
+    message = error["msg"].removeprefix("Value error, ")
+    return ModelError(f"The report cannot be read: {message}.", where=f"{path}: {place}", remedy=_MAKE_AGAIN)

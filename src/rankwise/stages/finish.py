@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,24 @@ from rankwise.checkpoints import REPORT_FILE, save_dense, save_low_rank, writing
 from rankwise.device import describe
 from rankwise.errors import RankwiseError
 from rankwise.evaluation import Cost, Perplexity, perplexity
-from rankwise.reports import build_report, can_draw, draw_iterations, draw_losses, draw_plan, draw_trials, model_card
+from rankwise.reports import (
+    CalibrationText,
+    Kept,
+    Machine,
+    RecipeSettings,
+    Report,
+    Scores,
+    SiteReport,
+    bits_of,
+    can_draw,
+    draw_iterations,
+    draw_losses,
+    draw_plan,
+    draw_trials,
+    model_card,
+)
 from rankwise.sizes import Plan
+from rankwise.stages.fitting import SiteFacts
 from rankwise.stages.planning import Chosen
 from rankwise.stages.repairing import Repairing
 from rankwise.stages.work import Work, calibration_key, model_key
@@ -58,25 +73,70 @@ def score(work: Work, what: str, plan: Plan | None = None, repairing: Repairing 
     return Perplexity(**json.loads((stage.folder / "perplexity.json").read_text()))
 
 
-def _machine(device: torch.device) -> dict[str, str]:
-    return {
-        "device": describe(device),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "rankwise": __version__,
-    }
+def _machine(device: torch.device) -> Machine:
+    return Machine(
+        device=describe(device),
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        rankwise=__version__,
+    )
+
+
+def _report(
+    work: Work,
+    chosen: Chosen,
+    facts: SiteFacts,
+    repairing: Repairing | None,
+    costs: tuple[Cost, Cost],
+    scores: tuple[Perplexity | None, Perplexity | None],
+) -> Report:
+    """What is known when the checkpoint is about to be written."""
+    recipe, plan, calibration = work.recipe, chosen.plan, work.texts.calibration
+    (before, after), (dense, compressed) = costs, scores
+    evaluation = None
+    if recipe.evaluation is not None and dense is not None and compressed is not None:
+        evaluation = Scores(source=recipe.evaluation.source, dense=dense, compressed=compressed)
+    return Report(
+        recipe=RecipeSettings(**recipe.model_dump(mode="json")),
+        model_fingerprint=work.fingerprint,
+        architecture=plan.architecture,
+        keep=Kept(asked=plan.keep, got=plan.kept),
+        bits=bits_of(plan, before),
+        storage=plan.form.storage,
+        size=plan.size,
+        coded=plan.coded,
+        before=before,
+        after=after,
+        biases_added=after.linear_biases - before.linear_biases,
+        evaluation=evaluation,
+        calibration=CalibrationText(
+            source=calibration.source,
+            sequences=calibration.ids.shape[0],
+            length=calibration.ids.shape[1],
+            available=calibration.available,
+            fingerprint=calibration.fingerprint,
+        ),
+        search=chosen.search,
+        repair=() if repairing is None else tuple(repairing.done),
+        groups=plan.groups,
+        sites={site.name: SiteReport.of(site, plan.cuts[site.name], **facts.get(site.name, {})) for site in work.sites},
+        stages=dict(work.reporter.stages),
+        machine=_machine(work.loaded.model.device),
+        notes=tuple(work.reporter.notes),
+        run_directory=str(work.run.directory),
+    )
 
 
 def write(
     work: Work,
     chosen: Chosen,
-    losses: Mapping[str, Mapping[str, Any]],
+    facts: SiteFacts,
     repairing: Repairing | None,
     costs: tuple[Cost, Cost],
     scores: tuple[Perplexity | None, Perplexity | None],
-) -> dict[str, Any]:
+) -> Report:
     """Save the checkpoint with its report and model card; whole or not at all.
 
     Returns:
@@ -88,52 +148,40 @@ def write(
     """
     recipe, loaded = work.recipe, work.loaded
     loaded.to_stored_dtypes()
-    calibration = work.texts.calibration
-    report = build_report(
-        recipe=recipe.model_dump(mode="json"),
-        fingerprint=work.fingerprint,
-        plan=chosen.plan,
-        search=chosen.search,
-        repair=[] if repairing is None else repairing.facts,
-        roles={site.name: (site.block, site.role) for site in work.sites},
-        losses=losses,
-        costs=costs,
-        scores=scores,
-        calibration={
-            "source": calibration.source,
-            "sequences": calibration.ids.shape[0],
-            "length": calibration.ids.shape[1],
-            "available": calibration.available,
-            "fingerprint": calibration.fingerprint,
-        },
-        machine=_machine(loaded.model.device),
-        notes=work.reporter.notes,
-        stages=work.reporter.stages,
-        run_directory=str(work.run.directory),
-    )
+    report = _report(work, chosen, facts, repairing, costs, scores)
     if recipe.output is None:
         return report
     save = save_low_rank if recipe.format == "low_rank" else save_dense
     try:
         with writing(Path(recipe.output)) as folder:
             save(folder, loaded, work.sites, recipe.max_shard_size)
-            report["bytes_on_disk"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-            (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+            report = report.model_copy(update={"bytes_on_disk": bytes_of_weights(folder)})
+            report.save(folder / REPORT_FILE)
             (folder / "plan.json").write_text(chosen.plan.model_dump_json(indent=2) + "\n")
             if chosen.trials:
                 (folder / "trials.jsonl").write_text("".join(json.dumps(t) + "\n" for t in chosen.trials))
-                if can_draw():
-                    draw_trials(folder / "trials.svg", chosen.trials)
-            curves = {step["step"]: step["history"] for step in report["repair"] if "history" in step}
-            if curves and can_draw():
-                draw_losses(folder / "repair.svg", curves)
             if can_draw():
-                draw_plan(folder / "plan.svg", chosen.plan)
-            errors = {name: facts["errors"] for name, facts in losses.items() if len(facts.get("errors", ())) > 1}
-            if errors and can_draw():
-                draw_iterations(folder / "iterations.svg", errors, {s.name: s.role for s in work.sites})
+                _draw(folder, chosen, report)
             (folder / "README.md").write_text(model_card(report))
     except RankwiseError:
         work.reporter.note(f"finished stages are kept in {work.run.directory}")
         raise
     return report
+
+
+def _draw(folder: Path, chosen: Chosen, report: Report) -> None:
+    """Draw the plan, and the search, the trainings and the iterations that there were."""
+    draw_plan(folder / "plan.svg", chosen.plan)
+    if chosen.trials:
+        draw_trials(folder / "trials.svg", chosen.trials)
+    curves = {step.step: step.history for step in report.repair if step.history}
+    if curves:
+        draw_losses(folder / "repair.svg", curves)
+    errors = {name: site.errors for name, site in report.sites.items() if len(site.errors) > 1}
+    if errors:
+        draw_iterations(folder / "iterations.svg", errors, {name: site.role for name, site in report.sites.items()})
+
+
+def bytes_of_weights(folder: Path) -> int:
+    """Size of all weight files in a directory."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

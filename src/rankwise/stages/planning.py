@@ -18,6 +18,7 @@ from rankwise.errors import DataError
 from rankwise.evaluation import Objective
 from rankwise.layers.sliced import Beside, sliced
 from rankwise.models import Site
+from rankwise.reports import KeptPredictions, SearchSummary, SearchTimes, ValidationText
 from rankwise.sizes import Plan
 from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.work import Work, calibration_key
@@ -38,12 +39,12 @@ class Chosen:
 
     Attributes:
         plan: cut of every site.
-        search: what a report says about the search; None when there was none.
+        search: what it did; None when there was none.
         trials: its trials as plain values.
     """
 
     plan: Plan
-    search: dict[str, Any] | None
+    search: SearchSummary | None
     trials: list[dict[str, Any]]
 
 
@@ -102,35 +103,36 @@ def _plan(work: Work, choice: Choice) -> Plan:
     )
 
 
-def _summary(work: Work, samples: Tensor, objective: Objective, choice: Choice) -> dict[str, Any]:
-    trials = choice.trials
+def _summary(work: Work, samples: Tensor, objective: Objective, choice: Choice) -> SearchSummary:
+    trials, validation = choice.trials, work.texts.validation
     best = min((t for t in trials if not t["failed"]), key=lambda t: t["objective"])
-    assert work.texts.validation is not None
-    return {
-        "space": choice.space,
-        "trials": len(trials),
-        "failed": sum(t["failed"] for t in trials),
-        "best_trial": best["trial"],
-        "best_origin": best["origin"],
-        "objective": choice.objective,
-        "dense_nll": objective.dense_nll,
-        "validation": {
-            "source": work.texts.validation.source,
-            "sequences": samples.shape[0],
-            "length": samples.shape[1],
-            "select": work.recipe.validation.select,
-        },
-        "predictions": {
-            "form": objective.predictions_form,
-            "bytes": objective.predictions_bytes,
-            "largest_share_of_kl_missed": objective.kl_error,
-        },
-        "seconds": {
-            "bare_forward": objective.bare_seconds,
-            "trials": sum(t["trial_seconds"] for t in trials),
-            "optimiser": sum(t["optimiser_seconds"] for t in trials),
-        },
-    }
+    assert validation is not None
+    assert choice.objective is not None
+    return SearchSummary(
+        space=choice.space,
+        trials=len(trials),
+        failed=sum(t["failed"] for t in trials),
+        best_trial=best["trial"],
+        best_origin=best["origin"],
+        objective=Outcome(**choice.objective),
+        dense_nll=objective.dense_nll,
+        validation=ValidationText(
+            source=validation.source,
+            sequences=samples.shape[0],
+            length=samples.shape[1],
+            select=work.recipe.validation.select,
+        ),
+        predictions=KeptPredictions(
+            form=objective.predictions_form,
+            bytes=objective.predictions_bytes,
+            largest_share_of_kl_missed=objective.kl_error,
+        ),
+        seconds=SearchTimes(
+            bare_forward=objective.bare_seconds,
+            trials=sum(t["trial_seconds"] for t in trials),
+            optimiser=sum(t["optimiser_seconds"] for t in trials),
+        ),
+    )
 
 
 def objective_key(work: Work, samples: Tensor) -> dict[str, Any]:

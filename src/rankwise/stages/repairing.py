@@ -28,6 +28,7 @@ from rankwise.repair import (
     train_block,
     trainable,
 )
+from rankwise.reports import RepairStep
 from rankwise.sizes import Plan
 from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.planning import objective_key, select_samples
@@ -44,14 +45,14 @@ class Repairing:
         objective: judges the model as it stands.
         key: all that the factors depend on, step by step.
         metric_of: the method's metric on a site's outputs, or None.
-        facts: what each step did, for the report.
+        done: what each step did, for the report.
     """
 
     original: Original
     objective: Objective
     key: dict[str, Any]
     metric_of: Callable[[Site], OutputMetric | None]
-    facts: list[dict[str, Any]] = field(default_factory=list)
+    done: list[RepairStep] = field(default_factory=list)
 
 
 def prepare_repair(work: Work, store: Store, outlooks: Outlooks, plan: Plan) -> Repairing | None:
@@ -90,7 +91,7 @@ def repair_step(work: Work, repairing: Repairing | None, step: str) -> None:
 
     Args:
         work: the run; its sites hold factors.
-        repairing: what `prepare_repair` returned; the facts of this step are added to it.
+        repairing: what `prepare_repair` returned; what this step did is added to it.
         step: `refit`, `blocks`, `subspace` or `factors`.
 
     Raises:
@@ -110,7 +111,7 @@ def repair_step(work: Work, repairing: Repairing | None, step: str) -> None:
     if stage.done:
         for file in sorted(stage.folder.glob("*.safetensors")):
             _load(work, file)
-        repairing.facts.append(json.loads((stage.folder / "facts.json").read_text()))
+        repairing.done.append(RepairStep.model_validate_json((stage.folder / "facts.json").read_text()))
         return
     started = time.monotonic()
     with stage.making() as folder:
@@ -119,11 +120,11 @@ def repair_step(work: Work, repairing: Repairing | None, step: str) -> None:
             facts = _train_whole(work, repairing, step, settings, examples, folder)
         else:
             facts = _by_block(work, repairing, step, settings, folder)
-        facts = {"step": step, **facts, "seconds": round(time.monotonic() - started, 1)}
-        (folder / "facts.json").write_text(json.dumps(facts))
+        done = RepairStep(step=step, **facts, seconds=round(time.monotonic() - started, 1))
+        (folder / "facts.json").write_text(done.model_dump_json())
         for scratch in ("hidden", "trainer"):
             shutil.rmtree(folder / scratch, ignore_errors=True)
-    repairing.facts.append(facts)
+    repairing.done.append(done)
 
 
 def _save(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,22 @@ from rankwise.checkpoints import REPORT_FILE, LoadedModel, fingerprint, load_mod
 from rankwise.data import Examples, load_examples, parse_source
 from rankwise.device import computing
 from rankwise.errors import DataError, ModelError, RankwiseError, RunError
-from rankwise.evaluation import perplexity
+from rankwise.evaluation import Cost, Perplexity, perplexity
 from rankwise.layers import is_linear, kind_of
 from rankwise.models import Site, place_of
 from rankwise.progress import Reporter
 from rankwise.recipes import Evaluation, FineTune
 from rankwise.repair import Teacher, Training, mean_loss, steps_of, train
-from rankwise.reports import can_draw, cut_facts, draw_losses, model_card
+from rankwise.reports import ExampleCounts, FineTuneSettings, FineTuneStep, Report, can_draw, draw_losses, model_card
 from rankwise.sizes import FULL_BITS, Plan, low_rank_candidates
-from rankwise.stages.fitting import store_layers
+from rankwise.stages.finish import bytes_of_weights
+from rankwise.stages.fitting import SiteFacts, store_layers
 from rankwise.stages.work import read_sequences
 
 Parts = tuple[dict[str, Any], dict[str, torch.Tensor]]
 """The sites' modules by name, and the values of all vectors."""
 
 SETTINGS_FILE = "settings.json"
-_REPORT_KEYS = {"recipe", "model_fingerprint", "keep", "sites", "notes", "before", "after"}
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,30 @@ class TuningExamples:
     fingerprint: str
 
 
-def report_of(source: Path, name: str) -> dict[str, Any]:
-    """The report in a directory that rankwise wrote.
+def read_results(source: Path) -> tuple[Report, Plan]:
+    """The report and the plan in a directory that rankwise wrote.
 
     Raises:
-        ModelError: when it is no such directory.
+        ModelError: when it is no such directory, or its report cannot be read or is of other sites than its plan.
+        BudgetError: when its plan cannot be read.
     """
-    try:
-        found = json.loads((source / name).read_text())
-        if isinstance(found, dict) and set(found) >= _REPORT_KEYS and (source / "plan.json").is_file():
-            return found
-    except (OSError, ValueError):
-        pass
-    raise ModelError(
-        "This is no directory that rankwise compress wrote.",
-        where=str(source),
-        remedy=f"give the --output of a compression; it holds {name} and plan.json",
-    )
+    report_file, plan_file = source / REPORT_FILE, source / "plan.json"
+    if not (report_file.is_file() and plan_file.is_file()):
+        raise ModelError(
+            "This is no directory that rankwise compress wrote.",
+            where=str(source),
+            remedy=f"give the --output of a compression; it holds {report_file.name} and {plan_file.name}",
+        )
+    report, plan = Report.load(report_file), Plan.load(plan_file)
+    shapes = {name: site.shape for name, site in report.sites.items()}
+    for name in {**shapes, **plan.shapes}:
+        if shapes.get(name) != plan.shapes.get(name):
+            raise ModelError(
+                f"The report and the plan beside it are of other sites: {name} differs.",
+                where=str(source),
+                remedy="bring back the two files as they were written together, or compress again",
+            )
+    return report, plan
 
 
 def same_settings(folder: Path, settings: Mapping[str, Any], restart: bool) -> None:
@@ -153,7 +160,7 @@ def parts_of(loaded: LoadedModel, sites: list[Site]) -> Parts:
 
 def put_back(
     wanted: FineTune, loaded: LoadedModel, parts: Parts, facts: Mapping[str, Any], reporter: Reporter
-) -> dict[str, dict[str, Any]]:
+) -> SiteFacts:
     """Undo a training and say so: the model is again what was read.
 
     Returns:
@@ -190,16 +197,14 @@ def open_factors(loaded: LoadedModel, sites: list[Site], training: Training) -> 
     return dtypes
 
 
-def teacher_of(
-    wanted: FineTune, report: Mapping[str, Any], loaded: LoadedModel, device: Any, reporter: Reporter
-) -> Teacher:
+def teacher_of(wanted: FineTune, report: Report, loaded: LoadedModel, device: Any, reporter: Reporter) -> Teacher:
     """The original model's predictions.
 
     Raises:
         ModelError: when it cannot be loaded, or has another vocabulary.
     """
 
-    name = wanted.original or report["recipe"]["model"]
+    name = wanted.original or report.recipe.model
     try:
         original = load_model(
             name, precision=wanted.precision, device=device, trust_remote_code=wanted.trust_remote_code
@@ -216,7 +221,7 @@ def teacher_of(
             where=name,
             remedy="give the model that was compressed with --original",
         )
-    if fingerprint(original.model, original.stored_dtypes) != report["model_fingerprint"]:
+    if fingerprint(original.model, original.stored_dtypes) != report.model_fingerprint:
         reporter.note(f"{name} has other weights than the model that was compressed")
 
     def predict(ids: Any, mask: Any) -> Any:
@@ -270,7 +275,7 @@ def store_tuned(
     dtypes: Mapping[str, torch.dtype],
     probe: torch.Tensor,
     reporter: Reporter,
-) -> tuple[Plan, Mapping[str, Mapping[str, Any]]]:
+) -> tuple[Plan, SiteFacts]:
     """Bring what was trained into the form it is saved in.
 
     Returns:
@@ -308,16 +313,7 @@ def _plan_of(loaded: LoadedModel, sites: list[Site], plan: Plan) -> Plan:
     return plan.model_copy(update={"cuts": cuts, "form": form})
 
 
-def facts_of(
-    wanted: FineTune, examples: TuningExamples, scores: tuple[Any, Any], facts: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What the report says of the training."""
-    settings = {**wanted.model_dump(mode="json"), "settings": wanted.training.model_dump(mode="json")}
-    counts = {"count": len(examples.learned), "held_out": len(examples.judged), "tokens": examples.learned.tokens}
-    return {"settings": settings, "examples": counts, "before": scores[0], "after": scores[1], **facts}
-
-
-def score_tuned(wanted: FineTune, loaded: LoadedModel, reporter: Reporter) -> dict[str, Any] | None:
+def score_tuned(wanted: FineTune, loaded: LoadedModel, reporter: Reporter) -> Perplexity | None:
     """Perplexity of the model as it stands; None when no text is given."""
     if wanted.evaluation is None:
         return None
@@ -325,42 +321,68 @@ def score_tuned(wanted: FineTune, loaded: LoadedModel, reporter: Reporter) -> di
     settings = Evaluation(source=wanted.evaluation, length=wanted.length)
     ids = read_sequences(settings, loaded, 0, 0).ids
     with computing(loaded.model):
-        return asdict(perplexity(loaded.model, ids, reporter=reporter))
+        return perplexity(loaded.model, ids, reporter=reporter)
+
+
+def step_of(
+    wanted: FineTune,
+    examples: TuningExamples,
+    scores: tuple[Perplexity | None, Perplexity | None],
+    before: Cost,
+    facts: Mapping[str, Any],
+) -> FineTuneStep:
+    """What the report says of the training.
+
+    Args:
+        wanted: the whole run.
+        examples: what was learned from.
+        scores: perplexity before and after.
+        before: size before.
+        facts: what the training said of itself, and how it was judged.
+    """
+    settings = {**wanted.model_dump(mode="json"), "settings": wanted.training.model_dump(mode="json")}
+    return FineTuneStep(
+        settings=FineTuneSettings(**settings),
+        examples=ExampleCounts(
+            count=len(examples.learned), held_out=len(examples.judged), tokens=examples.learned.tokens
+        ),
+        before=scores[0],
+        after=scores[1],
+        cost_before=before,
+        **facts,
+    )
 
 
 def write_tuned(
-    report: dict[str, Any],
+    report: Report,
     output: Path,
     loaded: LoadedModel,
     sites: list[Site],
     plan: Plan,
-    stored: Mapping[str, Mapping[str, Any]],
-    costs: tuple[Any, Any],
-    facts: dict[str, Any],
+    stored: SiteFacts,
+    cost: Cost,
+    step: FineTuneStep,
     reporter: Reporter,
-) -> dict[str, Any]:
+) -> Report:
     """Write the checkpoint; the report is the compression's, brought up to date, with what training did."""
     loaded.to_stored_dtypes()
-    per_site = {
-        name: {**entry, **cut_facts(plan.cuts[name]), **stored.get(name, {})} for name, entry in report["sites"].items()
-    }
+    bits = report.bits
     new = {
-        **report,
-        "keep": {**report["keep"], "got": plan.kept},
-        "bits": {**report["bits"], "got": plan.bits_a_weight} if report["bits"] else None,
-        "after": asdict(costs[1]),
+        "keep": report.keep.model_copy(update={"got": plan.kept}),
+        "bits": None if bits is None else bits.model_copy(update={"got": plan.bits_a_weight}),
+        "after": cost,
         "evaluation": None,
-        "sites": per_site,
-        "notes": [*report["notes"], *reporter.notes],
-        "finetune": [*report.get("finetune", []), {**facts, "cost_before": asdict(costs[0])}],
+        "sites": {name: site.with_cut(plan.cuts[name], **stored.get(name, {})) for name, site in report.sites.items()},
+        "notes": (*report.notes, *reporter.notes),
+        "finetune": (*report.finetune, step),
         "stages": dict(reporter.stages),
     }
     with writing(output) as folder:
-        save_low_rank(folder, loaded, sites, report["recipe"]["max_shard_size"])
-        new["bytes_on_disk"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-        (folder / REPORT_FILE).write_text(json.dumps(new, indent=2) + "\n")
+        save_low_rank(folder, loaded, sites, report.recipe.max_shard_size)
+        report = report.model_copy(update={**new, "bytes_on_disk": bytes_of_weights(folder)})
+        report.save(folder / REPORT_FILE)
         (folder / "plan.json").write_text(plan.model_dump_json(indent=2) + "\n")
         if can_draw():
-            draw_losses(folder / "finetune.svg", {facts["settings"]["method"]: facts["history"]})
-        (folder / "README.md").write_text(model_card(new))
-    return new
+            draw_losses(folder / "finetune.svg", {step.settings.method: step.history})
+        (folder / "README.md").write_text(model_card(report))
+    return report

@@ -1,0 +1,463 @@
+"""The parts of a report, one frozen object each, named as the file names its keys."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from rankwise.allocation import Outcome, finite
+from rankwise.evaluation import Cost, Perplexity
+from rankwise.models import Site
+from rankwise.sizes import Cut, Plan
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it; numbers that are not finite become their names, which are read as numbers again."""
+    return json.loads(json.dumps(value), parse_constant=str)
+
+
+Count = Annotated[int, Field(ge=0)]
+"""How many of something."""
+
+Measured = Annotated[float, Field(allow_inf_nan=True), AfterValidator(finite)] | None
+"""A number that a damaged model may make infinite, or no number: it is None then, and null in the file."""
+
+Plain = Annotated[Any, AfterValidator(_plain)]
+"""Anything that JSON can hold."""
+
+
+def in_words(value: float | None, form: str) -> str:
+    """A measured number in a format such as `.4g`."""
+    return "not finite" if value is None else format(value, form)
+
+
+class Part(BaseModel):
+    """A part of a report: frozen, without keys that are not known, and without numbers that JSON cannot hold.
+
+    A key that was not given and has nothing in it is left out of the file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _without_what_was_not_said(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if value or key in self.model_fields_set}
+
+
+class Settings(Part):
+    """Settings as plain values. Known is what reports read of them; every other key is an attribute too, as it is.
+
+    They are not checked, so that a report outlives changes of what can be set.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    __pydantic_extra__: dict[str, Plain]
+
+
+class Named(Settings):
+    """A method or an allocation, its settings among the other attributes.
+
+    Attributes:
+        name: which one.
+    """
+
+    name: str
+
+
+class RecipeSettings(Settings):
+    """The recipe of a compression: `recipe_from(report.recipe.model_dump())` is a recipe again.
+
+    Attributes:
+        model: directory or hub name of the checkpoint.
+        method: how a weight was fitted.
+        allocation: how size was spread over the sites.
+        format: `low_rank`, or `dense` where the factors were multiplied back.
+        max_shard_size: size at which weights are split over files, such as `5GB`.
+    """
+
+    model: str
+    method: Named
+    allocation: Named
+    format: Literal["low_rank", "dense"]
+    max_shard_size: str
+
+
+class FineTuneSettings(Settings):
+    """What was asked of a fine-tuning.
+
+    Attributes:
+        method: `subspace`, `lora`, `full-factors` or `lowrank`.
+        data: text source it learned from.
+        settings: of the method, as they held.
+    """
+
+    method: str
+    data: str
+    settings: dict[str, Plain]
+
+
+class Kept(Part):
+    """The fraction of the decoder's linear weights that is kept, counted in numbers of the checkpoint's own type.
+
+    Attributes:
+        asked: what was asked for; None when the size was spelled otherwise, or not at all.
+        got: what came out.
+    """
+
+    asked: float | None
+    got: float
+
+
+class Bits(Part):
+    """Bits a weight of the decoder's linear layers, on the average.
+
+    Attributes:
+        asked: what was asked for; None when the size was spelled otherwise, or not at all.
+        got: what came out, with scales, signs and factors counted.
+        before: of the original.
+    """
+
+    asked: float | None
+    got: float
+    before: float
+
+
+def bits_of(plan: Plan, before: Cost) -> Bits | None:
+    """Bits a weight under a plan, of a model of this size; None for a plan that keeps a fraction in numbers."""
+    if not plan.coded and plan.keep is not None:
+        return None
+    return Bits(asked=plan.bits, got=plan.bits_a_weight, before=8 * before.linear_bytes / plan.weights)
+
+
+class Scores(Part):
+    """Perplexity before and after.
+
+    Attributes:
+        source: the text it was measured on.
+        dense: of the original.
+        compressed: of the result.
+    """
+
+    source: str
+    dense: Perplexity
+    compressed: Perplexity
+
+
+class CalibrationText(Part):
+    """What the statistics were taken on.
+
+    Attributes:
+        source: of the text.
+        sequences: how many were used.
+        length: tokens a sequence.
+        available: sequences the source held.
+        fingerprint: hash of the token ids.
+    """
+
+    source: str
+    sequences: Count
+    length: Count
+    available: Count
+    fingerprint: str
+
+
+class ValidationText(Part):
+    """The samples a search judged its plans on.
+
+    Attributes:
+        source: of the text.
+        sequences: how many were used.
+        length: tokens a sequence.
+        select: how they were chosen from those read: `all`, `random`, `top` or `bottom`.
+    """
+
+    source: str
+    sequences: Count
+    length: Count
+    select: str
+
+
+class KeptPredictions(Part):
+    """How the original's predictions were kept during a search.
+
+    Attributes:
+        form: `head_inputs`, `top_k` or `none`.
+        bytes: memory they took.
+        largest_share_of_kl_missed: by the top k, on the first batch of a trial, in 0..1; None while exact or not
+            measured.
+    """
+
+    form: str
+    bytes: Count
+    largest_share_of_kl_missed: Measured
+
+
+class SearchTimes(Part):
+    """Where the time of a search went, in seconds.
+
+    Attributes:
+        bare_forward: one forward pass of the original over the samples.
+        trials: all trials.
+        optimiser: all proposals.
+    """
+
+    bare_forward: float
+    trials: float
+    optimiser: float
+
+
+class SearchSummary(Part):
+    """What a search did. Its trials are in `trials.jsonl` beside the report.
+
+    Attributes:
+        space: the space searched, such as `5x1` or `spectral`.
+        trials: how many.
+        failed: of these, how many had an objective that is not finite.
+        best_trial: number of the best one, from 0.
+        best_origin: where its point came from: a start, `spread` or `proposed`.
+        objective: its objective, perplexity, and divergence from the original in nats a token.
+        dense_nll: the original's mean loss on the samples, in nats a token.
+        validation: the samples.
+        predictions: how the original's predictions were kept.
+        seconds: where the time went.
+    """
+
+    space: str | None
+    trials: Count
+    failed: Count
+    best_trial: Count
+    best_origin: str
+    objective: Outcome
+    dense_nll: float
+    validation: ValidationText
+    predictions: KeptPredictions
+    seconds: SearchTimes
+
+
+class TrainingStep(Part):
+    """A point of a loss curve.
+
+    Attributes:
+        step: of the optimiser, from 1.
+        loss: a token, in nats.
+        lr: step size.
+    """
+
+    step: Count
+    loss: Measured
+    lr: float
+
+
+class LearnedText(Part):
+    """What a repair learned from.
+
+    Attributes:
+        source: of the text.
+        count: examples.
+        tokens: of all examples that were learned from.
+    """
+
+    source: str
+    count: Count
+    tokens: Count
+
+
+class BlockRepair(Part):
+    """What a repair did to one block.
+
+    Attributes:
+        block: its index.
+        objective_before: validation objective before.
+        objective_after: and after, undone or not.
+        accepted: whether it stayed; where the objective did not fall it was undone.
+        loss_first: of the training, at its first step.
+        loss_last: at its last.
+        steps: of the optimiser.
+    """
+
+    block: Count
+    objective_before: Measured
+    objective_after: Measured
+    accepted: bool
+    loss_first: Measured = None
+    loss_last: Measured = None
+    steps: Count | None = None
+
+
+class RepairStep(Part):
+    """What one step of the repair did.
+
+    Attributes:
+        step: `refit`, `blocks`, `subspace` or `factors`.
+        objective_before: validation objective before.
+        objective_after: and after.
+        accepted: whether anything of it stayed.
+        blocks: block by block, of `refit` and `blocks`.
+        examples: what `subspace` and `factors` learned from.
+        trained_parameters: how many these trained.
+        history: their loss curve.
+        seconds: it took.
+    """
+
+    step: str
+    objective_before: Measured
+    objective_after: Measured
+    accepted: bool
+    blocks: tuple[BlockRepair, ...] = ()
+    examples: LearnedText | None = None
+    trained_parameters: Count | None = None
+    history: tuple[TrainingStep, ...] = ()
+    seconds: float
+
+
+class SiteReport(Part):
+    """One linear weight W of shape (m, n): what was decided of it, how it is stored, and how that came out.
+
+    Attributes:
+        block: index of its block.
+        role: such as `q` or `down`.
+        shape: `(m, n)`, outputs by inputs.
+        rank: of L R; 0 for none, None for a weight left as it was.
+        q_bits: bits a weight of Q, 0 for no Q; None where nothing is coded.
+        lr_bits: bits of the entries of L and R; None where there is no L R or nothing is coded.
+        damping: what the method's metric needed, relative to its mean diagonal.
+        dropped_energy: share of the method's energy that was cut off, in 0..1; None where nothing is ordered.
+        errors: tr(E H E^T) / tr(W H W^T) after each outer iteration; empty where there are none.
+        iteration_kept: the iteration that the factors are of, from 1.
+        error: the error of that iteration.
+        fallback: whether H was zero, and the identity stood for it.
+        bits: that the site takes in all, its bias not counted; None for a weight left as it was, and where 0.1.0 did
+            not say.
+        storage: `two_factor`, `pivoted` or `quantized`; None for a weight left as it was.
+        largest_pivot_entry: largest magnitude in the map from pivot rows to the others.
+    """
+
+    block: Count
+    role: str
+    shape: tuple[Count, Count]
+    rank: Count | None
+    q_bits: Count | None = None
+    lr_bits: Count | None = None
+    damping: Measured = None
+    dropped_energy: Measured = None
+    errors: tuple[float, ...] = ()
+    iteration_kept: Count | None = None
+    error: float | None = None
+    fallback: bool = False
+    bits: Count | None = None
+    storage: Literal["two_factor", "pivoted", "quantized"] | None = None
+    largest_pivot_entry: Measured = None
+
+    @model_validator(mode="after")
+    def _of_a_cut_there_is(self) -> SiteReport:
+        # Files of 0.1.0 give the bits of L and R in the recipe alone.
+        if not self.q_bits or "lr_bits" in self.model_fields_set:
+            _ = self.cut
+        return self
+
+    @property
+    def cut(self) -> Cut:
+        """What was decided of the weight."""
+        return Cut(self.rank, self.q_bits or 0, self.lr_bits)
+
+    @classmethod
+    def of(cls, site: Site, cut: Cut, **facts: Any) -> SiteReport:
+        """A site under a cut.
+
+        Args:
+            site: which one.
+            cut: what was decided of it.
+            **facts: further attributes.
+        """
+        return cls(block=site.block, role=site.role, shape=(site.m, site.n), **cut_facts(cut), **facts)
+
+    def with_cut(self, cut: Cut, **facts: Any) -> SiteReport:
+        """The same site under another cut.
+
+        Args:
+            cut: what holds of it now.
+            **facts: attributes that are new.
+        """
+        return SiteReport(**{**self.model_dump(), **cut_facts(cut), **facts})
+
+
+def cut_facts(cut: Cut) -> dict[str, int | None]:
+    """What a report says of a cut: its rank, None for dense, and bits where it is coded."""
+    bits = {"q_bits": cut.q_bits, "lr_bits": cut.lr_bits} if cut.coded else {}
+    return {"rank": cut.rank, **bits}
+
+
+class Machine(Part):
+    """Where a run took place; the versions are those it ran with.
+
+    Attributes:
+        device: the processor or accelerator, in words.
+        system: operating system and architecture.
+        python: version.
+        torch: version.
+        transformers: version.
+        rankwise: version.
+    """
+
+    device: str
+    system: str | None = None
+    python: str | None = None
+    torch: str | None = None
+    transformers: str | None = None
+    rankwise: str
+
+
+class ExampleCounts(Part):
+    """What a fine-tuning learned from.
+
+    Attributes:
+        count: examples.
+        held_out: further ones, by which it was judged.
+        tokens: of the examples learned from.
+    """
+
+    count: Count
+    held_out: Count
+    tokens: Count
+
+
+class FineTuneStep(Part):
+    """What one fine-tuning of the compressed checkpoint did.
+
+    Attributes:
+        settings: what was asked.
+        examples: what it learned from.
+        before: perplexity before; None when no text was given.
+        after: and after.
+        trained_parameters: how many were trained.
+        history: the loss curve.
+        norm_lost_in_merging: by site, the share of its squared norm that was lost when adapters were merged, in 0..1;
+            None where there were none.
+        loss_before: a token of the examples held out, in nats, before.
+        loss_after: and after, undone or not.
+        accepted: whether the training stayed; where the loss did not fall it was undone.
+        cost_before: size before.
+    """
+
+    settings: FineTuneSettings
+    examples: ExampleCounts
+    before: Perplexity | None
+    after: Perplexity | None
+    trained_parameters: Count
+    history: tuple[TrainingStep, ...]
+    norm_lost_in_merging: dict[str, Measured] | None = None
+    loss_before: Measured
+    loss_after: Measured
+    accepted: bool
+    cost_before: Cost
