@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart real-model test test-slow lint bench bench-gpu clean
+.PHONY: help setup quickstart real-model test test-slow mutants lint bench bench-gpu clean
 
 help:
 	@echo "make quickstart   set up, compress the bundled model, show the result"
 	@echo "make real-model   set up, make a checkpoint of SmolLM2-135M-Instruct (downloads 93 MB)"
 	@echo "make test         set up, run the tests"
 	@echo "make test-slow    set up, run the tests that take minutes"
+	@echo "make mutants      set up, break the package in many places, show that the tests notice (minutes)"
 	@echo "make lint         set up, check style, types and import rules"
 	@echo "make bench        set up, measure everything in benchmarks/ (needs the real models)"
 	@echo "make bench-gpu    set up, measure what needs a GPU (needs no models)"
@@ -36,6 +37,9 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,tasks]' -c constraints.txt
 	$(BIN)/python -m pytest -m slow
+
+mutants: setup
+	$(BIN)/python tests/mutants.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -217,6 +217,37 @@ def test_gradients_are_those_of_the_text_loss(tmp_path: Path) -> None:
     torch.testing.assert_close(found.of(fisher), rows / len(setup.tokens), atol=1e-6, rtol=1e-3)
 
 
+def gradients(setup: Setup, labels: Any, batch_size: int = 4, seed: int = 0) -> Tensor:
+    """What a pass brings back to the outputs of a site, shape `[sequences, tokens, m]`."""
+    seen: list[Tensor] = []
+    layer = setup.site("1.mlp.gate_proj").module(setup.model)
+    handle = layer.register_forward_hook(lambda _m, _a, y: (y.register_hook(seen.append), None)[1])
+    asked = [Curvature(labels=labels)]
+    collect(setup.model, setup.sites, setup.tokens, asked, batch_size=batch_size, seed=seed)
+    handle.remove()
+    return torch.cat(seen)
+
+
+def test_sampled_labels_are_drawn_anew_for_every_seed_and_batch() -> None:
+    setup = Setup(sequences=6)
+    setup.tokens = setup.tokens[:1].repeat(6, 1)
+    drawn = gradients(setup, "sampled")
+    assert torch.equal(drawn, gradients(setup, "sampled"))
+    assert not torch.allclose(drawn, gradients(setup, "sampled", seed=1))
+    assert not torch.allclose(drawn, gradients(setup, "text"))
+    # One sequence many times over: the text's labels are alike in every batch, drawn ones are not.
+    by_one = [gradients(setup, labels, batch_size=1) for labels in ("text", "sampled")]
+    assert [len({tuple(each.flatten().tolist()) for each in found}) for found in by_one] == [1, 6]
+
+
+def test_sampled_labels_are_as_frequent_as_the_model_says() -> None:
+    logits = torch.tensor([2.0, 0.0, 1.0, -1.0])
+    drawn = passes._targets(logits.expand(4, 5000, 4), torch.zeros(4, 5001, dtype=torch.int64), "sampled", 7)
+    assert drawn.shape == (4, 5000)
+    frequent = drawn.flatten().bincount(minlength=4) / 20000
+    torch.testing.assert_close(frequent, logits.softmax(0), atol=0.015, rtol=0)
+
+
 def test_the_backward_pass_leaves_no_gradient_on_any_weight() -> None:
     setup = Setup()
     for parameter in setup.model.parameters():

@@ -1,0 +1,415 @@
+"""Breaks named places of the package, one at a time, and shows that the tests notice: `make mutants`.
+
+A mutant is an exact text of one file, what stands in its place, and the tests that have to notice. `src` is copied and
+the copy is broken, so the files themselves are never touched. The tests first have to pass on the copy as it is. A
+mutant is noticed when a test fails, not when nothing can be imported any more. Words on the command line pick mutants
+by their names. Exit status 1: a mutant was not noticed, or could not be tried.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_CANNOT_RUN = ("ImportError", "ModuleNotFoundError", "NameError", "SyntaxError", "IndentationError")
+"""A test that ends with one of these noticed nothing: the mutant cannot run at all."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One way to break the package.
+
+    Attributes:
+        name: what is broken, in words.
+        file: under `src/rankwise`.
+        old: text that is there exactly once.
+        new: what stands there instead.
+        tests: files under `tests`, or single tests in them (`file::name`), one of which has to fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def applied(self, text: str) -> str:
+        """The file's text, broken.
+
+        Raises:
+            ValueError: when the old text is not there exactly once.
+        """
+        found = text.count(self.old)
+        if found != 1:
+            raise ValueError(f"the text to change is {found} times in {self.file}, not once")
+        return text.replace(self.old, self.new)
+
+
+OWN_METRIC = "methods/test_own_metric.py"
+
+MUTANTS = (
+    Mutant(
+        "ASVD ignores activations",
+        "methods/asvd.py",
+        "inputs=InputMetric(scale.square())",
+        "inputs=InputMetric(scale.square() ** 0)",
+        (OWN_METRIC,),
+    ),
+    Mutant(
+        "FWSVD ignores the Fisher information",
+        "methods/fwsvd.py",
+        "decompose(weight, metric=rows)",
+        "decompose(weight)",
+        (OWN_METRIC,),
+    ),
+    Mutant(
+        "SVD-LLM centres its inputs",
+        "methods/svd_llm.py",
+        "statistics.of(Moments()).second_moment()",
+        "statistics.of(Moments()).covariance()",
+        (OWN_METRIC,),
+    ),
+    Mutant(
+        "AFM does not centre its outputs",
+        "methods/afm.py",
+        "statistics.of(Moments()).covariance()",
+        "statistics.of(Moments()).second_moment()",
+        (OWN_METRIC,),
+    ),
+    Mutant(
+        "pooling takes all sequences for one group",
+        "statistics/groups.py",
+        "frozenset(group_ends(sequences, min(groups, sequences)))",
+        "frozenset(group_ends(sequences, 1))",
+        (OWN_METRIC,),
+    ),
+    Mutant(
+        "two_sided ignores the curvature",
+        "methods/two_sided.py",
+        "outputs=seen.outputs, metric=metric)",
+        "outputs=seen.outputs)",
+        (OWN_METRIC,),
+    ),
+    Mutant(
+        "damping is left in the energies of two_sided",
+        "methods/two_sided.py",
+        "energy=found.energy * metric.undamped_share(found.left)",
+        "energy=found.energy",
+        (OWN_METRIC,),
+    ),
+    Mutant(
+        "bolaco loses its bias",
+        "methods/bolaco.py",
+        "seen.mean_output if self.bias else None",
+        "None",
+        (OWN_METRIC,),
+    ),
+    Mutant(
+        "two_sided loses its bias",
+        "methods/two_sided.py",
+        "seen.mean_output if self.bias else None",
+        "None",
+        (OWN_METRIC,),
+    ),
+    Mutant(
+        "a layer's own bias is lost where the mean is made up for",
+        "factors.py",
+        "bias = compensation if bias is None else bias.to(compensation) + compensation",
+        "bias = compensation",
+        (OWN_METRIC,),
+    ),
+    Mutant(
+        "mixed fits a cut in numbers as CALDERA does",
+        "methods/mixed.py",
+        "        if cut.coded:\n",
+        "        if not cut.dense:\n",
+        (OWN_METRIC,),
+    ),
+    Mutant(
+        "L R of CALDERA ignores the Hessian",
+        "methods/caldera.py",
+        "self._metric = InputMetric(hessian.matrix)",
+        "self._metric = InputMetric(torch.eye(len(hessian.matrix)).to(hessian.matrix))",
+        (OWN_METRIC,),
+    ),
+    Mutant(
+        "CALDERA keeps the last of its turns, not the best",
+        "methods/caldera.py",
+        "if errors.index(min(errors)) == len(errors) - 1:",
+        "if True:",
+        ("quantizers/test_quantizers.py",),
+    ),
+    Mutant(
+        "truncating keeps one component too few",
+        "factors.py",
+        "        left, right = self.left[:, :rank], self.right[:rank]\n",
+        "        rank = max(1, rank - 1)\n        left, right = self.left[:, :rank], self.right[:rank]\n",
+        (OWN_METRIC,),
+    ),
+    Mutant(
+        "codes are read without their scale",
+        "quantizers/codebooks.py",
+        "return (values * wide_scale(self.scale, self.group, values.shape[1]))[:, : self.columns]",
+        "return values[:, : self.columns]",
+        ("quantizers/test_quantizers.py",),
+    ),
+    Mutant(
+        "rounding feeds no error back inside a panel",
+        "quantizers/ldlq.py",
+        "wanted = wanted + errors[:, first:start] @ feedback[first:start, start:stop]",
+        "wanted = wanted + 0",
+        ("quantizers/test_quantizers.py",),
+    ),
+    Mutant(
+        "rounding feeds no error back from one panel to the next",
+        "quantizers/ldlq.py",
+        "panel = target[:, first:last] + errors[:, :first] @ feedback[:first, first:last]",
+        "panel = target[:, first:last]",
+        ("quantizers/test_quantizers.py",),
+    ),
+    Mutant(
+        "a site draws the same whatever the seed",
+        "stages/outlooks.py",
+        'f"{work.recipe.seed}:{site.name}"',
+        'f"{site.name}"',
+        ("stages/test_keys.py",),
+    ),
+    Mutant(
+        "all sites draw the same",
+        "stages/outlooks.py",
+        'f"{work.recipe.seed}:{site.name}"',
+        'f"{work.recipe.seed}"',
+        ("stages/test_keys.py",),
+    ),
+    Mutant(
+        "sequences are chosen the same whatever the seed",
+        "data/sequences.py",
+        "torch.Generator().manual_seed(seed)",
+        "torch.Generator().manual_seed(0)",
+        ("data/test_data.py",),
+    ),
+    Mutant(
+        "labels are sampled the same whatever the seed",
+        "statistics/passes.py",
+        "seed * 1_000_003 + start",
+        "start",
+        ("statistics/test_statistics.py",),
+    ),
+    Mutant(
+        "sampled labels are the text's",
+        "statistics/passes.py",
+        'if labels == "text":',
+        "if labels:",
+        ("statistics/test_statistics.py",),
+    ),
+    Mutant(
+        "finished statistics are taken for those of another seed",
+        "stages/work.py",
+        '"calibration": calibration, "seed": work.recipe.seed}',
+        '"calibration": calibration}',
+        ("stages/test_keys.py",),
+    ),
+    Mutant(
+        "finished statistics are taken for those of another batch size",
+        "stages/work.py",
+        ', "batch_size": work.recipe.calibration.batch_size}',
+        "}",
+        ("stages/test_keys.py",),
+    ),
+    Mutant(
+        "finished statistics are taken for those of other groups",
+        "statistics/base.py",
+        "f.name: getattr(self, f.name) for f in dataclasses.fields(fields)}",
+        'f.name: getattr(self, f.name) for f in dataclasses.fields(fields) if f.name != "groups"}',
+        ("statistics/test_adding.py",),
+    ),
+    Mutant(
+        "a fit is taken for that of other bits of L and R",
+        "stages/fitting.py",
+        '{cut.q_bits}-{cut.rank}-{cut.lr_bits}.safetensors"',
+        '{cut.q_bits}-{cut.rank}.safetensors"',
+        ("stages/test_keys.py",),
+    ),
+    Mutant(
+        "a fit is taken for that of another rank",
+        "stages/fitting.py",
+        '{cut.q_bits}-{cut.rank}-{cut.lr_bits}.safetensors"',
+        '{cut.q_bits}-{cut.lr_bits}.safetensors"',
+        ("stages/test_keys.py",),
+    ),
+    Mutant(
+        "a pivoted layer leaves its outputs in the order of storage",
+        "layers/pivoted.py",
+        "return outputs.gather(-1, self.place.long().expand(outputs.shape))",
+        "return outputs",
+        ("layers/test_storage.py::test_both_layers_compute_the_same_map",),
+    ),
+    Mutant(
+        "a filled budget is exceeded by one step",
+        "allocation/fill.py",
+        "torch.where(step <= left,",
+        "torch.where((left > 0) & step.isfinite(),",
+        ("sizes/test_budget.py",),
+    ),
+    Mutant(
+        "the integers of an order are not counted",
+        "sizes/form.py",
+        "return rank * (m + n - rank) + (m if",
+        "return rank * (m + n - rank) + (0 if",
+        ("sizes/test_budget.py",),
+    ),
+    Mutant(
+        "the divergence is taken the other way round",
+        "evaluation/predictions.py",
+        'original = self._head(self._inputs).float().log_softmax(-1)\n        if direction == "compressed_original":',
+        'original = self._head(self._inputs).float().log_softmax(-1)\n        if direction != "compressed_original":',
+        ("evaluation/test_objective.py",),
+    ),
+    Mutant(
+        "the divergence of the top k is taken the other way round",
+        "evaluation/predictions.py",
+        'rest = _rest(kept)\n        if direction == "compressed_original":',
+        'rest = _rest(kept)\n        if direction != "compressed_original":',
+        ("evaluation/test_objective.py",),
+    ),
+    Mutant(
+        "a plan is taken for a model of other shapes",
+        "sizes/plan.py",
+        "if there != shape:",
+        "if there is None:",
+        ("allocation/test_allocation.py::test_plans_remember_what_they_were_made_for",),
+    ),
+    Mutant(
+        "labels are not drawn, but the likeliest are taken",
+        "statistics/passes.py",
+        "return (logits.float() - (-noise.log()).log()).argmax(-1)",
+        "return logits.float().argmax(-1)",
+        ("statistics/test_statistics.py",),
+    ),
+    Mutant(
+        "every batch draws the same labels",
+        "statistics/passes.py",
+        "seed * 1_000_003 + start",
+        "seed * 1_000_003",
+        ("statistics/test_statistics.py",),
+    ),
+    Mutant(
+        "an outlook is taken for that of other settings",
+        "stages/outlooks.py",
+        '{**key, "method": method.model_dump()}',
+        '{**key, "method": method.name}',
+        ("stages/test_keys.py",),
+    ),
+    Mutant(
+        "a fit is taken for that of other settings",
+        "stages/fitting.py",
+        'self._method.model_dump(exclude={"q_bits", "rank"})',
+        "self._method.name",
+        ("stages/test_keys.py",),
+    ),
+)
+
+
+class Bench:
+    """A copy of `src`, and tests that run on it.
+
+    Args:
+        folder: where the copy is made; an empty one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._src = folder, folder / "src"
+        shutil.copytree(ROOT / "src", self._src, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        # Files that change within a second look unchanged to compiled ones, so none are written.
+        self._environment = {**os.environ, "PYTHONPATH": str(self._src), "PYTHONDONTWRITEBYTECODE": "1"}
+        code = "import rankwise; print(rankwise.__file__)"
+        found = subprocess.run(
+            [sys.executable, "-c", code], env=self._environment, cwd=folder, capture_output=True, text=True, check=True
+        )
+        if not Path(found.stdout.strip()).is_relative_to(self._src):
+            raise RuntimeError(f"the tests would run on {found.stdout.strip()}, not on the copy")
+
+    def passes(self, tests: Iterable[str]) -> str:
+        """Run tests on what the copy is now, up to the first that fails.
+
+        Returns:
+            The name of the test that failed, empty when all pass.
+
+        Raises:
+            RuntimeError: when they could not be run.
+        """
+        report = self._folder / "report.xml"
+        report.unlink(missing_ok=True)
+        # In a folder of its own, so that no example which a mutant failed is remembered for the package itself.
+        options = ["-x", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "--junitxml", str(report)]
+        options += ["-p", "no:cacheprovider", "--hypothesis-seed", "0"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *(str(ROOT / "tests" / test) for test in tests)],
+            env=self._environment,
+            cwd=self._folder,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode == 0:
+            return ""
+        if done.returncode == 1:
+            for case in ET.parse(report).iter("testcase"):
+                failure = case.find("failure")
+                if failure is not None and not failure.get("message", "").startswith(_CANNOT_RUN):
+                    file = case.get("classname", "").removeprefix("tests.").replace(".", "/")
+                    return f"{file}.py::{case.get('name')}"
+        raise RuntimeError(f"the tests cannot be run:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
+
+    def noticed(self, mutant: Mutant) -> str:
+        """The name of the first test that fails on a mutant, empty for none.
+
+        Raises:
+            ValueError: when the mutant does not fit its file.
+            RuntimeError: when the tests could not be run.
+        """
+        file = self._src / "rankwise" / mutant.file
+        whole = file.read_text()
+        file.write_text(mutant.applied(whole))
+        try:
+            return self.passes(mutant.tests)
+        finally:
+            file.write_text(whole)
+
+
+def main(words: list[str]) -> int:
+    """Try the mutants whose names hold one of the words, or all; 0 when every one was noticed."""
+    wanted = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        bench = Bench(Path(name))
+        failed = bench.passes(dict.fromkeys(test for mutant in wanted for test in mutant.tests))
+        if failed:
+            print(f"{failed} fails without any mutant")
+            return 1
+        print(f"the tests pass on the package as it is ({time.monotonic() - started:.0f} s)", flush=True)
+        missed = 0
+        for mutant in wanted:
+            begun = time.monotonic()
+            try:
+                test = bench.noticed(mutant)
+                says = f"noticed      {mutant.name}, by {test}" if test else f"NOT NOTICED  {mutant.name}"
+            except (ValueError, RuntimeError) as problem:
+                test, says = "", f"NOT TRIED    {mutant.name}: {problem}"
+            missed += not test
+            print(f"{says} ({time.monotonic() - begun:.0f} s)", flush=True)
+    print(f"{len(wanted) - missed} of {len(wanted)} mutants noticed in {time.monotonic() - started:.0f} s")
+    return int(missed > 0 or not wanted)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
