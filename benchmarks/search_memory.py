@@ -20,12 +20,12 @@ from rankwise.progress import Reporter
 from rankwise.recipes import recipe_from
 from rankwise.runs import Run
 
-MODEL = "wiki-llama-8m"
+MODEL = "stories260k"
 METHODS: dict[str, dict[str, Any]] = {
-    "two_sided": {"method": "two_sided", "budget": {"keep": 0.5}},
-    "quantize": {"method": "quantize", "budget": {"bits": 3}},
-    "caldera": {"method": "caldera", "budget": {"bits": 3}},
-    "mixed": {"method": "mixed", "budget": {"bits": 3}},
+    "two_sided": {"method": "two_sided", "budget": {"keep": 0.5, "rank_multiple": 1}},
+    "quantize": {"method": "quantize", "budget": {"bits": 3, "rank_multiple": 1}},
+    "caldera": {"method": "caldera", "budget": {"bits": 3, "rank_multiple": 1}},
+    "mixed": {"method": "mixed", "budget": {"bits": 3, "rank_multiple": 1}},
 }
 
 

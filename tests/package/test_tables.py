@@ -30,6 +30,7 @@ DESCRIPTIONS = {
     ("docs/allocation.md", "`--allocation`"),
     ("docs/architecture.md", "noun"),
     ("docs/methods/README.md", "method"),
+    ("docs/methods/mixed.md", "cut"),
     ("docs/methods/caldera.md", "setting"),
     ("docs/quantisation.md", "`--allocation`"),
     ("docs/repair.md", "step"),
@@ -113,6 +114,19 @@ TABLES = {
             },
         ),
         {"bits a weight": ({}, ["bits"]), **{text: ({}, [f"perplexity/{text}"]) for text in TEXTS}},
+    ),
+    ("README.md", "mixed"): Shown(
+        rows(
+            "row",
+            {"Q alone (`quantize`)": "Q alone", "Q + L R (`caldera`)": "Q + L R", "any form (`mixed`)": "mixed"},
+        ),
+        {f"{t} {bits}": ({"asked": bits}, [f"kl/{t}"]) for t in TEXTS for bits in (2.1, 2.5, 3.0, 4.0)},
+        "wiki-llama-8m",
+    ),
+    ("docs/methods/mixed.md", "mixed"): Shown(
+        named("row", "Q alone", "Q + L R", "mixed"),
+        {f"{t} {bits}": ({"asked": bits}, [f"perplexity/{t}"]) for t in TEXTS for bits in (2.1, 2.5, 3.0, 4.0)},
+        "wiki-llama-8m",
     ),
     ("docs/repair.md", "repair-stories260k"): Shown(
         rows(
