@@ -147,7 +147,7 @@ MUTANTS = (
         "methods/caldera.py",
         "if errors.index(min(errors)) == len(errors) - 1:",
         "if True:",
-        ("quantizers/test_quantizers.py",),
+        ("quantizers/test_quantizers.py::test_the_best_iteration_is_kept_and_its_error_is_that_of_the_weight",),
     ),
     Mutant(
         "truncating keeps one component too few",
@@ -161,21 +161,21 @@ MUTANTS = (
         "quantizers/codebooks.py",
         "return (values * wide_scale(self.scale, self.group, values.shape[1]))[:, : self.columns]",
         "return values[:, : self.columns]",
-        ("quantizers/test_quantizers.py",),
+        ("quantizers/test_quantizers.py::test_each_further_bit_of_the_lattice_costs_less_than_a_scalar_quantiser",),
     ),
     Mutant(
         "rounding feeds no error back inside a panel",
         "quantizers/ldlq.py",
         "wanted = wanted + errors[:, first:start] @ feedback[first:start, start:stop]",
         "wanted = wanted + 0",
-        ("quantizers/test_quantizers.py",),
+        ("quantizers/test_quantizers.py::test_feedback_beats_rounding_to_the_nearest",),
     ),
     Mutant(
         "rounding feeds no error back from one panel to the next",
         "quantizers/ldlq.py",
         "panel = target[:, first:last] + errors[:, :first] @ feedback[:first, first:last]",
         "panel = target[:, first:last]",
-        ("quantizers/test_quantizers.py",),
+        ("quantizers/test_quantizers.py::test_feedback_leaves_only_what_each_rounding_misses",),
     ),
     Mutant(
         "a site draws the same whatever the seed",
@@ -196,7 +196,7 @@ MUTANTS = (
         "data/sequences.py",
         "torch.Generator().manual_seed(seed)",
         "torch.Generator().manual_seed(0)",
-        ("data/test_data.py",),
+        ("data/test_data.py::test_choosing_is_seeded_ordered_and_without_replacement",),
     ),
     Mutant(
         "labels are sampled the same whatever the seed",
@@ -231,7 +231,7 @@ MUTANTS = (
         "statistics/base.py",
         "f.name: getattr(self, f.name) for f in dataclasses.fields(fields)}",
         'f.name: getattr(self, f.name) for f in dataclasses.fields(fields) if f.name != "groups"}',
-        ("statistics/test_adding.py",),
+        ("statistics/test_adding.py::test_every_setting_is_in_the_key",),
     ),
     Mutant(
         "a fit is taken for that of other bits of L and R",
@@ -259,14 +259,14 @@ MUTANTS = (
         "allocation/fill.py",
         "torch.where(step <= left,",
         "torch.where((left > 0) & step.isfinite(),",
-        ("sizes/test_budget.py",),
+        ("sizes/test_budget.py::test_a_filled_budget_is_never_exceeded_and_leaves_less_than_one_step",),
     ),
     Mutant(
         "the integers of an order are not counted",
         "sizes/form.py",
         "return rank * (m + n - rank) + (m if",
         "return rank * (m + n - rank) + (0 if",
-        ("sizes/test_budget.py",),
+        ("sizes/test_budget.py::test_no_storage_costs_more_than_it_must",),
     ),
     Mutant(
         "the divergence is taken the other way round",
