@@ -59,6 +59,13 @@ OWN_METRIC = "methods/test_own_metric.py"
 
 MUTANTS = (
     Mutant(
+        "mixed ignores the curvature when it fits L R",
+        "methods/mixed.py",
+        "        return rotation.curvature(curvature)",
+        "        return None",
+        (f"{OWN_METRIC}::test_mixed_fits_the_loss_and_caldera_the_outputs",),
+    ),
+    Mutant(
         "ASVD ignores activations",
         "methods/asvd.py",
         "inputs=InputMetric(scale.square())",

@@ -339,17 +339,49 @@ def test_what_is_estimated_of_codes_alone_is_their_loss_by_both_metrics(shape: t
     assert outlook.basis.energy.tolist() == pytest.approx([loss], rel=1e-4)
 
 
-@pytest.mark.parametrize("cut", [Cut(0, 2), Cut(4, 2, 4), Cut(4, 2, 16), Cut(8, 0, 4), Cut(8, 0, 8)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_coded_cut_of_mixed_is_what_caldera_gives(shape: tuple[int, int], cut: Cut, seen: Any) -> None:
+def test_codes_alone_of_mixed_are_what_caldera_gives(shape: tuple[int, int], seen: Any) -> None:
     at = seen(shape)
     (found, fit), (wanted, wanted_fit) = (
-        method.fit(at.weight, at.statistics, cut, drawn(), not_looking)
-        for method in (Mixed(outer=2, inner=2), Caldera(outer=2, inner=2))
+        method.fit(at.weight, at.statistics, Cut(0, 2), drawn(), not_looking) for method in (Mixed(), Caldera())
     )
     assert torch.equal(found.reconstruct(), wanted.reconstruct())
     torch.testing.assert_close(found.bias, wanted.bias, atol=0, rtol=0)
     assert fit == wanted_fit
+
+
+def both_metrics(at: Any, method: Mixed) -> tuple[Any, Any]:
+    """F and H as `mixed` damps them."""
+    curvature, moment = at.curvature(), at.second_moment()
+    felt = curvature + method.curvature_damping * np.diag(curvature).mean() * np.eye(len(curvature))
+    return felt, moment + method.damping * np.diag(moment).mean() * np.eye(len(moment))
+
+
+@pytest.mark.parametrize("cut", [Cut(4, 2, 16), Cut(8, 0, 16)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_nothing_of_its_rank_loses_less_beside_q_than_the_pair_of_mixed(
+    cut: Cut, shape: tuple[int, int], seen: Any
+) -> None:
+    at, method = seen(shape), Mixed(outer=4, lr_bits=16)
+    found, _ = method.fit(at.weight, at.statistics, cut, drawn(), not_looking)
+    metrics = both_metrics(at, method)
+    q = Factors(None, None, q=found.q, rotation=found.rotation).reconstruct() if cut.q_bits else 0 * at.weight
+    least = least_error(metrics, at.weight - q, cut.rank or 0)
+    assert error(metrics, at.weight - found.reconstruct()) == pytest.approx(least, rel=1e-5)
+
+
+@pytest.mark.parametrize("cut", [Cut(4, 2, 4), Cut(4, 2, 16), Cut(8, 0, 4), Cut(8, 0, 8)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mixed_fits_the_loss_and_caldera_the_outputs(shape: tuple[int, int], cut: Cut, seen: Any) -> None:
+    at = seen(shape)
+    mixed, caldera = (
+        at.weight - method.fit(at.weight, at.statistics, cut, drawn(), not_looking)[0].reconstruct()
+        for method in (Mixed(outer=4), Caldera(outer=4))
+    )
+    metrics = both_metrics(at, Mixed())
+    assert error(metrics, mixed) < 0.99 * error(metrics, caldera)
+    inputs_alone = np.eye(shape[0]), metrics[1]
+    assert error(inputs_alone, caldera) < error(inputs_alone, mixed)
 
 
 @pytest.mark.parametrize("rank", RANKS)
