@@ -115,6 +115,17 @@ TABLES = {
         ),
         {"bits a weight": ({}, ["bits"]), **{text: ({}, [f"perplexity/{text}"]) for text in TEXTS}},
     ),
+    ("README.md", "real_model"): Shown(
+        rows(
+            "row",
+            {
+                "`bolaco`, uniform, two factors": "bolaco, uniform, two factors",
+                "`two_sided`, spectral, two factors": "two_sided, spectral, two factors",
+                "`two_sided`, spectral, `auto` (pivot rows where they are smaller)": "two_sided, spectral, auto",
+            },
+        ),
+        scores(0.9, 0.8),
+    ),
     ("README.md", "mixed"): Shown(
         rows(
             "row",
