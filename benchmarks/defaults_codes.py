@@ -56,8 +56,8 @@ def main() -> None:
         for damping in DAMPINGS
     ]
     body = (
-        "quantize, E8P, perplexity (KL to the original in nats a token); calibration 256 x 256 tokens, 100 x 256 tokens "
-        "of each text scored, one seed.\n\n"
+        "quantize, E8P, perplexity (KL to the original in nats a token); calibration 256 x 256 tokens, 100 x 256 "
+        "tokens of each text scored, one seed.\n\n"
         + markdown_table(["damping", *(f"{bits} bits, {text}" for bits in BITS for text in TEXTS)], rows)
     )
     command = "python benchmarks/defaults_codes.py"
