@@ -95,6 +95,23 @@ def test_finetune_goes_on_with_what_was_written_before(rankwise: Run, tmp_path: 
         load_model(str(tmp_path / f"{name}-2"))
 
 
+def test_a_plan_that_does_not_say_how_wide_numbers_are_is_counted_by_the_checkpoint(
+    rankwise: Run, settings: Any, tmp_path: Path
+) -> None:
+    """The first format left that out for low rank: a checkpoint in float32 has 32 bits a number."""
+    made = compress(recipe_from(settings(output=str(tmp_path / "out"), budget={"keep": 0.6, "storage": "two_factor"})))
+    values = made.plan.model_dump(mode="json", exclude={"cuts", "form", "size", "format"})
+    ranks = {name: cut.rank for name, cut in made.plan.cuts.items()}
+    old = {**values, "format": "rankwise-plan/1", "ranks": ranks, "storage": "two_factor"}
+    (tmp_path / "out" / "plan.json").write_text(json.dumps(old))
+    common = ["--data", settings()["calibration"]["source"], "--loss", "lm", "--epochs", 1, "--length", 32, "--json"]
+    status, out, err = rankwise("finetune", tmp_path / "out", "-o", tmp_path / "tuned", *common)
+    assert status == 0, err
+    assert Plan.load(tmp_path / "tuned" / "plan.json").form.number_bits == 32
+    report = json.loads(out)
+    assert report["keep"]["got"] == pytest.approx(made.plan.kept)
+
+
 def test_a_format_of_another_version_is_refused_by_name(rankwise: Run, tmp_path: Path) -> None:
     shutil.copytree(OLD / "two_factor", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())

@@ -49,6 +49,7 @@ def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | No
         settings = tuning.settings_of(wanted, loaded, examples)
         tuning.same_settings(folder, settings, restart)
         sites = tuning.sites_of(loaded, plan)
+        plan = tuning.counted(plan, loaded)
         before = measure_cost(loaded.model, sites, loaded.stored_dtypes)
         as_stored = tuning.parts_of(loaded, sites)
         dtypes = tuning.open_factors(loaded, sites, wanted.training)

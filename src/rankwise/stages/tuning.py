@@ -152,6 +152,17 @@ def sites_of(loaded: LoadedModel, plan: Plan) -> list[Site]:
     return found
 
 
+def counted(plan: Plan, loaded: LoadedModel) -> Plan:
+    """The plan with the width of a number as the checkpoint has it, which plans of the first format did not say."""
+    widths = [plan.form.number_bits]
+    for name in plan.cuts:
+        module = loaded.model.get_submodule(name)
+        if kind_of(module).in_numbers:
+            first = next(key for key, _ in module.named_parameters())
+            widths.append(8 * loaded.stored_dtypes[f"{name}.{first}"].itemsize)
+    return plan.model_copy(update={"form": plan.form.model_copy(update={"number_bits": widths[-1]})})
+
+
 def parts_of(loaded: LoadedModel, sites: list[Site]) -> Parts:
     """The sites' modules, and the values of all vectors (norms among them): what training may change."""
     vectors = {name: p.detach().clone() for name, p in loaded.model.named_parameters() if p.ndim == 1}
