@@ -154,13 +154,14 @@ def sites_of(loaded: LoadedModel, plan: Plan) -> list[Site]:
 
 def counted(plan: Plan, loaded: LoadedModel) -> Plan:
     """The plan with the width of a number as the checkpoint has it, which plans of the first format did not say."""
-    widths = [plan.form.number_bits]
+    widths = []
     for name in plan.cuts:
         module = loaded.model.get_submodule(name)
         if kind_of(module).in_numbers:
             first = next(key for key, _ in module.named_parameters())
             widths.append(8 * loaded.stored_dtypes[f"{name}.{first}"].itemsize)
-    return plan.model_copy(update={"form": plan.form.model_copy(update={"number_bits": widths[-1]})})
+    width = max(widths, default=plan.form.number_bits)
+    return plan.model_copy(update={"form": plan.form.model_copy(update={"number_bits": width})})
 
 
 def parts_of(loaded: LoadedModel, sites: list[Site]) -> Parts:
