@@ -119,11 +119,11 @@ def test_a_directory_of_somebody_elses_is_left_alone(settings: Settings, tmp_pat
 
 def test_our_own_directory_is_replaced_whole(settings: Settings, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    compress(recipe_from(settings(output=str(output))))
-    (output / "leftover").write_text("")
+    compress(recipe_from(settings(output=str(output), max_shard_size="20KB")))
+    assert len(list(output.glob("*.safetensors"))) > 1
     compress(recipe_from(settings(output=str(output), budget={"keep": 0.5, "rank_multiple": 1})))
     assert json.loads((output / REPORT_FILE).read_text())["keep"]["asked"] == 0.5
-    assert not (output / "leftover").exists()
+    assert [file.name for file in output.glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_finished_stages(

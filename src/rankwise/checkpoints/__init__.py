@@ -1,15 +1,20 @@
 """Reading and writing Hugging Face checkpoints."""
 
 from rankwise.checkpoints.load import LoadedModel, fingerprint, load_model, load_tokenizer
-from rankwise.checkpoints.save import REPORT_FILE, check_output, save_dense, save_low_rank, writing
+from rankwise.checkpoints.output import FILES_FILE, REPORT_FILE, check_output, reserved, writing
+from rankwise.checkpoints.reload import check_reload
+from rankwise.checkpoints.save import save_dense, save_low_rank
 
 __all__ = [
+    "FILES_FILE",
     "REPORT_FILE",
     "LoadedModel",
     "check_output",
+    "check_reload",
     "fingerprint",
     "load_model",
     "load_tokenizer",
+    "reserved",
     "save_dense",
     "save_low_rank",
     "writing",

@@ -54,17 +54,20 @@ def compress(
     """
     # Imported here so that `import rankwise` stays light.
     from rankwise import stages
-    from rankwise.checkpoints import check_output, load_model
+    from rankwise.checkpoints import check_output, load_model, reserved
     from rankwise.device import named_device
     from rankwise.evaluation import measure_cost
     from rankwise.progress import Reporter
     from rankwise.runs import Run, default_run_directory
 
     reporter = reporter or Reporter(show=False)
-    if recipe.output is not None:
-        check_output(Path(recipe.output))
-    run = Run(Path(run_directory) if run_directory is not None else default_run_directory(recipe.model))
-    with run.locked(lambda: reporter.note(f"waiting for another process that works in {run.directory}")):
+    directory = Path(run_directory) if run_directory is not None else default_run_directory(recipe.model)
+    output = None if recipe.output is None else Path(recipe.output)
+    if output is not None:
+        check_output(output, {"the model": Path(recipe.model), "the finished stages": directory})
+    run = Run(directory)
+    waiting = f"waiting for another process that works in {run.directory}"
+    with run.locked(lambda: reporter.note(waiting)), reserved(output):
         with reporter.stage("load"):
             loaded = load_model(
                 recipe.model,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from rankwise.checkpoints import REPORT_FILE, save_dense, save_low_rank, writing
+from rankwise.checkpoints import REPORT_FILE, check_reload, save_dense, save_low_rank, writing
 from rankwise.device import describe
 from rankwise.errors import RankwiseError
 from rankwise.evaluation import Cost, Perplexity, perplexity
@@ -137,14 +137,14 @@ def write(
     costs: tuple[Cost, Cost],
     scores: tuple[Perplexity | None, Perplexity | None],
 ) -> Report:
-    """Save the checkpoint with its report and model card; whole or not at all.
+    """Save the checkpoint with its report and model card, tried in a fresh process; whole or not at all.
 
     Returns:
         The report.
 
     Raises:
-        OutputError: when the output is not ours to replace, or the disk is full.
-        ModelError: when the architecture cannot be written in the format asked for.
+        OutputError: when the disk is full or the place not writable.
+        ModelError: when the architecture cannot be written in the format asked for, or is another model when loaded.
     """
     recipe, loaded = work.recipe, work.loaded
     loaded.to_stored_dtypes()
@@ -155,6 +155,8 @@ def write(
     try:
         with writing(Path(recipe.output)) as folder:
             save(folder, loaded, work.sites, recipe.max_shard_size)
+            own_code = recipe.format == "low_rank" or recipe.trust_remote_code
+            check_reload(folder, loaded.model, work.texts.calibration.ids, own_code)
             report = report.model_copy(update={"bytes_on_disk": bytes_of_weights(folder)})
             report.save(folder / REPORT_FILE)
             (folder / "plan.json").write_text(chosen.plan.model_dump_json(indent=2) + "\n")

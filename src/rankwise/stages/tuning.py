@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 
-from rankwise.checkpoints import REPORT_FILE, LoadedModel, fingerprint, load_model, save_low_rank, writing
+from rankwise.checkpoints import (
+    REPORT_FILE,
+    LoadedModel,
+    check_reload,
+    fingerprint,
+    load_model,
+    save_low_rank,
+    writing,
+)
 from rankwise.data import Examples, load_examples, parse_source
 from rankwise.device import computing
 from rankwise.errors import DataError, ModelError, RankwiseError, RunError
@@ -374,9 +382,13 @@ def write_tuned(
     stored: SiteFacts,
     cost: Cost,
     step: FineTuneStep,
+    probe: torch.Tensor,
     reporter: Reporter,
 ) -> Report:
-    """Write the checkpoint; the report is the compression's, brought up to date, with what training did."""
+    """Write the checkpoint, tried in a fresh process on a probe of tokens, shape `[1, tokens]`.
+
+    The report is the compression's, brought up to date, with what training did.
+    """
     loaded.to_stored_dtypes()
     bits = report.bits
     new = {
@@ -391,6 +403,7 @@ def write_tuned(
     }
     with writing(output) as folder:
         save_low_rank(folder, loaded, sites, report.recipe.max_shard_size)
+        check_reload(folder, loaded.model, probe, trust_remote_code=True)
         report = report.model_copy(update={**new, "bytes_on_disk": bytes_of_weights(folder)})
         report.save(folder / REPORT_FILE)
         (folder / "plan.json").write_text(plan.model_dump_json(indent=2) + "\n")
