@@ -38,7 +38,7 @@ def named_device(name: str) -> torch.device:
 def computing(model: Any) -> AbstractContextManager[Any]:
     """Autocast for a model that computes in less than float32 while its factors are held in float32."""
     dtype = model.get_input_embeddings().weight.dtype
-    return nullcontext() if dtype == torch.float32 else torch.autocast(model.device.type, dtype)
+    return torch.autocast(model.device.type, dtype) if dtype.itemsize == 2 else nullcontext()
 
 
 def describe(device: torch.device) -> str:

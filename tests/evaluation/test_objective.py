@@ -19,9 +19,20 @@ from rankwise.evaluation import Objective, ObjectiveSettings, perplexity
 from rankwise.evaluation.predictions import HeadInputs, TopK
 from rankwise.factors import Basis
 from rankwise.layers import LowRankLinear, SlicedLinear, sliced, substitute
-from rankwise.models import Site, find_sites
+from rankwise.models import Head, Logits, Site, find_sites
 from rankwise.quantizers import Rotation
 from rankwise.sizes import DENSE, Candidates, Cut
+
+
+class _Given(Head):
+    """A head for logits that are there already."""
+
+    def __init__(self) -> None:
+        self._decoder = None
+        self.vocabulary = 40
+
+
+GIVEN = _Given()
 
 DIRECTIONS = ("compressed_original", "original_compressed")
 
@@ -136,16 +147,24 @@ def test_the_objective_is_perplexity_and_divergence(model: Any, ids: torch.Tenso
 def test_the_top_k_never_say_more_than_the_whole(direction: Any, seed: int, k: int, sharp: float) -> None:
     source = torch.Generator().manual_seed(seed)
     one, two = ((sharp * torch.randn(5, 40, generator=source, dtype=torch.float64)).log_softmax(-1) for _ in range(2))
-    whole = HeadInputs(one, torch.nn.Identity()).divergence(two.float(), direction)
-    part = TopK(one, k).divergence(two, direction)
+    everything = slice(None)
+    whole = HeadInputs(Logits(GIVEN, one)).divergence(two.float(), everything, direction)
+    # The same in pieces, as logits are made.
+    kept = TopK(one.split(2), k)
+    part = torch.cat([kept.divergence(two[piece], piece, direction) for piece in (slice(0, 3), slice(3, 5))])
     assert (part <= whole * (1 + 1e-4) + 1e-5).all()
     assert (part >= -1e-9).all()
     if sharp < 2:  # Beyond that what one token holds is lost in 1 minus the rest.
-        torch.testing.assert_close(TopK(one, 39).divergence(two, direction).float(), whole, rtol=1e-3, atol=1e-4)
-    assert float(TopK(one, k).divergence(one, direction).abs().max()) < 1e-9
+        torch.testing.assert_close(
+            TopK([one], 39).divergence(two, everything, direction).float(), whole, rtol=1e-3, atol=1e-4
+        )
+    assert float(TopK([one], k).divergence(one, everything, direction).abs().max()) < 1e-9
 
 
-def test_a_head_whose_logits_are_bent_falls_back_to_the_top_k(ids: torch.Tensor) -> None:
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_head_whose_logits_are_bent_is_measured_as_the_model_bends_them(
+    ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch, cut: bool
+) -> None:
     import transformers
 
     torch.manual_seed(0)
@@ -161,9 +180,24 @@ def test_a_head_whose_logits_are_bent_falls_back_to_the_top_k(ids: torch.Tensor)
         initializer_range=0.5,
     )
     model = transformers.Gemma2ForCausalLM(config).eval()
-    objective = Objective(model, ids, ObjectiveSettings(predictions="head_inputs"), lambda _ranks: None)
-    assert objective.predictions_form == "top_k"
-    assert objective({})[2] == pytest.approx(0, abs=1e-6)
+    if not cut:  # A model that keeps its decoder to itself.
+        monkeypatch.setattr(type(model), "get_decoder", lambda self: self)
+    settings = ObjectiveSettings(predictions="head_inputs" if cut else "top_k", k=128)
+
+    def perturb(_cuts: Any) -> None:
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.mul_(0.5)
+
+    with torch.no_grad():
+        before = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    objective = Objective(model, ids, settings, perturb)
+    assert objective.predictions_form == ("head_inputs" if cut else "top_k")
+    _, perplexity, kl = objective({})
+    with torch.no_grad():
+        after = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    assert kl == pytest.approx(float((after.exp() * (after - before)).sum(-1).mean()), rel=1e-3)
+    loss = -after.gather(-1, ids[:, 1:, None]).mean()
+    assert perplexity == pytest.approx(float(loss.exp()), rel=1e-5)
 
 
 def test_what_the_top_k_miss_is_measured(model: Any, ids: torch.Tensor) -> None:

@@ -221,7 +221,12 @@ def gradients(setup: Setup, labels: Any, batch_size: int = 4, seed: int = 0) -> 
     """What a pass brings back to the outputs of a site, shape `[sequences, tokens, m]`."""
     seen: list[Tensor] = []
     layer = setup.site("1.mlp.gate_proj").module(setup.model)
-    handle = layer.register_forward_hook(lambda _m, _a, y: (y.register_hook(seen.append), None)[1])
+
+    def watch(_module: Any, _arguments: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(seen.append)
+
+    handle = layer.register_forward_hook(watch)
     asked = [Curvature(labels=labels)]
     collect(setup.model, setup.sites, setup.tokens, asked, batch_size=batch_size, seed=seed)
     handle.remove()
@@ -242,8 +247,11 @@ def test_sampled_labels_are_drawn_anew_for_every_seed_and_batch() -> None:
 
 def test_sampled_labels_are_as_frequent_as_the_model_says() -> None:
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0])
-    drawn = passes._targets(logits.expand(4, 5000, 4), torch.zeros(4, 5001, dtype=torch.int64), "sampled", 7)
-    assert drawn.shape == (4, 5000)
+    draws = passes._draws(4, 5000, seed=7, start=3)
+    assert torch.equal(draws[5000:], passes._draws(3, 5000, seed=7, start=4))
+    drawn = passes._drawn(logits.expand(20000, 4), draws)
+    assert drawn.shape == (20000,)
+    assert 0 <= int(drawn.min()) <= int(drawn.max()) < 4
     frequent = drawn.flatten().bincount(minlength=4) / 20000
     torch.testing.assert_close(frequent, logits.softmax(0), atol=0.015, rtol=0)
 
@@ -288,7 +296,12 @@ def test_a_gradient_that_is_not_finite_names_the_layer(asked: Statistic) -> None
         return gradient * scale
 
     block = setup.model.model.layers[0]
-    block.register_forward_hook(lambda _m, _a, output: (output.register_hook(overflow), None)[1])
+
+    def watch(_module: Any, _arguments: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(overflow)
+
+    block.register_forward_hook(watch)
     with pytest.raises(NotFiniteError, match=r"(?s)loss gradients.*layers\.0\.mlp\.down_proj"):
         collect(setup.model, setup.sites, setup.tokens, [asked], batch_size=4)
     assert setup.model.model.embed_tokens.weight.requires_grad

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rankwise.errors import NotFiniteError
 from rankwise.evaluation.predictions import HeadInputs, Predictions, TopK
+from rankwise.models import Head, Logits
 from rankwise.sizes import Cut
 
 _LARGEST_EXPONENT = 700.0
@@ -80,47 +81,44 @@ class Objective:
     kl_error: float | None = None
     _kept: list[Predictions] = field(default_factory=list)
     _exact_first: Predictions | None = None
+    _head: Head = field(init=False)
 
     def __post_init__(self) -> None:
         self._device = next(self.model.parameters()).device
         self._batches = [batch.to(self._device) for batch in self.ids.split(self.batch_size)]
+        self._head = Head(self.model, self.ids)
         self._keep_predictions()
+
+    def _run(self, batch: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        return self._parts(self._head(batch).predicting(), batch)
+
+    def _parts(self, logits: Logits, batch: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Tokens of a batch in one row: which, their log-probabilities, and the loss of each."""
+        targets = batch[:, 1:].flatten()
+        for part in logits.parts():
+            logs = logits.of(part).float().log_softmax(-1)
+            yield part, logs, -logs.gather(-1, targets[part, None]).squeeze(-1)
 
     @torch.inference_mode()
     def _keep_predictions(self) -> None:
-        head = self.model.get_output_embeddings()
-        seen: list[Tensor] = []
-        form = self._form(head)
-        handle = None
-        if head is not None:
-            handle = head.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0]))
+        self.predictions_form = self._form()
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        try:
-            for number, batch in enumerate(self._batches):
-                seen.clear()
-                started = time.perf_counter()
-                raw = self.model(input_ids=batch, use_cache=False).logits
-                if self._device.type != "cpu":
-                    float(raw[0, 0, 0])  # Waits for the device, so that the time is the forward's.
-                self.bare_seconds += time.perf_counter() - started
-                logs = raw[:, :-1].float().log_softmax(-1)
-                total -= logs.gather(-1, batch[:, 1:, None]).double().sum()
-                flat = logs.flatten(0, 1)
-                inputs = seen[0][:, :-1].flatten(0, 1) if seen else None
-                if number == 0 and form != "none" and inputs is not None:
-                    exact = HeadInputs(inputs.clone(), head)
-                    # Some models bend or scale what the head gives; its inputs alone then do not tell the logits.
-                    plain = torch.allclose(head(inputs).float().log_softmax(-1), flat, atol=1e-2)
-                    if form == "head_inputs" and not plain:
-                        form = "top_k"
-                    self._exact_first = exact if form == "top_k" and plain else None
-                if form == "head_inputs" and inputs is not None:
-                    self._kept.append(HeadInputs(inputs.clone(), head))
-                elif form == "top_k":
-                    self._kept.append(TopK(flat, self.settings.k))
-        finally:
-            if handle is not None:
-                handle.remove()
+        for number, batch in enumerate(self._batches):
+            started = time.perf_counter()
+            logits = self._head(batch).predicting()
+            for _, _, losses in self._parts(logits, batch):
+                total += losses.double().sum()
+            if self._device.type != "cpu":
+                float(total)  # Waits for the device, so that the time is the forward's.
+            self.bare_seconds += time.perf_counter() - started
+            if self.predictions_form == "none":
+                continue
+            exact = HeadInputs(logits)
+            if self.predictions_form == "head_inputs":
+                self._kept.append(exact)
+            else:
+                self._kept.append(TopK((logs for _, logs, _ in self._parts(logits, batch)), self.settings.k))
+                self._exact_first = exact if number == 0 and self._head.apart else self._exact_first
         self.dense_nll = float(total) / self.tokens
         if not math.isfinite(self.dense_nll):
             raise NotFiniteError(
@@ -128,16 +126,16 @@ class Objective:
                 where="validation",
                 remedy="load it with precision float32; if that fails too the model is damaged",
             )
-        self.predictions_form = form
         self.predictions_bytes = sum(kept.bytes for kept in self._kept)
 
-    def _form(self, head: Any) -> str:
+    def _form(self) -> str:
         if self.settings.kl_weight == 0:
             return "none"
-        if head is None:
+        if not self._head.apart:
             return "top_k"
         if self.settings.predictions != "auto":
             return self.settings.predictions
+        head = self.model.get_output_embeddings()
         share = head.weight.numel() / sum(p.numel() for p in self.model.parameters())
         return "head_inputs" if share < _CHEAP_HEAD else "top_k"
 
@@ -157,22 +155,25 @@ class Objective:
         # [loss, divergence] summed over tokens, on the device.
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         for number, batch in enumerate(self._batches):
-            logs = self.model(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-            totals[0] -= logs.gather(-1, batch[:, 1:, None]).sum(dtype=torch.float64)
-            if self._kept:
-                flat = logs.flatten(0, 1)
-                divergence = self._kept[number].divergence(flat, self.settings.kl_direction)
-                totals[1] += divergence.sum(dtype=torch.float64)
+            measured = torch.zeros(2, dtype=torch.float64, device=self._device)
+            for part, logs, losses in self._run(batch):
+                totals[0] += losses.sum(dtype=torch.float64)
+                if not self._kept:
+                    continue
+                direction = self.settings.kl_direction
+                measured[0] += self._kept[number].divergence(logs, part, direction).sum(dtype=torch.float64)
                 if number == 0 and self._exact_first is not None and self.kl_error is None:
-                    self._measure_error(flat, float(divergence.sum()))
+                    measured[1] += self._exact_first.divergence(logs, part, direction).sum(dtype=torch.float64)
+            totals[1] += measured[0]
+            if number == 0 and self._exact_first is not None and self.kl_error is None:
+                bounded, exact = measured.tolist()
+                self._measure_error(bounded, exact, batch.numel())
         nll, kl = (totals / self.tokens).tolist()
         perplexity = math.exp(nll) if nll < _LARGEST_EXPONENT else math.inf
         return perplexity + self.settings.kl_weight * kl, perplexity, kl
 
-    def _measure_error(self, logs: Tensor, bounded: float) -> None:
-        assert self._exact_first is not None
-        exact = float(self._exact_first.divergence(logs, self.settings.kl_direction).sum())
-        if exact > 1e-6 * logs.shape[0]:
+    def _measure_error(self, bounded: float, exact: float, tokens: int) -> None:
+        if exact > 1e-6 * tokens:
             self.kl_error = max(0.0, 1 - bounded / exact)
             self._exact_first = None
 
@@ -180,8 +181,8 @@ class Objective:
     def sample_perplexities(self, cuts: Mapping[str, Cut]) -> Tensor:
         """Perplexity of every sample under these cuts, shape `[samples]`, float64 on the CPU."""
         self.set_cuts(cuts)
-        losses = []
+        found = []
         for batch in self._batches:
-            logs = self.model(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-            losses.append(-logs.gather(-1, batch[:, 1:, None]).squeeze(-1).double().mean(-1))
-        return torch.cat(losses).clamp_max(_LARGEST_EXPONENT).exp().cpu()
+            losses = torch.cat([losses for _, _, losses in self._run(batch)])
+            found.append(losses.view(len(batch), -1).double().mean(-1))
+        return torch.cat(found).clamp_max(_LARGEST_EXPONENT).exp().cpu()

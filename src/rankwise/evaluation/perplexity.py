@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from rankwise.errors import DataError, NotFiniteError
+from rankwise.models import Head
 from rankwise.progress import Reporter
 
 _LARGEST_EXPONENT = 700.0
@@ -92,12 +94,14 @@ def perplexity(
             "A window of one token has nothing to score.", where="length", remedy="use a length of 2 or more"
         )
     device = next(model.parameters()).device
+    head = Head(model, windows)
     total, tokens = 0.0, 0
     starts = range(0, len(windows), batch_size)
     for start in reporter.track(starts, description, total=len(starts)):
         batch = windows[start : start + batch_size].to(device)
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
+        logits, targets = head(batch).predicting(), batch[:, 1:].flatten()
+        parts = [cross_entropy(logits.of(part).float(), targets[part], reduction="none") for part in logits.parts()]
+        losses = torch.cat(parts).view(len(batch), -1)
         if stride < length:
             fresh = torch.ones_like(losses, dtype=torch.bool)
             fresh[(1 if start == 0 else 0) :, : length - 1 - stride] = False

@@ -8,9 +8,13 @@ divergence, by the data-processing inequality).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Literal
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
+
+from rankwise.models import Logits
 
 Direction = Literal["compressed_original", "original_compressed"]
 """D(compressed || original), as in Bolaco's released code, or D(original || compressed), as in its Eq. 8."""
@@ -24,33 +28,32 @@ class Predictions(ABC):
     bytes: int
 
     @abstractmethod
-    def divergence(self, log_probabilities: Tensor, direction: Direction) -> Tensor:
+    def divergence(self, log_probabilities: Tensor, part: slice, direction: Direction) -> Tensor:
         """Kullback-Leibler divergence of each token in nats.
 
         Args:
-            log_probabilities: the other model's, shape `[tokens, vocabulary]`.
+            log_probabilities: the other model's, shape `[part, vocabulary]`.
+            part: which tokens of the batch these are.
             direction: which of the two is averaged over.
 
         Returns:
-            Shape `[tokens]`.
+            Shape `[part]`.
         """
 
 
 class HeadInputs(Predictions):
-    """Exact: the head's inputs.
+    """Exact: what the original's logits are made of.
 
     Args:
-        inputs: shape `[tokens, d]`.
-        head: the module that makes logits of them.
+        logits: of the batch's tokens in one row.
     """
 
-    def __init__(self, inputs: Tensor, head: nn.Module) -> None:
-        self._inputs = inputs
-        self._head = head
-        self.bytes = inputs.numel() * inputs.element_size()
+    def __init__(self, logits: Logits) -> None:
+        self._logits = Logits(logits.head, logits.hidden.clone())
+        self.bytes = self._logits.hidden.numel() * self._logits.hidden.element_size()
 
-    def divergence(self, log_probabilities: Tensor, direction: Direction) -> Tensor:
-        original = self._head(self._inputs).float().log_softmax(-1)
+    def divergence(self, log_probabilities: Tensor, part: slice, direction: Direction) -> Tensor:
+        original = self._logits.of(part).float().log_softmax(-1)
         if direction == "compressed_original":
             return (log_probabilities.exp() * (log_probabilities - original)).sum(-1)
         return (original.exp() * (original - log_probabilities)).sum(-1)
@@ -60,23 +63,24 @@ class TopK(Predictions):
     """The k most probable tokens, and one class for the rest.
 
     Args:
-        log_probabilities: the original's, shape `[tokens, vocabulary]`.
+        log_probabilities: the original's, in parts, shape `[part, vocabulary]` each.
         k: tokens kept.
     """
 
-    def __init__(self, log_probabilities: Tensor, k: int) -> None:
-        kept = log_probabilities.topk(min(k, log_probabilities.shape[-1]), dim=-1)
-        self._tokens = kept.indices
-        self._kept = kept.values
-        self._rest = _rest(kept.values)
+    def __init__(self, log_probabilities: Iterable[Tensor], k: int) -> None:
+        kept = [logs.topk(min(k, logs.shape[-1]), dim=-1) for logs in log_probabilities]
+        self._tokens = torch.cat([each.indices for each in kept])
+        self._kept = torch.cat([each.values for each in kept])
+        self._rest = _rest(self._kept)
         self.bytes = sum(t.numel() * t.element_size() for t in (self._tokens, self._kept, self._rest))
 
-    def divergence(self, log_probabilities: Tensor, direction: Direction) -> Tensor:
-        kept = log_probabilities.gather(-1, self._tokens)
+    def divergence(self, log_probabilities: Tensor, part: slice, direction: Direction) -> Tensor:
+        original, original_rest = self._kept[part], self._rest[part]
+        kept = log_probabilities.gather(-1, self._tokens[part])
         rest = _rest(kept)
         if direction == "compressed_original":
-            return (kept.exp() * (kept - self._kept)).sum(-1) + rest.exp() * (rest - self._rest)
-        return (self._kept.exp() * (self._kept - kept)).sum(-1) + self._rest.exp() * (self._rest - rest)
+            return (kept.exp() * (kept - original)).sum(-1) + rest.exp() * (rest - original_rest)
+        return (original.exp() * (original - kept)).sum(-1) + original_rest.exp() * (original_rest - rest)
 
 
 def _rest(kept: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""What a model is made of: its linear weights, its blocks run one at a time, and the original beside its successor."""
+"""What a model is made of: linear weights, blocks run one at a time, a head, and the original beside its successor."""
 
 from rankwise.models.blocks import BlockRunner, allocate
+from rankwise.models.head import Head, Logits
 from rankwise.models.original import Original
+from rankwise.models.recompute import recomputed
 from rankwise.models.sites import (
     Site,
     decoder_blocks,
@@ -13,6 +15,8 @@ from rankwise.models.sites import (
 
 __all__ = [
     "BlockRunner",
+    "Head",
+    "Logits",
     "Original",
     "Site",
     "allocate",
@@ -20,5 +24,6 @@ __all__ = [
     "find_sites",
     "fused_expert_parameters",
     "place_of",
+    "recomputed",
     "share_inputs",
 ]

@@ -125,7 +125,7 @@ class BlockRunner:
         handles = [block.register_forward_pre_hook(keep(i), with_kwargs=True) for i, block in enumerate(blocks)]
         try:
             with computing(self.model):
-                self.model(input_ids=self.ids[:size].to(self.device), use_cache=False)
+                self.model.base_model(input_ids=self.ids[:size].to(self.device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -176,7 +176,7 @@ class BlockRunner:
         handle = self.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(first_of(out).float()))
         try:
             with computing(self.model):
-                self.model(input_ids=others.to(self.device), use_cache=False)
+                self.model.base_model(input_ids=others.to(self.device), use_cache=False)
         finally:
             handle.remove()
         try:

@@ -22,10 +22,10 @@ from rankwise.data.instructions import IGNORED
 from rankwise.device import computing
 from rankwise.errors import MissingPackageError, NotFiniteError, RecipeError
 from rankwise.layers import kind_of, substitute
-from rankwise.models import Site
+from rankwise.models import Head, Logits, Site
 from rankwise.repair.parameters import relative_groups
 
-Teacher = Callable[[Tensor, Tensor], Tensor]
+Teacher = Callable[[Tensor, Tensor], Logits]
 """Token ids and attention mask, both `[batch, tokens]` -> logits of the original model."""
 
 _WEIGHTS = "trained.safetensors"
@@ -146,20 +146,26 @@ def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", IGNORED)}
 
 
-def token_losses(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
+def token_losses(logits: Logits, labels: Tensor, teacher_logits: Logits | None) -> Tensor:
     """The loss summed over the tokens that are learned from.
 
     Args:
-        logits: shape `[batch, tokens, vocabulary]`.
+        logits: of every token, shape `[batch, tokens]`.
         labels: shape `[batch, tokens]`; a token is predicted from the one before it.
         teacher_logits: the original's, for KL(original || compressed); None for language modelling.
     """
     wanted = labels[:, 1:] != IGNORED
-    logs = logits[:, :-1][wanted].float().log_softmax(-1)
-    if teacher_logits is None:
-        return -logs.gather(-1, labels[:, 1:][wanted].unsqueeze(-1)).sum()
-    goal = teacher_logits[:, :-1][wanted].float().log_softmax(-1)
-    return nn.functional.kl_div(logs, goal, reduction="sum", log_target=True)
+    targets = labels[:, 1:][wanted]
+    goal = None if teacher_logits is None else teacher_logits.predicting(wanted)
+
+    def loss(raw: Tensor, part: slice) -> Tensor:
+        if goal is None:
+            return nn.functional.cross_entropy(raw.float(), targets[part], reduction="sum")
+        with torch.no_grad():
+            original = goal.of(part).float().log_softmax(-1)
+        return nn.functional.kl_div(raw.float().log_softmax(-1), original, reduction="sum", log_target=True)
+
+    return logits.predicting(wanted).sum(loss)
 
 
 @torch.no_grad()
@@ -175,13 +181,14 @@ def mean_loss(model: Any, examples: Any, settings: Training, teacher: Teacher | 
     rows = _Rows(examples.ids, examples.labels)
     total, count = 0.0, 0
     device = next(model.parameters()).device
+    head = Head(model, rows.ids[0][None])
     for start in range(0, len(rows), settings.micro_batch):
         batch = _collate([rows[i] for i in range(start, min(start + settings.micro_batch, len(rows)))])
         batch = {key: value.to(device) for key, value in batch.items()}
         goal = (
             None if settings.loss == "lm" or teacher is None else teacher(batch["input_ids"], batch["attention_mask"])
         )
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        logits = head(batch["input_ids"], batch["attention_mask"])
         total += float(token_losses(logits, batch["labels"], goal))
         count += int((batch["labels"][:, 1:] != IGNORED).sum())
     return total / max(1, count)
@@ -232,6 +239,7 @@ def train(
             where="device",
             remedy=f"set CUDA_VISIBLE_DEVICES={device.index} and use --device cuda",
         )
+    head = Head(model, examples.ids[0][None])
     half = model.get_input_embeddings().weight.dtype if device.type != "cpu" else torch.float32
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -286,10 +294,11 @@ def train(
                     assert teacher is not None
                     with torch.no_grad():
                         goal = teacher(ids, mask)
-                logits = model(input_ids=ids, attention_mask=None if whole else mask, use_cache=False).logits
+                logits = head(ids, None if whole else mask)
             count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORED).sum()
-            loss = token_losses(logits, labels, goal) / count
-            return (loss, logits) if return_outputs else loss
+            with computing(model):
+                loss = token_losses(logits, labels, goal).float() / count
+            return (loss, {}) if return_outputs else loss
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             """Only what is trained: the rest does not change."""

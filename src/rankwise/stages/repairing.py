@@ -18,7 +18,7 @@ from rankwise.device import computing
 from rankwise.evaluation import Objective
 from rankwise.layers import kind_of
 from rankwise.linalg import OutputMetric
-from rankwise.models import BlockRunner, Original, Site, allocate
+from rankwise.models import BlockRunner, Head, Logits, Original, Site, allocate
 from rankwise.repair import (
     Training,
     block_parameters,
@@ -257,9 +257,12 @@ def _train_whole(
     old = _snapshot(factors)
     parameters = settings.attach(model, work.sites, work.recipe.seed)
 
-    def teacher(ids: Tensor, mask: Tensor) -> Tensor:
+    head = Head(model, examples.ids[0][None])
+
+    def teacher(ids: Tensor, mask: Tensor) -> Logits:
+        # The head is the original's already: what is exchanged lies in the decoder.
         with repairing.original.in_place(model):
-            return model(input_ids=ids, attention_mask=None if bool(mask.all()) else mask, use_cache=False).logits
+            return head(ids, None if bool(mask.all()) else mask)
 
     steps = steps_of(settings, len(examples))
     with work.reporter.counting(f"repair, {step}", total=steps) as advance:

@@ -25,7 +25,7 @@ from rankwise.device import computing
 from rankwise.errors import DataError, ModelError, RankwiseError, RunError
 from rankwise.evaluation import Cost, Perplexity, perplexity
 from rankwise.layers import is_linear, kind_of
-from rankwise.models import Site, place_of
+from rankwise.models import Head, Site, place_of
 from rankwise.progress import Reporter
 from rankwise.recipes import Evaluation, FineTune
 from rankwise.repair import Teacher, Training, mean_loss, steps_of, train
@@ -244,10 +244,7 @@ def teacher_of(wanted: FineTune, report: Report, loaded: LoadedModel, device: An
     if fingerprint(original.model, original.stored_dtypes) != report.model_fingerprint:
         reporter.note(f"{name} has other weights than the model that was compressed")
 
-    def predict(ids: Any, mask: Any) -> Any:
-        return original.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-
-    return predict
+    return Head(original.model, torch.zeros(1, 1, dtype=torch.long))
 
 
 def judge_tuned(wanted: FineTune, loaded: LoadedModel, judged: Examples, teacher: Teacher | None) -> float:

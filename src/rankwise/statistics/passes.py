@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.models import Site
+from rankwise.models import Head, Logits, Site, decoder_blocks, recomputed
 from rankwise.progress import Reporter
 from rankwise.statistics.base import Collected, Labels, Statistic
 from rankwise.statistics.store import load_snapshot, save_snapshot
 from rankwise.statistics.watch import Collector
 
 _SNAPSHOT_SECONDS = 300.0
+
+RECOMPUTE_BEYOND = 2**30
+"""Bytes of inputs and outputs of all sites in one batch from which on blocks keep their inputs alone."""
 
 Step = Callable[[Tensor, int], None]
 """Runs one batch, given the number of its first sequence."""
@@ -65,41 +68,53 @@ def collect(
             collector = Collector(wanted, sites, len(tokens), device, reporter)
             description = "calibration" if labels is None else f"calibration, gradients at {labels} labels"
             folder = snapshot / (labels or "forward") if snapshot else None
-            with collector.watching(model), _gradients(model, labels is not None):
-                _run_batches(_step(model, labels, seed), collector, tokens, batch_size, folder, description, reporter)
+            step = _step(model, labels, seed, tokens)
+            saved = labels is not None and 4 * batch_size * tokens.shape[1] * _numbers_a_token(sites) > RECOMPUTE_BEYOND
+            blocks = list(decoder_blocks(model)[1]) if saved else []
+            with collector.watching(model), _gradients(model, labels is not None), recomputed(blocks):
+                _run_batches(step, collector, tokens, batch_size, folder, description, reporter)
             collected.update(collector.kept)
     finally:
         model.train(was_training)
     return collected
 
 
-def _step(model: Any, labels: Labels | None, seed: int) -> Step:
+def _numbers_a_token(sites: Sequence[Site]) -> int:
+    return sum(site.m + site.n for site in sites)
+
+
+def _step(model: Any, labels: Labels | None, seed: int, tokens: Tensor) -> Step:
     """What is done with each batch of a pass."""
-
-    def step(batch: Tensor, start: int) -> None:
-        if labels is None:
-            model.base_model(input_ids=batch, use_cache=False)
-        else:
-            _backward(model, batch, labels, seed * 1_000_003 + start)
-
-    return step
+    if labels is None:
+        return lambda batch, start: model.base_model(input_ids=batch, use_cache=False)
+    head = Head(model, tokens)
+    return lambda batch, start: _backward(head(batch), batch, labels, seed, start)
 
 
-def _backward(model: Any, tokens: Tensor, labels: Labels, seed: int) -> None:
+def _backward(logits: Logits, tokens: Tensor, labels: Labels, seed: int, start: int) -> None:
     """Back-propagate the summed next-token loss to activations; no parameter gets a gradient."""
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    targets = _targets(logits.detach(), tokens, labels, seed)
-    torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    targets = tokens[:, 1:].flatten()
+    draws = None if labels == "text" else _draws(len(tokens), tokens.shape[1] - 1, seed, start).to(tokens.device)
+
+    def loss(raw: Tensor, part: slice) -> Tensor:
+        raw = raw.float()
+        chosen = targets[part] if draws is None else _drawn(raw.detach(), draws[part])
+        return torch.nn.functional.cross_entropy(raw, chosen, reduction="sum")
+
+    logits.predicting().sum(loss).backward()
 
 
-def _targets(logits: Tensor, tokens: Tensor, labels: Labels, seed: int) -> Tensor:
-    """Targets for every position but the last, shape `[sequences, tokens - 1]`."""
-    if labels == "text":
-        return tokens[:, 1:]
-    # Gumbel noise from a generator on the CPU: the same draw on every device.
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(logits.shape, generator=generator).to(logits.device).clamp_min_(1e-20)
-    return (logits.float() - (-noise.log()).log()).argmax(-1)
+def _draws(sequences: int, tokens: int, seed: int, start: int) -> Tensor:
+    """A number from [0, 1) for every token, shape `[sequences tokens]`: the same wherever its sequence is run."""
+    numbers = [torch.Generator().manual_seed(seed * 1_000_003 + start + each) for each in range(sequences)]
+    return torch.cat([torch.rand(tokens, generator=generator, dtype=torch.float64) for generator in numbers])
+
+
+def _drawn(logits: Tensor, draws: Tensor) -> Tensor:
+    """Tokens drawn from the model, shape `[tokens]`: where the distribution's sum passes each number of `draws`."""
+    sums = logits.softmax(-1).double().cumsum(-1)
+    wanted = draws[:, None] * sums[:, -1:]
+    return torch.searchsorted(sums, wanted, right=True).squeeze(-1).clamp_max_(logits.shape[-1] - 1)
 
 
 @contextmanager

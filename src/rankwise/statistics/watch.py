@@ -104,8 +104,10 @@ class Collector:
                 watch.add(x.detach(), inputs.detach(), self.kept)
 
         def watch_gradient(_module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            inputs = arguments[0].detach()
-            _first(output).register_hook(lambda gradient: add(gradient, inputs))
+            # Blocks that are made again in the backward pass run without gradients first.
+            if _first(output).requires_grad:
+                inputs = arguments[0].detach()
+                _first(output).register_hook(lambda gradient: add(gradient, inputs))
 
         if stream.side == "input":
             return module.register_forward_pre_hook(lambda _m, arguments: add(arguments[0], arguments[0]))
