@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from rankwise import cli
 from rankwise.allocation import Problem
 from rankwise.methods import method_named
-from rankwise.models import Site
+from rankwise.models import Head, Logits, Site
 from rankwise.quickstart import MODEL
 from rankwise.sizes import Allowance, Budget
 
@@ -120,6 +120,18 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
     }
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
+class _Given(Head):
+    """A head for logits that are there already."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._decoder, self.vocabulary = None, vocabulary
+
+
+def given_logits(values: torch.Tensor) -> Logits:
+    """Logits that are there already, as those of a model are made."""
+    return Logits(_Given(values.shape[-1]), values)
 
 
 def make_site(name: str, m: int, n: int, role: str = "q") -> Site:

@@ -13,26 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from conftest import tiny_llama
+from conftest import given_logits, tiny_llama
 from rankwise.errors import NotFiniteError
 from rankwise.evaluation import Objective, ObjectiveSettings, perplexity
 from rankwise.evaluation.predictions import HeadInputs, TopK
 from rankwise.factors import Basis
 from rankwise.layers import LowRankLinear, SlicedLinear, sliced, substitute
-from rankwise.models import Head, Logits, Site, find_sites
+from rankwise.models import Site, find_sites
 from rankwise.quantizers import Rotation
 from rankwise.sizes import DENSE, Candidates, Cut
-
-
-class _Given(Head):
-    """A head for logits that are there already."""
-
-    def __init__(self) -> None:
-        self._decoder = None
-        self.vocabulary = 40
-
-
-GIVEN = _Given()
 
 DIRECTIONS = ("compressed_original", "original_compressed")
 
@@ -148,7 +137,7 @@ def test_the_top_k_never_say_more_than_the_whole(direction: Any, seed: int, k: i
     source = torch.Generator().manual_seed(seed)
     one, two = ((sharp * torch.randn(5, 40, generator=source, dtype=torch.float64)).log_softmax(-1) for _ in range(2))
     everything = slice(None)
-    whole = HeadInputs(Logits(GIVEN, one)).divergence(two.float(), everything, direction)
+    whole = HeadInputs(given_logits(one)).divergence(two.float(), everything, direction)
     # The same in pieces, as logits are made.
     kept = TopK(one.split(2), k)
     part = torch.cat([kept.divergence(two[piece], piece, direction) for piece in (slice(0, 3), slice(3, 5))])

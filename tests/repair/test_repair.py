@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from conftest import tiny_llama
+from conftest import given_logits, tiny_llama
 from rankwise import compress
 from rankwise.data import Examples
 from rankwise.errors import NotFiniteError, RankwiseError, RecipeError
 from rankwise.factors import Factors
 from rankwise.layers import LowRankLinear, PivotedLinear, kind_of, substitute
 from rankwise.linalg import OutputMetric
-from rankwise.models import BlockRunner, Original, Site, find_sites
+from rankwise.models import BlockRunner, Logits, Original, Site, find_sites
 from rankwise.recipes import recipe_from
 from rankwise.repair import (
     Blocks,
@@ -259,9 +259,9 @@ def examples(count: int = 12) -> Examples:
 def train_tiny(folder: Path, settings: FullFactors, stop_at: int | None = None) -> tuple[Any, list[dict[str, float]]]:
     model, sites, original = factored_llama()
 
-    def teacher(ids: Tensor, mask: Tensor) -> Tensor:
+    def teacher(ids: Tensor, mask: Tensor) -> Logits:
         with original.in_place(model):
-            return model(input_ids=ids, attention_mask=mask).logits
+            return given_logits(model(input_ids=ids, attention_mask=mask).logits)
 
     def told(step: int, steps: int, loss: float) -> None:
         if step == stop_at:
@@ -296,12 +296,12 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path: Path) ->
 def test_padding_and_prompts_are_not_learned_from() -> None:
     torch.manual_seed(0)
     outputs, labels = torch.randn(2, 5, 7), torch.tensor([[1, 2, 3, -100, -100], [-100, -100, 4, 5, 6]])
-    found = token_losses(outputs, labels, None)
+    found = token_losses(given_logits(outputs), labels, None).float()
     logs = outputs.log_softmax(-1)
     expected = -(logs[0, 0, 2] + logs[0, 1, 3] + logs[1, 1, 4] + logs[1, 2, 5] + logs[1, 3, 6])
     torch.testing.assert_close(found, expected)
-    assert float(token_losses(outputs, labels, outputs)) == pytest.approx(0, abs=1e-5)
-    assert float(token_losses(outputs, labels, torch.randn(2, 5, 7))) > 0
+    assert float(token_losses(given_logits(outputs), labels, given_logits(outputs))) == pytest.approx(0, abs=1e-5)
+    assert float(token_losses(given_logits(outputs), labels, given_logits(torch.randn(2, 5, 7)))) > 0
 
 
 def test_the_mean_loss_of_a_model_counts_every_token_once() -> None:
@@ -390,7 +390,7 @@ def test_a_killed_repair_goes_on_with_the_next_block(
     monkeypatch.setattr(stage_module, "judge_repair", judge)
     again = compress(recipe_from(repairing(steps)), run_directory=tmp_path / "killed")
     for name, parameter in whole.model.named_parameters():
-        torch.testing.assert_close(again.model.get_parameter(name), parameter, rtol=1e-5, atol=1e-6, msg=name)
+        assert torch.equal(again.model.get_parameter(name), parameter), name
 
 
 @pytest.mark.parametrize("steps", ["refit", "blocks", "subspace", "factors"])
@@ -490,7 +490,7 @@ def test_a_block_that_is_told_the_tokens_cannot_run_alone(monkeypatch: pytest.Mo
         return positional, {**named, "extra": model.model.embed_tokens(tokens[-1])} if "extra" not in named else named
 
     monkeypatch.setattr(layer, "forward", forward)
-    model.register_forward_pre_hook(lambda _m, _a, named: tokens.append(named["input_ids"]), with_kwargs=True)
+    model.model.register_forward_pre_hook(lambda _m, _a, named: tokens.append(named["input_ids"]), with_kwargs=True)
     # Registered by the model before any hook of the runner, as if the model itself passed it.
     for block in model.model.layers:
         block.register_forward_pre_hook(hand_over, with_kwargs=True)

@@ -142,6 +142,7 @@ def input_groups(runner: BlockRunner, index: int, hidden: Tensor, sites: Sequenc
 
         return site.module(runner.model).register_forward_pre_hook(hook)
 
+    runner.learn(len(hidden))  # Runs the whole model, once, which no hook here may see.
     handles = [watch(site) for site in sites]
     try:
         with torch.no_grad():

@@ -1,0 +1,267 @@
+"""What happens to a run that is killed, whose disk fills up, whose files are damaged, or that another run meets.
+
+python benchmarks/reliability.py [kills] [disks] [damage] [writers]
+
+Every attempt runs in a process of its own and is compared with the same run left alone: the same weights and the same
+plan, or an error for people. Anything else is counted: lost (finished work is gone, or the run cannot go on), silently
+wrong (success is said and the model is another), foreign (an exception that is not for people). Full disks are small
+file systems in memory, which only root can mount; without it that part is left out and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from common import markdown_table, write_result
+from rankwise import compress
+from rankwise.errors import RankwiseError
+from rankwise.quickstart import MODEL
+from rankwise.recipes import recipe_from
+
+PARTS = {"kills": 60, "disks": 16, "damage": 100, "writers": 20}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "search and repair": {
+        "method": "bolaco",
+        "allocation": {"name": "bayesian", "trials": 4, "initial": 2},
+        "budget": {"keep": 0.6, "rank_multiple": 1},
+        "validation": {"sequences": 8, "select": "top", "count": 4, "plans": 3},
+        "repair": {"steps": ["refit", "blocks"], "blocks": {"epochs": 1}},
+    },
+    "codes": {"method": "mixed", "budget": {"bits": 3, "rank_multiple": 1}},
+}
+
+
+def tiny(folder: Path) -> Path:
+    """A model of two small blocks with the bundled tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return folder
+
+
+def values_of(model: Path, kind: str, output: Path) -> dict[str, Any]:
+    calibration = {"source": "bundled:train", "sequences": 12, "length": 32, "batch_size": 4}
+    return {"model": str(model), "output": str(output), "calibration": calibration, **RECIPES[kind]}
+
+
+def mark(output: Path) -> str:
+    """Hash of the weights and the plan."""
+    digest = hashlib.sha256()
+    for name in ("model.safetensors", "plan.json", "config.json"):
+        digest.update((output / name).read_bytes())
+    return digest.hexdigest()
+
+
+def forked(work: Callable[[], None]) -> int:
+    """The process id of a child that does this and ends with 0, 2 for an error for people, 70 for any other."""
+    child = os.fork()
+    if child:
+        return child
+    status = 70
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        work()
+        status = 0
+    except RankwiseError:
+        status = 2
+    finally:
+        os._exit(status)
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def running(values: dict[str, Any], stages: Path) -> Callable[[], None]:
+    return lambda: void(compress(recipe_from(values), run_directory=stages))
+
+
+def void(_value: Any) -> None:
+    return None
+
+
+class Bench:
+    """Models, runs left alone, and what came out of attempts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = tiny(folder / "model")
+        self.whole: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        for kind in RECIPES:
+            started = time.monotonic()
+            output = folder / f"alone {kind}"
+            status = ended(forked(running(values_of(self.model, kind, output), folder / f"stages {kind}")))
+            if status:
+                sys.exit(f"the run left alone ends with {status}: {kind}")
+            self.seconds[kind] = time.monotonic() - started
+            self.whole[kind] = mark(output)
+
+    def fresh(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self.folder))
+
+    def judge(self, kind: str, output: Path, stages: Path, counts: Counter[str]) -> None:
+        """Run again to the end, and compare."""
+        status = ended(forked(running(values_of(self.model, kind, output), stages)))
+        if status == 70:
+            counts["foreign"] += 1
+        elif status or not (output / "model.safetensors").exists():
+            counts["lost"] += 1
+        else:
+            counts["right" if mark(output) == self.whole[kind] else "silently wrong"] += 1
+
+
+def kinds(number: int) -> str:
+    return list(RECIPES)[number % len(RECIPES)]
+
+
+def kills(bench: Bench, count: int, draw: random.Random, counts: Counter[str]) -> None:
+    """kill -9 at a random moment, then the same command again."""
+    for number in range(count):
+        kind, place = kinds(number), bench.fresh()
+        child = forked(running(values_of(bench.model, kind, place / "out"), place / "stages"))
+        time.sleep(draw.uniform(0, bench.seconds[kind]))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        ended(child)
+        bench.judge(kind, place / "out", place / "stages", counts)
+        shutil.rmtree(place)
+
+
+def disks(bench: Bench, count: int, draw: random.Random, counts: Counter[str]) -> None:
+    """A disk that fills up at some stage; with room made, the same command again."""
+    place = bench.fresh()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(place)], capture_output=True).returncode:
+        counts["left out"] = count
+        return
+    subprocess.run(["umount", str(place)], check=True)
+    for number in range(count):
+        kind = kinds(number)
+        used = sum(f.stat().st_size for f in (bench.folder / f"stages {kind}").rglob("*") if f.is_file())
+        used += sum(f.stat().st_size for f in (bench.folder / f"alone {kind}").iterdir())
+        size = max(1, int(used * (number + 1) / (count + 1)) // 1024)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(place)], check=True)
+        try:
+            status = ended(forked(running(values_of(bench.model, kind, place / "out"), place / "stages")))
+            if status not in (0, 2):
+                counts["foreign"] += 1
+                continue
+            subprocess.run(["mount", "-o", "remount,size=1G", str(place)], check=True)
+            bench.judge(kind, place / "out", place / "stages", counts)
+        finally:
+            subprocess.run(["umount", str(place)], check=True)
+
+
+def damage_one(file: Path, how: str, draw: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    if how == "flip" and content:
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    elif how == "cut" and content:
+        del content[draw.randrange(len(content)) :]
+    elif how == "noise":
+        content = bytearray(draw.randbytes(len(content)))
+    elif how == "empty":
+        content.clear()
+    if how == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(content)
+
+
+def damage(bench: Bench, count: int, draw: random.Random, counts: Counter[str]) -> None:
+    """One file of the finished stages damaged, then the same command again."""
+    for number in range(count):
+        kind, place = kinds(number), bench.fresh()
+        shutil.copytree(bench.folder / f"stages {kind}", place / "stages")
+        files = sorted(f for f in (place / "stages").rglob("*") if f.is_file() and f.name != ".lock")
+        damage_one(draw.choice(files), draw.choice(["flip", "cut", "noise", "empty", "remove"]), draw)
+        bench.judge(kind, place / "out", place / "stages", counts)
+        shutil.rmtree(place)
+
+
+def writers(bench: Bench, count: int, draw: random.Random, counts: Counter[str]) -> None:
+    """Two runs with one output, begun at nearly one moment: each ends well or is refused, one result stays."""
+    for _ in range(count):
+        place = bench.fresh()
+        children = []
+        for kind in RECIPES:
+            children.append(forked(running(values_of(bench.model, kind, place / "out"), place / kind)))
+            time.sleep(draw.uniform(0, 0.3))
+        statuses = [ended(child) for child in children]
+        if any(status not in (0, 2) for status in statuses):
+            counts["foreign"] += 1
+        elif 0 not in statuses:
+            counts["lost"] += 1
+        else:
+            done = [kind for kind, status in zip(RECIPES, statuses, strict=True) if status == 0]
+            whole = mark(place / "out") in {bench.whole[kind] for kind in done}
+            stray = [entry.name for entry in place.iterdir() if entry.name.startswith(".")]
+            counts["right" if whole and not stray else "silently wrong"] += 1
+        shutil.rmtree(place)
+
+
+WORDS = {
+    "kills": "kill -9 at a random moment, the same command again",
+    "disks": "a disk that fills up, room made, the same command again",
+    "damage": "a finished stage with one damaged file, the same command again",
+    "writers": "two runs with one output",
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    wanted = sys.argv[1:] or list(PARTS)
+    draw, figures, rows = random.Random(0), {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        for part in wanted:
+            counts: Counter[str] = Counter()
+            started = time.monotonic()
+            globals()[part](bench, PARTS[part], draw, counts)
+            figures[part] = {"attempts": PARTS[part], **counts, "seconds": round(time.monotonic() - started)}
+            print(part, json.dumps(figures[part]), flush=True)
+            if counts["left out"]:
+                continue
+            bad = [counts[each] for each in ("lost", "silently wrong", "foreign")]
+            rows.append([WORDS[part], PARTS[part], counts["right"], *bad])
+    body = "A model of two small blocks; a run with a search and repairs, and one with codes, by turns.\n\n"
+    header = ["what was tried", "times", "same model", "lost", "silently wrong", "foreign exceptions"]
+    write_result(
+        "reliability", "Runs that are disturbed", "make reliability", body + markdown_table(header, rows), figures
+    )
+
+
+if __name__ == "__main__":
+    main()
