@@ -16,7 +16,7 @@ from rankwise.layers.low_rank import LowRankLinear
 from rankwise.layers.pivoted import PivotedLinear
 from rankwise.layers.quantized import PackedMatrix, QuantizedLinear
 from rankwise.layers.replace import name_parent
-from rankwise.layers.stored import parameter, sixteen, store
+from rankwise.layers.stored import finite, parameter, sixteen, store
 from rankwise.linalg import balanced, pivot
 from rankwise.quantizers import Packed, Rotation, packed_signs
 
@@ -184,7 +184,7 @@ class _PivotRows(Kind):
     """Independent rows of L R and the map from them to the others."""
 
     def of(self, factors: Factors, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        left, right = factors.pair()
+        left, right = (finite(part, part) for part in factors.pair())
         work = device if device.type == "cuda" else torch.device("cpu")
         found = pivot(left.to(work), right.to(work))
         if not found.largest <= ILL_CONDITIONED:
