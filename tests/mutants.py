@@ -110,8 +110,8 @@ MUTANTS = (
     Mutant(
         "damping is left in the energies of two_sided",
         "methods/two_sided.py",
-        "energy=found.energy * metric.undamped_share(found.left)",
-        "energy=found.energy",
+        "energy=found.energy * share)",
+        "energy=found.energy)",
         (OWN_METRIC,),
     ),
     Mutant(
@@ -323,6 +323,55 @@ MUTANTS = (
         'self._method.model_dump(exclude={"q_bits", "rank"})',
         "self._method.name",
         ("stages/test_keys.py",),
+    ),
+    Mutant(
+        "a quantised layer reads L and R past what hangs on them",
+        "layers/quantized.py",
+        "parts.append(self.left(self.right(x)))",
+        "parts.append((x @ self.right.weight.to(x.dtype).T) @ self.left.weight.to(x.dtype).T)",
+        ("layers/test_children.py",),
+    ),
+    Mutant(
+        "a weight kept dequantised hides an adapter",
+        "layers/quantized.py",
+        "return all(type(part) in (StoredLinear, PackedMatrix) for part in parts if part is not None)",
+        "return len(parts) > 0",
+        ("layers/test_children.py::test_what_peft_adapts_learns",),
+    ),
+    Mutant(
+        "parents of one class whatever is replaced in them",
+        "layers/replace.py",
+        "replaced = tuple((name, kinds[type(child)]) for",
+        "replaced = tuple(('', kinds[type(child)]) for",
+        ("layers/test_parents.py",),
+    ),
+    Mutant(
+        "buffers that a model fills in its children are left to chance",
+        "layers/replace.py",
+        "setattr(self, name, lambda: False)",
+        "setattr(self, name, lambda: True)",
+        ("models/test_reloading.py::test_every_family_reloads_the_same",),
+    ),
+    Mutant(
+        "all scale stays in L",
+        "linalg/decompose.py",
+        "return torch.where(usable, doublings, torch.zeros_like(doublings)).exp2().to(left.dtype)",
+        "return torch.zeros_like(doublings).exp2().to(left.dtype)",
+        ("layers/test_range.py",),
+    ),
+    Mutant(
+        "tensors within the decoder are left out with a note",
+        "checkpoints/sources.py",
+        "(within if known else outside).append(name)",
+        "outside.append(name)",
+        ("checkpoints/test_sources.py",),
+    ),
+    Mutant(
+        "zero inputs decide by an arbitrary basis",
+        "linalg/decompose.py",
+        "        inputs = outputs = None\n",
+        "        pass\n",
+        ("methods/test_zeros.py",),
     ),
 )
 

@@ -108,7 +108,8 @@ class Fit:
         damping: what a metric needed, relative to its mean diagonal.
         dropped: share of the method's energy that was cut off; None where nothing is ordered.
         errors: tr(E H E^T) / tr(W H W^T) after each outer iteration; empty where there are none.
-        fallback: whether a metric was zero, and the identity stood for it.
+        fallback: whether the weight, its inputs or their gradient were zero, and what is known stood for it: of two
+            metrics the other one, else the identity.
     """
 
     damping: float = 0.0
@@ -142,6 +143,8 @@ class Fit:
         if self.errors:
             found |= {"errors": list(self.errors), "iteration_kept": self.kept + 1, "error": self.errors[self.kept]}
             found["fallback"] = self.fallback
+        elif self.fallback:
+            found["fallback"] = True
         return found
 
 

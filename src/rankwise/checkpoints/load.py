@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from rankwise.checkpoints.modeling_file import compressed_class
+from rankwise.checkpoints.sources import (
+    ADAPTER_CONFIG,
+    check_tensors,
+    merge_adapter,
+    prepare_quantised,
+    require_causal,
+    require_model,
+    require_numbers,
+)
 from rankwise.checkpoints.verify import read_json, verify_checkpoint
 from rankwise.errors import ModelError, NotFiniteError
+from rankwise.layers.needs import FORMAT_VERSION as FORMAT_VERSION
+from rankwise.layers.needs import unmet
 
 CHECKPOINT_KEY = "rankwise"
 """The key in a config under which a compressed checkpoint describes its layers."""
 
-FORMAT_VERSION = 4
-"""Of what stands under that key. Since 4 a pivoted layer names the type of its order; earlier ones are read too."""
-
 CACHE_KEY = "rankwise_cache_dense"
 """The key in a config that lets quantised layers keep their weight dequantised."""
+
+
+_NOWHERE = ".no-adapter"
+"""Where transformers is told to look for an adapter."""
 
 
 @dataclass
@@ -38,6 +49,7 @@ class LoadedModel:
         source: directory or hub name it came from.
         precision: `auto`, `stored` or `float32`, see `load_model`.
         stored_dtypes: by parameter name, the dtype of the checkpoint, to which weights go back when saved.
+        notes: what else the source held, and what became of it.
     """
 
     model: Any
@@ -45,6 +57,7 @@ class LoadedModel:
     source: str
     precision: str
     stored_dtypes: dict[str, torch.dtype]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def vocabulary(self) -> int:
@@ -56,10 +69,21 @@ class LoadedModel:
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def to_stored_dtypes(self) -> None:
-        """Cast parameters back to the checkpoint's dtypes. Buffers (rotary frequencies) keep theirs."""
+        """Cast parameters back to the checkpoint's dtypes. Buffers (rotary frequencies) keep theirs.
+
+        Raises:
+            NotFiniteError: naming a parameter that is beyond the range of its type.
+        """
         for name, parameter in self.model.named_parameters():
-            if name in self.stored_dtypes:
-                parameter.data = parameter.data.to(self.stored_dtypes[name])
+            if self.stored_dtypes.get(name, parameter.dtype) != parameter.dtype:
+                narrow = parameter.data.to(self.stored_dtypes[name])
+                if not torch.isfinite(narrow).all():
+                    raise NotFiniteError(
+                        f"A number does not fit {str(narrow.dtype).removeprefix('torch.')}, which it is stored in.",
+                        where=name,
+                        remedy="store the original in bfloat16 or float32 and compress that",
+                    )
+                parameter.data = narrow
 
     def to_compute_dtypes(self) -> None:
         """Cast parameters to the precision they compute in, remembering what they are stored in."""
@@ -77,17 +101,17 @@ def is_compressed(source: str) -> bool:
 
 
 def require_known_format(source: str) -> None:
-    """Raise when a compressed checkpoint is in a form that this version does not know.
+    """Raise when a compressed checkpoint is in a form that this version does not know, or needs more than there is.
 
     Raises:
-        ModelError: naming the format.
+        ModelError: naming the format, or what is missing.
     """
-    given = read_json(Path(source) / "config.json")[CHECKPOINT_KEY].get("format")
-    if given not in range(1, FORMAT_VERSION + 1):
+    config = Path(source) / "config.json"
+    if problem := unmet(read_json(config)[CHECKPOINT_KEY]):
         raise ModelError(
-            f"The checkpoint is of format {given}; this version reads formats 1 to {FORMAT_VERSION}.",
-            where=str(Path(source) / "config.json"),
-            remedy="use the version of rankwise that wrote it, or a newer one",
+            problem,
+            where=str(config),
+            remedy="use the version of rankwise that wrote it, or a newer one, and the transformers it needs",
         )
 
 
@@ -117,25 +141,6 @@ def _read_config(source: str, trust_remote_code: bool) -> Any:
             remedy="check the name; without a network give a local directory",
         ) from None
     return config
-
-
-def _require_causal(config: Any, source: str) -> None:
-    """Raise unless the config is of a decoder that predicts the next token."""
-    if getattr(config, "auto_map", None):
-        return
-    architectures = getattr(config, "architectures", None) or []
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
-        reason = f"{config.model_type} models predict no next token"
-    elif architectures and not causal.intersection(architectures):
-        reason = f"its architecture is {architectures[0]}"
-    else:
-        return
-    raise ModelError(
-        f"This is not a causal language model: {reason}.",
-        where=source,
-        remedy="encoders and encoder-decoders cannot be compressed; give a decoder such as Llama, Qwen or GPT-2",
-    )
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
@@ -174,12 +179,18 @@ def load_model(
         NotFiniteError: naming a parameter that holds NaN or an infinity.
     """
     device = device or torch.device("cpu")
-    if Path(source).is_dir():
-        verify_checkpoint(Path(source))
+    folder = Path(source)
+    if folder.is_dir():
+        require_model(folder)
+        verify_checkpoint(folder)
     elif "/" in source and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ModelError("There is no such model directory.", where=source, remedy="check the path")
     transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
+    if folder.is_dir():
+        # The adapter that may lie there is merged below; transformers would put it beside the weights, unsaid.
+        options["adapter_kwargs"] = {"subfolder": _NOWHERE}
+    quantised = ""
     if is_compressed(source):
         require_known_format(source)
         loader = compressed_class(read_json(Path(source) / "config.json"), source)
@@ -187,7 +198,8 @@ def load_model(
         loader = AutoModelForCausalLM
         options["config"] = _read_config(source, trust_remote_code)
         options["trust_remote_code"] = trust_remote_code
-        _require_causal(options["config"], source)
+        require_causal(options["config"], source)
+        quantised = prepare_quantised(options["config"], source)
     try:
         model, found = loader.from_pretrained(source, **options)
     except Exception as problem:
@@ -203,6 +215,19 @@ def load_model(
             where=source,
             remedy="fetch the model again; missing tensors would be random",
         )
+    if hasattr(model, "peft_config"):
+        raise ModelError(
+            "The source is a model with an adapter.",
+            where=source,
+            remedy="fetch it into a directory and give that, so that the adapter is merged",
+        )
+    notes = check_tensors(model, set(found["unexpected_keys"]), source)
+    if quantised:
+        require_numbers(model, quantised, source)
+        notes.append(f"the source is quantised by {quantised}; its weights were turned into numbers")
+    if folder.is_dir() and (folder / ADAPTER_CONFIG).exists():
+        model = merge_adapter(model, folder)
+        notes.append(f"the adapter that lies beside the weights ({ADAPTER_CONFIG}) was merged into them")
     model = model.to(device).eval()
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -219,7 +244,7 @@ def load_model(
                 where=name,
                 remedy="the checkpoint is damaged; fetch or make it again",
             )
-    loaded = LoadedModel(model, load_tokenizer(source, trust_remote_code), source, precision, {})
+    loaded = LoadedModel(model, load_tokenizer(source, trust_remote_code), source, precision, {}, notes)
     loaded.to_compute_dtypes()
     return loaded
 

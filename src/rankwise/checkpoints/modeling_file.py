@@ -1,9 +1,9 @@
 """The self-contained modelling file of a compressed checkpoint, and the class it defines.
 
 The file holds the source of the layers (`layers/low_rank.py`, `pivoted.py`, `quantized.py`, `replace.py`), of what
-reads codes (`quantizers/codes.py`, `rotation.py`), and three small subclasses of the base architecture. Loading with
-`trust_remote_code=True` runs it where rankwise is not installed; rankwise itself builds the same text afresh and never
-runs the file it finds in a directory.
+reads codes (`quantizers/codes.py`, `rotation.py`), of what it needs (`layers/needs.py`), and three small subclasses of
+the base architecture. Loading with `trust_remote_code=True` runs it where rankwise is not installed; rankwise itself
+builds the same text afresh and never runs the file it finds in a directory.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from rankwise.errors import ModelError
-from rankwise.layers import low_rank, pivoted, quantized, replace
+from rankwise.layers import low_rank, needs, pivoted, quantized, replace
 from rankwise.quantizers import codes, rotation
 
 MODULE_NAME = "modeling_rankwise"
+
+MINIMUM_TRANSFORMERS = needs.MINIMUM_TRANSFORMERS
+"""The oldest transformers that a checkpoint loads with: its modelling file says so in an older one."""
+
 _GENERATED = "rankwise_generated_"
 
 _TEMPLATE = '''"""{base} with low-rank or quantised linear layers.
@@ -31,6 +35,9 @@ Written by rankwise; needs torch and transformers only. The config's `rankwise` 
 
 {layer_source}
 
+
+require({{"format": FORMAT_VERSION}})
+
 from {config_module} import {config}
 from {model_module} import {causal}, {base}
 
@@ -39,16 +46,17 @@ class Rankwise{config}({config}):
     model_type = "{model_type}"
 
 
-class Rankwise{base}({base}):
+class Rankwise{base}(FillsAsOriginal, {base}):
     config_class = Rankwise{config}
 
     def __init__(self, config):
+        require(config.rankwise)
         super().__init__(config)
         replace_linears(self, config.rankwise["layers"], getattr(config, "rankwise_cache_dense", False))
         self.post_init()
 
 
-class Rankwise{causal}({causal}):
+class Rankwise{causal}(FillsAsOriginal, {causal}):
     config_class = Rankwise{config}
 
     def __init__(self, config):
@@ -63,7 +71,7 @@ def model_type_for(base_model_type: str) -> str:
     return f"rankwise_{base_model_type}"
 
 
-_SOURCES = (codes, rotation, low_rank, pivoted, quantized, replace)
+_SOURCES = (needs, codes, rotation, low_rank, pivoted, quantized, replace)
 
 
 def _is_heading(node: ast.AST) -> bool:
@@ -122,7 +130,7 @@ def base_classes(model: Any) -> tuple[type, type, type]:
     """The original config, decoder and causal classes of a model, whether it was loaded dense or compressed."""
     found = (type(model.config), type(model.base_model), type(model))
     generated = found[2].__module__.startswith(_GENERATED)
-    return tuple(each.__bases__[0] for each in found) if generated else found  # type: ignore[return-value]
+    return tuple(each.__bases__[-1] for each in found) if generated else found  # type: ignore[return-value]
 
 
 def auto_map(config_class: type, base_class: type, causal_class: type) -> dict[str, str]:
@@ -170,6 +178,7 @@ def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
         PivotedLinear=pivoted.PivotedLinear,
         QuantizedLinear=quantized.QuantizedLinear,
         PackedMatrix=quantized.PackedMatrix,
+        LAYERS=replace.LAYERS,
         replace_linears=replace.replace_linears,
     )
     return getattr(module, f"Rankwise{causal_class.__name__}")

@@ -1,12 +1,13 @@
 """Modules that take the place of a linear layer."""
 
 from rankwise.layers.fold import fold_orders
-from rankwise.layers.kinds import KINDS, Kind, dense_layer, is_linear, kind_of, sixteen, substitute
+from rankwise.layers.kinds import KINDS, Kind, dense_layer, is_linear, kind_of, substitute
 from rankwise.layers.low_rank import LowRankLinear
 from rankwise.layers.pivoted import PivotedLinear
 from rankwise.layers.quantized import PackedMatrix, QuantizedLinear, cache_dense
 from rankwise.layers.replace import replace_linears
 from rankwise.layers.sliced import SlicedLinear, sliced
+from rankwise.layers.stored import sixteen
 
 __all__ = [
     "KINDS",

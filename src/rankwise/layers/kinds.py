@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.errors import IllConditionedError
+from rankwise.errors import IllConditionedError, NotFiniteError
 from rankwise.factors import Factors
 from rankwise.layers.low_rank import LowRankLinear
 from rankwise.layers.pivoted import PivotedLinear
 from rankwise.layers.quantized import PackedMatrix, QuantizedLinear
-from rankwise.linalg import pivot
+from rankwise.layers.replace import name_parent
+from rankwise.layers.stored import finite, parameter, sixteen, store
+from rankwise.linalg import balanced, pivot
 from rankwise.quantizers import Packed, Rotation, packed_signs
 
 ILL_CONDITIONED = 100.0
@@ -23,17 +25,6 @@ ILL_CONDITIONED = 100.0
 
 Setter = Callable[[Any, str, Any], None]
 """Sets an attribute of a module, remembering what it was."""
-
-
-def parameter(values: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
-    """A frozen parameter with memory of its own: a view would keep the whole basis in memory, and in the file."""
-    copied = values.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-    return nn.Parameter(copied, requires_grad=False)
-
-
-def sixteen(dtype: torch.dtype) -> torch.dtype:
-    """The 16-bit type in which numbers beside codes go into a checkpoint of this type."""
-    return dtype if dtype.itemsize == 2 else torch.bfloat16
 
 
 class Kind(ABC):
@@ -68,6 +59,7 @@ class Kind(ABC):
 
         Raises:
             IllConditionedError: when they cannot be stored so.
+            NotFiniteError: when a number is not finite in this type.
         """
 
     @abstractmethod
@@ -165,7 +157,7 @@ class _TwoFactor(Kind):
     trains = True
 
     def of(self, factors: Factors, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        left, right = factors.pair()
+        left, right = balanced(*factors.pair())
         with torch.device("meta"):
             layer = LowRankLinear(right.shape[1], left.shape[0], factors.rank, factors.bias is not None)
         layer.right.weight = parameter(right, device, dtype)
@@ -192,7 +184,7 @@ class _PivotRows(Kind):
     """Independent rows of L R and the map from them to the others."""
 
     def of(self, factors: Factors, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        left, right = factors.pair()
+        left, right = (finite(part, part) for part in factors.pair())
         work = device if device.type == "cuda" else torch.device("cpu")
         found = pivot(left.to(work), right.to(work))
         if not found.largest <= ILL_CONDITIONED:
@@ -274,13 +266,14 @@ class _Codes(Kind):
             for into, part in ((layer.q, factors.q), (layer.packed_left, packed[0]), (layer.packed_right, packed[1])):
                 if into is not None and part is not None:
                     into.codes.copy_(part.codes)
-                    into.scale.copy_(part.scale)
+                    store(into.scale, part.scale)
             if factors.left is not None and factors.right is not None:
-                layer.left.weight.copy_(factors.left)
-                layer.right.weight.copy_(factors.right)
+                left, right = balanced(factors.left, factors.right)
+                store(layer.left.weight, left)
+                store(layer.right.weight, right)
             for name, minus in (("signs_in", signs), ("signs_out", factors.rotation.minus_out)):
                 if minus is not None:
-                    getattr(layer, name).copy_(minus if trained else packed_signs(minus))
+                    store(getattr(layer, name), minus if trained else packed_signs(minus))
         if factors.bias is not None:
             layer.bias = parameter(factors.bias, torch.device("cpu"), factors.bias.dtype)
         return layer.requires_grad_(False).to(device)
@@ -379,9 +372,14 @@ def substitute(model: nn.Module, name: str, factors: Factors, kind: str, dtype: 
 
     Raises:
         IllConditionedError: when they cannot be stored so; the model is then as it was.
+        NotFiniteError: naming the module, when a number is not finite in this type; likewise.
     """
     old = model.get_submodule(name)
     device = next(t.device for t in (*old.parameters(), *old.buffers()))
-    layer = KINDS[kind].of(factors, dtype, device)
+    try:
+        layer = KINDS[kind].of(factors, dtype, device)
+    except NotFiniteError as problem:
+        raise NotFiniteError(problem.problem, where=name, remedy=problem.remedy) from None
     model.set_submodule(name, layer)
+    name_parent(model, model.get_submodule(name.rpartition(".")[0]))
     return layer

@@ -15,6 +15,14 @@ from rankwise.quantizers.rotation import rotate
 _ROWS = 256
 
 
+class StoredLinear(nn.Linear):
+    """A linear layer without bias whose numbers are as wide as they are stored, whatever it computes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., n]` to `[..., m]`, in the type of x."""
+        return functional.linear(x, self.weight.to(x.dtype))
+
+
 class PackedMatrix(nn.Module):
     """A matrix as codes and scales.
 
@@ -35,6 +43,11 @@ class PackedMatrix(nn.Module):
         self.columns, self.codebook, self.group = columns, codebook, group
         self.register_buffer("codes", torch.zeros(rows, -(-columns // tile_of(codebook)[1]), bits, dtype=torch.uint8))
         self.register_buffer("scale", torch.ones(scales, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """Map `[..., columns]` to `[..., rows]` by the matrix, or the other way by its transpose."""
+        matrix = self.dense(x.dtype)
+        return x @ (matrix if transposed else matrix.T)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix it stands for, shape `[rows, columns]`."""
@@ -81,8 +94,8 @@ class QuantizedLinear(nn.Module):
         self.packed_left: Any = None
         self.packed_right: Any = None
         if form["full"]:
-            self.left = nn.Linear(form["full"], out_features, bias=False, dtype=number)
-            self.right = nn.Linear(in_features, form["full"], bias=False, dtype=number)
+            self.left = StoredLinear(form["full"], out_features, bias=False, dtype=number)
+            self.right = StoredLinear(in_features, form["full"], bias=False, dtype=number)
         if self.rank > form["full"]:
             self.packed_left = PackedMatrix(self.rank - form["full"], out_features, **form["factors"])
             self.packed_right = PackedMatrix(self.rank - form["full"], in_features, **form["factors"])
@@ -114,20 +127,37 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., n]` to `[..., m]`."""
-        if self.cache and not torch.is_grad_enabled():
+        if self.cache and not torch.is_grad_enabled() and self._is_plain():
             if self._kept is None or self._kept.dtype != x.dtype or self._kept.device != x.device:
                 with torch.inference_mode(False):
-                    self._kept = self.dense_weight(torch.float32).to(x.dtype)
-            return functional.linear(x, self._kept, None if self.bias is None else self.bias.to(x.dtype))
+                    eye = torch.eye(self.in_features, device=x.device)
+                    self._kept = self._product(eye).T.to(x.dtype, memory_format=torch.contiguous_format)
+            y = functional.linear(x, self._kept)
+        else:
+            self._kept = None
+            y = self._product(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _is_plain(self) -> bool:
+        """Whether nobody put something else in place of a part, whose values may change unseen."""
+        parts = (self.q, self.left, self.right, self.packed_left, self.packed_right)
+        return all(type(part) in (StoredLinear, PackedMatrix) for part in parts if part is not None)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """W x, every part called and not read, so that what others hang on it (offloading, adapters) takes part."""
         if self.signs_in is not None:
             x = rotate(x * self.signs(self.signs_in, self.in_features, x.dtype))
-        y = x.new_zeros(*x.shape[:-1], self.out_features) if self.q is None else x @ self.q.dense(x.dtype).T
-        if self.rank:
-            left, right = self.pair(x.dtype)
-            y = y + (x @ right.T) @ left.T
+        parts = [] if self.q is None else [self.q(x)]
+        if self.left is not None:
+            parts.append(self.left(self.right(x)))
+        if self.packed_left is not None:
+            parts.append(self.packed_left(self.packed_right(x), transposed=True))
+        y = parts[0]
+        for part in parts[1:]:
+            y = y + part
         if self.signs_out is not None:
             y = rotate(y) * self.signs(self.signs_out, self.out_features, y.dtype)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y
 
     def description(self) -> dict:
         """What a config says of it, beside its shape."""

@@ -1,7 +1,17 @@
 """Pure tensor functions: no model, no site, no file."""
 
-from rankwise.linalg.decompose import Decomposition, decompose
+from rankwise.linalg.decompose import Decomposition, balanced, balancing, decompose
 from rankwise.linalg.metrics import InputMetric, OutputMetric, psd_factor
 from rankwise.linalg.pivot import Pivoted, pivot
 
-__all__ = ["Decomposition", "InputMetric", "OutputMetric", "Pivoted", "decompose", "pivot", "psd_factor"]
+__all__ = [
+    "Decomposition",
+    "InputMetric",
+    "OutputMetric",
+    "Pivoted",
+    "balanced",
+    "balancing",
+    "decompose",
+    "pivot",
+    "psd_factor",
+]

@@ -14,6 +14,7 @@ from torch import Tensor
 from rankwise.linalg.metrics import InputMetric, OutputMetric
 
 _NEGLIGIBLE = 1e-12
+_MOST_DOUBLINGS = 60
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,32 @@ class Decomposition:
     right: Tensor
     energy: Tensor
     encoder: Tensor
+
+
+def balancing(left: Tensor, right: Tensor) -> Tensor:
+    """What to multiply the columns of L by, and to divide the rows of R by, so that both get about one norm.
+
+    Powers of two: L R stays what it is to the last bit, and so does what rounding leaves of either. Unbalanced, all
+    scale is on one side, which a 16-bit type may have no room for.
+
+    Args:
+        left: L, shape `[m, r]`.
+        right: R, shape `[r, n]`.
+
+    Returns:
+        Shape `[r]`, in the dtype of `left`; 1 where a column or row is zero.
+    """
+    columns = torch.linalg.vector_norm(left, dim=0, dtype=torch.float64)
+    rows = torch.linalg.vector_norm(right, dim=1, dtype=torch.float64)
+    doublings = ((rows / columns).log2() / 2).round().clamp(-_MOST_DOUBLINGS, _MOST_DOUBLINGS)
+    usable = (columns > 0) & (rows > 0) & torch.isfinite(doublings)
+    return torch.where(usable, doublings, torch.zeros_like(doublings)).exp2().to(left.dtype)
+
+
+def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """L and R of the same product, columns and rows of about one norm; see `balancing`."""
+    scale = balancing(left, right)
+    return left * scale, right / scale[:, None].to(right.dtype)
 
 
 def _descending(symmetric: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +95,8 @@ def decompose(
 ) -> Decomposition:
     """Order a weight's output directions by what they carry.
 
-    The eigenproblem is always of the smaller side of W.
+    The eigenproblem is always of the smaller side of W. Inputs that are zero weigh nothing: the identity stands for
+    their metric, and all energies are zero.
 
     Args:
         weight: W, shape `[m, n]`, float64.
@@ -80,6 +108,9 @@ def decompose(
         Factors whose leading r columns and rows are the best rank-r pair under (M, P). Energies are the eigenvalues.
     """
     m, n = weight.shape
+    blind = (outputs is not None and not outputs.any()) or (inputs is not None and not inputs.matrix.any())
+    if blind:
+        inputs = outputs = None
     weighed = weight if metric is None else metric.weigh(weight)
     if outputs is not None:
         # P^T C P with C symmetric: weigh the columns, then the rows.
@@ -91,6 +122,8 @@ def decompose(
         energy, directions = _tall_directions(weighed, weighed if inputs is None else inputs.times_root(weighed))
     k = min(m, n)
     energy, directions = energy[:k], directions[:, :k]
+    if blind:
+        energy = torch.zeros_like(energy)
     left = directions if metric is None else metric.undo(directions)
     encoder = directions.T if metric is None else metric.spread(directions).T
     return Decomposition(left, directions.T @ weighed, energy, encoder)

@@ -85,6 +85,11 @@ class OutputMetric:
             damping = 10 * max(damping, 1e-12)
         raise ValueError("the output metric is not positive semi-definite")
 
+    @classmethod
+    def where_felt(cls, blocks: Tensor, damping: float) -> OutputMetric | None:
+        """The same; None where F is zero, so that errors of all outputs weigh the same."""
+        return cls.of(blocks, damping) if blocks.any() else None
+
     def _split(self, x: Tensor) -> Tensor:
         count, size, _ = self.blocks.shape
         return x.reshape(count, size, x.shape[-1])

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from rankwise.factors import Basis, Factors, Fit
-from rankwise.linalg import Decomposition, OutputMetric
+from rankwise.linalg import Decomposition, OutputMetric, balancing
 from rankwise.quantizers import Packed, Rotation
 from rankwise.sizes import Budget, Candidates, Cut, Form, low_rank_candidates
 from rankwise.statistics import SiteStatistics, Statistic
@@ -162,20 +162,23 @@ class Factorisation(Method):
         outlook = looking(0)
         assert outlook is not None
         basis = outlook.basis
-        return basis.truncate(cut.rank, statistics.bias), Fit(basis.damping, basis.dropped(cut.rank))
+        fit = Fit(basis.damping, basis.dropped(cut.rank), fallback=not bool(basis.energy.any()))
+        return basis.truncate(cut.rank, statistics.bias), fit
 
 
 def make_basis(found: Decomposition, mean_output: Tensor | None = None, damping: float = 0.0) -> Basis:
-    """A basis from a decomposition.
+    """A basis from a decomposition, the scale of each component shared evenly by L and R.
 
     Args:
         found: the ordered factors.
         mean_output: E[W x], shape `[m]`, when the bias is to make up for the mean of what is dropped.
         damping: what the decomposition needed.
     """
+    scale = balancing(found.left, found.right)
+    left, right = found.left * scale, found.right / scale[:, None]
     if mean_output is None:
-        return Basis(found.left, found.right, found.energy, damping=damping)
-    return Basis(found.left, found.right, found.energy, mean_output, found.encoder @ mean_output, damping)
+        return Basis(left, right, found.energy, damping=damping)
+    return Basis(left, right, found.energy, mean_output, found.encoder @ mean_output / scale, damping)
 
 
 def tail_losses(energy: Tensor) -> Tensor:

@@ -131,7 +131,8 @@ class Caldera(QuantizingMethod):
             packed=None if pair is None else pair.packed,
             rotation=rotation,
         )
-        return factors, Fit(hessian.damping, errors=tuple(errors), fallback=hessian.fallback)
+        fallback = hessian.fallback or not bool(weight.any())
+        return factors, Fit(hessian.damping, errors=tuple(errors), fallback=fallback)
 
 
 class _Steps:

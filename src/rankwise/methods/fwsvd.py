@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -30,5 +32,8 @@ class FWSVD(Factorisation):
         return (RowFisher(labels=self.labels),)
 
     def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
-        rows = OutputMetric.of(statistics.of(RowFisher(labels=self.labels))[:, None, None], self.damping)
-        return make_basis(decompose(weight, metric=rows), damping=rows.damping)
+        rows = OutputMetric.where_felt(statistics.of(RowFisher(labels=self.labels))[:, None, None], self.damping)
+        found = decompose(weight, metric=rows)
+        if rows is None:
+            return make_basis(replace(found, energy=torch.zeros_like(found.energy)))
+        return make_basis(found, damping=rows.damping)

@@ -63,7 +63,7 @@ class Mixed(Caldera):
     def plan_requests(self) -> tuple[Statistic, ...]:
         return ()
 
-    def output_metric(self, statistics: SiteStatistics) -> OutputMetric:
+    def output_metric(self, statistics: SiteStatistics) -> OutputMetric | None:
         return self._factorisation.output_metric(statistics)
 
     def candidates(self, shape: tuple[int, int], form: Form, multiple: int, looks: bool) -> Candidates:

@@ -45,4 +45,4 @@ class Quantize(QuantizingMethod):
         whole = weighed_error(target, metric)
         error = weighed_error(target - q.dense(), metric) / (whole if whole > 0 else 1.0)
         factors = Factors(None, None, statistics.bias, q=q, rotation=rotation)
-        return factors, Fit(hessian.damping, errors=(error,), fallback=hessian.fallback)
+        return factors, Fit(hessian.damping, errors=(error,), fallback=hessian.fallback or not bool(weight.any()))

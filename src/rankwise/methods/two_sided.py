@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -46,12 +47,14 @@ class TwoSided(Factorisation):
     def requests(self) -> tuple[Statistic, ...]:
         return (Moments(), self._curvature())
 
-    def output_metric(self, statistics: SiteStatistics) -> OutputMetric:
-        return OutputMetric.of(statistics.of(self._curvature()), self.damping)
+    def output_metric(self, statistics: SiteStatistics) -> OutputMetric | None:
+        return OutputMetric.where_felt(statistics.of(self._curvature()), self.damping)
 
     def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
         seen = statistics.of(Moments()).covariance()
         metric = self.output_metric(statistics)
         found = decompose(weight, inputs=seen.inputs, outputs=seen.outputs, metric=metric)
-        found = replace(found, energy=found.energy * metric.undamped_share(found.left))
-        return make_basis(found, seen.mean_output if self.bias else None, metric.damping)
+        # Without a gradient nothing that is dropped costs loss, and the inputs alone say what is kept.
+        share = torch.zeros_like(found.energy) if metric is None else metric.undamped_share(found.left)
+        damping = 0.0 if metric is None else metric.damping
+        return make_basis(replace(found, energy=found.energy * share), seen.mean_output if self.bias else None, damping)

@@ -110,7 +110,8 @@ def refit_both(
         damping: ridge relative to the mean variance of x'.
         metric: weighs errors of the outputs; None for all alike.
     """
-    ridge = damping * new.diagonal().mean()
+    # Where the inputs are zero, the identity stands for their metric.
+    ridge = damping * new.diagonal().mean() if new.any() else torch.ones((), dtype=new.dtype, device=new.device)
     eye = torch.eye(len(new), dtype=new.dtype, device=new.device)
     factor = torch.linalg.cholesky(new + ridge * eye)
     # The ridge is added on both sides, so that W' = W is the answer where x' = x.

@@ -52,8 +52,8 @@ def fit_sites(work: Work, store: Store, outlooks: Outlooks, plan: Plan) -> SiteF
             found[site.name] = {**facts, "bits": plan.site_bits(site.name), "storage": kind}
             if facts.get("fallback"):
                 work.reporter.note(
-                    f"{site.name} was never activated by the calibration text: its Hessian is zero, and the identity "
-                    "stood for it"
+                    f"{site.name}: its inputs, their gradient or its weight are zero on the calibration text; it was "
+                    "fitted by what is known there, at worst as if all inputs weighed the same"
                 )
             advance(f"fitting: {site.name}, {cut}")
     return found

@@ -173,6 +173,8 @@ def begin(recipe: Recipe, run: Run, loaded: LoadedModel, texts: Texts, reporter:
     """
     if hasattr(loaded.model.config, "rankwise"):
         raise ModelError("The model is compressed already.", where=recipe.model, remedy="compress the original")
+    for note in loaded.notes:
+        reporter.note(note)
     found = find_sites(loaded.model)
     for site in found:
         site.weight(loaded.model)
