@@ -63,8 +63,8 @@ def compress(
     reporter = reporter or Reporter(show=False)
     if recipe.output is not None:
         check_output(Path(recipe.output))
-    run = Run(Path(run_directory) if run_directory is not None else default_run_directory(recipe.model))
-    with run.locked(lambda: reporter.note(f"waiting for another process that works in {run.directory}")):
+    run = Run(Path(run_directory) if run_directory is not None else default_run_directory(recipe.model), reporter)
+    with run.locked(lambda: reporter.note(f"waiting for another process that works in {run.directory}", passing=True)):
         with reporter.stage("load"):
             loaded = load_model(
                 recipe.model,
