@@ -1,4 +1,4 @@
-"""Stage files that were harmed are said and made again, a disk may fill up anywhere, and notes are the same each time."""
+"""Harmed stage files are said and made again, a disk may fill up anywhere, and notes are the same each time."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ from rankwise.errors import RunError
 from rankwise.progress import Reporter
 from rankwise.recipes import recipe_from
 from rankwise.runs import MANIFEST, Lines, folder
+from rankwise.stages import repairing
 
 KINDS = (
-    "score-dense",
     "statistics-input_moments",
-    "outlooks-mixed",
+    "fits-caldera",
+    "score-dense",
+    "statistics-curvature",
+    "outlooks-two_sided",
     "selection",
     "search",
-    "fits-mixed",
     "repair-refit",
     "repair-blocks",
     "repair-factors",
@@ -62,47 +64,61 @@ HARMS: dict[str, Callable[[bytes], bytes | None]] = {
 
 @dataclass(frozen=True)
 class Whole:
-    """A finished run: its recipe, its directory, and what came out."""
+    """Two finished runs: their recipes, their directory, and what came out."""
 
-    values: dict[str, Any]
+    recipes: list[dict[str, Any]]
     directory: Path
-    outcome: tuple[Any, str]
+    outcome: list[Any]
     notes: list[str]
 
 
-def run(values: dict[str, Any], directory: Path) -> tuple[tuple[Any, str], list[str]]:
-    """The plan with a hash of all tensors, and the report's notes."""
-    result = compress(recipe_from(values), run_directory=directory, reporter=Reporter(show=False))
-    digest = hashlib.sha256()
-    for name, tensor in sorted(result.model.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return (result.plan.model_dump(), digest.hexdigest()), list(result.report.notes)
+def run(recipes: list[dict[str, Any]], directory: Path) -> tuple[list[Any], list[str]]:
+    """Of each recipe the plan and a hash of all tensors; and the notes of all reports."""
+    found: list[Any] = []
+    notes: list[str] = []
+    for values in recipes:
+        result = compress(recipe_from(values), run_directory=directory, reporter=Reporter(show=False))
+        digest = hashlib.sha256()
+        for name, tensor in sorted(result.model.state_dict().items()):
+            digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        found += [result.plan.model_dump(), digest.hexdigest()]
+        notes += result.report.notes
+    return found, notes
 
 
 @pytest.fixture(scope="module")
 def whole(_tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Every kind of stage: statistics, outlooks, a selection, a search, codes, three repairs, scores."""
+    """Every kind of stage: statistics, outlooks, codes; a selection, a search, three repairs, scores."""
     place = tmp_path_factory.mktemp("whole")
     words = ["list", "object", "return", "the", "string", "value", "of", "a", "function", "class"]
     lines = (" ".join(words[(i * j + j) % len(words)] for j in range(1, 12)) + "\n" for i in range(400))
     (place / "text.txt").write_text("".join(lines))
     source = f"text:{place / 'text.txt'}"
-    values = {
+    common = {
         "model": str(_tiny_source),
-        "method": {"name": "mixed", "outer": 1, "inner": 1},
-        "budget": {"bits": 12},
-        "allocation": {"name": "bayesian", "space": "rolesx1", "trials": 4},
         "calibration": {"source": source, "sequences": 24, "length": 32},
+    }
+    coded = {
+        **common,
+        "method": {"name": "caldera", "q_bits": 4, "rank": 2, "outer": 1, "inner": 1},
+        "allocation": "uniform",
+    }
+    repaired = {
+        **common,
+        "method": {"name": "two_sided", "curvature_gb": 1e-5},
+        "budget": {"keep": 0.6, "rank_multiple": 1},
+        "allocation": {"name": "bayesian", "space": "rolesx1", "trials": 4},
         "validation": {"sequences": 6, "length": 32, "select": "top", "count": 3, "plans": 3},
         "evaluation": {"source": source, "sequences": 4, "length": 32},
         "repair": {
             "steps": "refit,blocks,factors",
             "blocks": {"epochs": 1},
-            "factors": {"epochs": 1, "lr": 10.0, "loss": "lm"},
+            "factors": {"epochs": 1, "batch_size": 8, "lr": 0.01, "loss": "lm", "save_every": 1},
         },
     }
-    outcome, notes = run(values, place / "run")
-    return Whole(values, place / "run", outcome, notes)
+    recipes = [coded, repaired]
+    outcome, notes = run(recipes, place / "run")
+    return Whole(recipes, place / "run", outcome, notes)
 
 
 def files_of(directory: Path, kind: str) -> list[Path]:
@@ -119,7 +135,7 @@ def harm_and_run_again(whole: Whole, directory: Path, files: list[Path], harm: s
             (directory / file).unlink()
         else:
             (directory / file).write_bytes(content)
-    outcome, notes = run(whole.values, directory)
+    outcome, notes = run(whole.recipes, directory)
     assert outcome == whole.outcome
     for file in files:
         assert any(file.parts[0] in note and ("damaged" in note or "not whole" in note) for note in notes), file
@@ -143,8 +159,10 @@ def test_every_file_of_every_stage_may_be_harmed(harm: str, whole: Whole, tmp_pa
 
 
 def test_a_run_from_finished_stages_makes_the_same_notes(whole: Whole) -> None:
-    assert any("was undone" in note for note in whole.notes)
-    outcome, notes = run(whole.values, whole.directory)
+    """Notes that statistics make, and repairs."""
+    for words in ("the full curvature does not fit", "repair blocks: undone"):
+        assert any(words in note for note in whole.notes), words
+    outcome, notes = run(whole.recipes, whole.directory)
     assert outcome == whole.outcome
     assert notes == whole.notes
 
@@ -173,10 +191,47 @@ def test_the_disk_may_fill_up_at_every_stage(whole: Whole, tmp_path: Path, monke
         monkeypatch.setattr(folder, "replacing", replacing)
         monkeypatch.setattr(Lines, "add", adding)
         with pytest.raises(RunError, match=r"The disk is full: \d+ stages.* are kept in"):
-            run(whole.values, tmp_path / "run")
+            run(whole.recipes, tmp_path / "run")
     monkeypatch.undo()
     assert filled == list(KINDS)
-    assert run(whole.values, tmp_path / "run") == (whole.outcome, whole.notes)
+    assert run(whole.recipes, tmp_path / "run") == (whole.outcome, whole.notes)
+
+
+@pytest.mark.parametrize(
+    ("judged", "file"),
+    [
+        (2, "repair-refit-*.partial/block-0000.safetensors"),
+        (5, "repair-blocks-*.partial/block-0000.json"),
+        (7, "repair-factors-*.partial/trainer/checkpoint-3/trained.safetensors"),
+        (7, "repair-factors-*.partial/trainer/checkpoint-3/optimizer.pt"),
+    ],
+)
+def test_what_a_stopped_repair_left_may_be_harmed(
+    judged: int, file: str, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refit of two blocks is judged three times, as is their training; the training of the factors twice."""
+    for stage in whole.directory.iterdir():
+        if stage.is_dir() and not stage.name.startswith(("repair", "score-compressed")):
+            shutil.copytree(stage, tmp_path / "run" / stage.name)
+    judge, calls = repairing.judge_repair, []
+
+    def stopping(*arguments: Any) -> float:
+        calls.append(1)
+        if len(calls) > judged:
+            raise KeyboardInterrupt
+        return judge(*arguments)
+
+    monkeypatch.setattr(repairing, "judge_repair", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(whole.recipes[1:], tmp_path / "run")
+    monkeypatch.undo()
+    (path,) = (tmp_path / "run").glob(file)
+    path.write_bytes(changed(path.read_bytes()))
+    outcome, notes = run(whole.recipes[1:], tmp_path / "run")
+    assert outcome == whole.outcome[2:]
+    (damage,) = [note for note in notes if path.name in note]
+    assert [note for note in notes if note != damage] == whole.notes
+    assert not list((tmp_path / "run").glob("*.partial"))
 
 
 STOPPED = """
@@ -205,9 +260,9 @@ except (Stopped, KeyboardInterrupt):
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_says_what_is_kept(sent: int, whole: Whole, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(whole.values))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(whole.recipes[1]))
     words = [str(int(sent)), str(tmp_path / "recipe.yaml"), str(tmp_path / "run")]
     done = subprocess.run([sys.executable, "-c", STOPPED, *words], capture_output=True, text=True)
     assert done.returncode == 7, done.stderr
