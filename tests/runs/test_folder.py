@@ -220,3 +220,28 @@ def test_a_folder_that_is_not_finished_is_not_taken_over(tmp_path: Path) -> None
     folder = Folder(tmp_path / "x", "x", Reporter(show=False))
     folder.write_json("a", 1)
     assert folder.damage() == f"{MANIFEST} has no end"
+
+
+def test_what_is_in_the_way_of_a_stage_is_removed(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    stage = run.stage("x", KEY)
+    stage.partial.write_text("a file")
+    with stage.making() as folder:
+        folder.write_json("a", 1)
+    assert stage.taken_over()
+    growing = run.stage("outlooks", KEY)
+    (growing.folder / MANIFEST).mkdir(parents=True)
+    growing.workspace().write_json("a", 1)
+    assert growing.workspace().has("a")
+
+
+def test_a_file_that_cannot_be_written_is_an_error_for_people(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    refused = pytest.raises(RunError, match="cannot be read or written")
+    with refused, run.locked(lambda: None):
+        stage = run.stage("x", KEY)
+        with stage.making() as folder:
+            (folder.path / "a").mkdir()
+            folder.write_json("a", 1)
+    with pytest.raises(FileNotFoundError), run.locked(lambda: None):
+        (tmp_path.parent / "elsewhere").read_bytes()

@@ -69,7 +69,7 @@ def keeping(directory: Path, kept: Callable[[], str], say: Callable[[str], None]
         elsewhere: how another directory is given.
 
     Raises:
-        RunError: when the disk is full.
+        RunError: when the disk is full, or a file of the directory cannot be read or written.
     """
     try:
         yield
@@ -77,13 +77,27 @@ def keeping(directory: Path, kept: Callable[[], str], say: Callable[[str], None]
         if not isinstance(problem, Exception):
             say(f"stopped: {kept()}; the same command goes on from there")
             raise
-        if isinstance(problem, RankwiseError) or not _is_full(problem, directory):
+        if isinstance(problem, RankwiseError):
             raise
+        if not _is_full(problem, directory):
+            if not _is_within(problem, directory):
+                raise
+            raise RunError(
+                f"A file of an earlier run cannot be read or written ({getattr(problem, 'strerror', problem)}).",
+                where=str(getattr(problem, "filename", directory)),
+                remedy=f"see to whom it belongs, or {elsewhere}",
+            ) from problem
         raise RunError(
             f"The disk is full: {kept()}.",
             where=str(directory),
             remedy=f"make room, or {elsewhere}, and run the same command again",
         ) from problem
+
+
+def _is_within(problem: BaseException, directory: Path) -> bool:
+    """Whether an error is of a file in the directory."""
+    file = getattr(problem, "filename", None)
+    return isinstance(problem, OSError) and isinstance(file, str | os.PathLike) and directory in Path(file).parents
 
 
 def _is_full(problem: Exception, directory: Path) -> bool:

@@ -87,7 +87,7 @@ class Stage:
 
         Notes made inside the block are kept with it.
         """
-        folder = workspace(self.partial, self.label, self.reporter)
+        folder = _opened(self.partial, self.label, self.reporter)
         for note in folder.notes:
             self.reporter.note(note)
         with self.reporter.keeping(folder.keep_note):
@@ -98,9 +98,7 @@ class Stage:
 
     def workspace(self) -> Folder:
         """The folder of a stage that is never finished but only grows."""
-        if os.path.lexists(self.folder) and not self.folder.is_dir():
-            _delete(self.folder)
-        return workspace(self.folder, self.label, self.reporter)
+        return _opened(self.folder, self.label, self.reporter)
 
     def log(self, name: str) -> Path:
         """Where a stage that is one growing file, such as a log of trials, is or will be; one that is gone is said."""
@@ -116,6 +114,15 @@ class Stage:
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
+def _opened(path: Path, label: str, reporter: Reporter) -> Folder:
+    """A folder that is gone on with; what is no folder, or has something else where its list belongs, is in the way."""
+    if os.path.lexists(path) and not path.is_dir():
+        _delete(path)
+    if (path / MANIFEST).is_dir():
+        _delete(path / MANIFEST)
+    return workspace(path, label, reporter)
+
+
 def _delete(path: Path) -> None:
     try:
         if path.is_dir() and not path.is_symlink():
@@ -128,6 +135,11 @@ def _delete(path: Path) -> None:
             where=str(path),
             remedy="delete it, or give another directory with --run-dir",
         ) from None
+
+
+def _is_begun(file: Path) -> bool:
+    """Whether a file is work that will be gone on with, and no list or scratch."""
+    return file.is_file() and file.name != MANIFEST and file.parent.name != "hidden"
 
 
 class Run:
@@ -164,7 +176,7 @@ class Run:
         """What is there, for a user: how many stages, and how many files of those that are not finished."""
         stages = [path for path in self.directory.iterdir() if path.is_dir()]
         half = [path for path in stages if path.suffix == ".partial"]
-        files = sum(file.name != MANIFEST for path in half for file in path.rglob("*") if file.is_file())
+        files = sum(1 for path in half for file in path.rglob("*") if _is_begun(file))
         begun = f" and {files} files of those that were begun" if files else ""
         return f"{len(stages) - len(half)} stages{begun} are kept in {self.directory}"
 
