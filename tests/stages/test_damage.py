@@ -152,10 +152,10 @@ def test_a_harmed_file_of_every_stage_is_said_and_made_again(harm: str, whole: W
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", HARMS)
 def test_every_file_of_every_stage_may_be_harmed(harm: str, whole: Whole, tmp_path: Path) -> None:
-    """One file of each stage at a time, until all had their turn."""
+    """An eighth of each stage's files at a time."""
     by_kind = [files_of(whole.directory, kind) for kind in KINDS]
-    for turn in range(max(len(files) for files in by_kind)):
-        harm_and_run_again(whole, tmp_path / "run", [files[turn] for files in by_kind if turn < len(files)], harm)
+    for turn in range(8):
+        harm_and_run_again(whole, tmp_path / "run", [file for files in by_kind for file in files[turn::8]], harm)
 
 
 def test_a_run_from_finished_stages_makes_the_same_notes(whole: Whole) -> None:

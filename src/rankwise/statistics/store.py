@@ -28,6 +28,10 @@ def load_totals(path: Path, kind: type[T]) -> T:
     return kind.of_tensors(load_file(path))
 
 
+def _label(folder: Path) -> str:
+    return f"{folder.parent.name}/{folder.name}"
+
+
 def save_snapshot(folder: Path, collected: Collected, done: int) -> None:
     """Replace the snapshot in `folder`, atomically.
 
@@ -38,7 +42,7 @@ def save_snapshot(folder: Path, collected: Collected, done: int) -> None:
     """
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    held = Folder(fresh, folder.name, Reporter(show=False))
+    held = Folder(fresh, _label(folder), Reporter(show=False))
     for number, (statistic, by_stream) in enumerate(collected.items()):
         for key, totals in by_stream.items():
             with held.writing(f"{number}-{statistic.name}/{key}.safetensors") as path:
@@ -66,7 +70,7 @@ def load_snapshot(folder: Path, statistics: Sequence[Statistic], reporter: Repor
         os.rename(old, folder)
     if not folder.exists():
         return {}, 0
-    held = Folder(folder, folder.name, reporter)
+    held = Folder(folder, _label(folder), reporter)
     damage = held.damage()
     if damage is not None:
         reporter.note(f"a snapshot of the calibration pass was damaged ({damage}): the pass begins anew", passing=True)
