@@ -50,7 +50,7 @@ class Folder:
         self._waiting: list[Path] = []
         self._synced = time.monotonic()
         path.mkdir(parents=True, exist_ok=True)
-        used = any(path.iterdir())
+        used = any(entry.name != MANIFEST for entry in path.iterdir())
         self._lines = Lines(path / MANIFEST)
         self.fault = self._open(used)
 
