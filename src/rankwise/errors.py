@@ -73,8 +73,11 @@ class MissingPackageError(RankwiseError):
 
 
 def is_disk_full(problem: BaseException) -> bool:
-    """Whether an error means that the disk is full, from Python or from the library that writes weights."""
-    return getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem)
+    """Whether an error means that the disk is full: from Python, or from the library that writes weights."""
+    text = str(problem)
+    return getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        words in text for words in ("No space left", "StorageFull", "quota exceeded")
+    )
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

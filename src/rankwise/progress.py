@@ -66,17 +66,35 @@ class Reporter:
     def __init__(self, show: bool | None = None) -> None:
         self.notes: list[str] = []
         self.stages: dict[str, StageTime] = {}
+        self._keepers: list[Callable[[str], None]] = []
         self._print_notes = show is not False
         self._text: str | None = None
         self._bars = sys.stderr.isatty() if show is None else show
 
-    def note(self, text: str) -> None:
-        """Say something the user should know, once, and keep it for the report."""
+    def note(self, text: str, *, passing: bool = False) -> None:
+        """Say something the user should know, once, and keep it for the report.
+
+        Args:
+            text: what.
+            passing: whether it is of this call alone, such as what it takes over; then no stage keeps it.
+        """
+        if not passing:
+            for keep in self._keepers:
+                keep(text)
         if text in self.notes:
             return
         self.notes.append(text)
         if self._print_notes:
             print(f"note: {text}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def keeping(self, keep: Callable[[str], None]) -> Iterator[None]:
+        """Hand every note of the block to `keep` too, those that were said before as well."""
+        self._keepers.append(keep)
+        try:
+            yield
+        finally:
+            self._keepers.remove(keep)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -320,16 +320,46 @@ def test_failed_trials_are_recorded_and_the_search_goes_on() -> None:
         run_bowl(TrialLog(None, "", reporter), 4, objective=lambda _cuts: Outcome(math.nan, math.nan, 0.0))
 
 
-def test_a_log_of_other_settings_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+def test_a_log_of_other_settings_is_refused(tmp_path: Path) -> None:
     reporter = Reporter(show=False)
     path = tmp_path / "trials.jsonl"
     TrialLog(path, "one", reporter).append({"trial": 0})
     assert TrialLog(path, "one", reporter).records == [{"trial": 0}]
     with pytest.raises(RunError, match="another recipe"):
         TrialLog(path, "two", reporter)
-    path.write_text(path.read_text() + "garbage\n" + '{"trial": 2}\n')
-    with pytest.raises(RunError, match="Line 3"):
-        TrialLog(path, "one", reporter)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(RunError, match="cannot be read"):
+        TrialLog(tmp_path / "folder", "one", reporter)
+
+
+@pytest.mark.parametrize("harm", ["edited", "dropped", "added", "swapped", "emptied"])
+def test_a_log_is_taken_over_up_to_where_it_was_harmed(harm: str, tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    whole = TrialLog(path, "key", Reporter(show=False))
+    for trial in range(4):
+        whole.append({"trial": trial, "objective": 0.1 * trial})
+    lines = path.read_text().splitlines(keepends=True)
+    if harm == "edited":
+        lines[3] = lines[3].replace("0.2", "0.02")
+    elif harm == "dropped":
+        del lines[3]
+    elif harm == "added":
+        lines.insert(3, lines[2])
+    elif harm == "swapped":
+        lines[3:5] = lines[4], lines[3]
+    else:
+        lines = []
+    path.write_text("".join(lines))
+    reporter = Reporter(show=False)
+    log = TrialLog(path, "key", reporter)
+    assert log.records == ([] if harm == "emptied" else whole.records[:2])
+    if harm != "emptied":
+        assert "was damaged (line 4 is not as it was written): 2 are kept" in reporter.notes[0]
+        assert path.with_name("trials.jsonl.damaged").read_text() == "".join(lines[3:])
+    log.append({"trial": 5})
+    again = TrialLog(path, "key", silent := Reporter(show=False))
+    assert again.records == log.records
+    assert silent.notes == []
 
 
 def test_samples_that_vary_most_are_taken() -> None:

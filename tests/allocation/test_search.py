@@ -140,9 +140,9 @@ def test_more_trials_continue_and_other_settings_do_not(searching: Settings, tmp
     run("weighted", "run", allocation={"trials": 11}, objective={"kl_weight": 1.0})
     folders = sorted((tmp_path / "run").glob("search-*"))
     assert len(folders) == 3
-    for folder in folders:
-        header, *rest = (folder / "trials.jsonl").read_text().splitlines(keepends=True)
-        (folder / "trials.jsonl").write_text(header.replace('"key": "', '"key": "0') + "".join(rest))
+    logs = [(folder / "trials.jsonl").read_bytes() for folder in folders]
+    for folder, log in zip(folders, [*logs[1:], logs[0]], strict=True):
+        (folder / "trials.jsonl").write_bytes(log)
     with pytest.raises(RunError, match="another recipe"):
         run("swapped", "run", allocation={"trials": 11})
 

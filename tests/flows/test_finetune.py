@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -19,12 +20,15 @@ from rankwise import cli, compress, repair
 from rankwise.checkpoints import REPORT_FILE, load_model
 from rankwise.data import load_examples, parse_source
 from rankwise.data.instructions import IGNORED, prompt_of, read_instructions
-from rankwise.errors import DataError
+from rankwise.errors import DataError, RunError
 from rankwise.flows.finetune import finetune as finetune_flow
+from rankwise.progress import Reporter
 from rankwise.recipes import FineTune, recipe_from
 from rankwise.reports import Report
+from rankwise.runs import locked
 from rankwise.sizes import Cut, Plan
 from rankwise.stages import tuning
+from rankwise.stages.begun import begin_training, same_settings, training_folder
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -162,9 +166,11 @@ def test_a_killed_training_is_refused_with_other_settings_and_goes_on_with_the_s
         return whole(*arguments, **{**named, "step_done": told})
 
     monkeypatch.setattr(tuning, "train", killed)
-    assert finetune(*words)[0] == 130
-    monkeypatch.setattr(tuning, "train", whole)
+    status, _, err = finetune(*words)
     folder = compressed.with_name(".tuned.training")
+    assert status == 130
+    assert f"the training is kept up to step 4 in {folder}" in err
+    monkeypatch.setattr(tuning, "train", whole)
     assert list(folder.glob("checkpoint-*"))
     failed(finetune(*words, "--lr", 0.002), "begun with other settings: lr.", "--restart")
     weights = compressed / "model.safetensors"
@@ -179,6 +185,35 @@ def test_a_killed_training_is_refused_with_other_settings_and_goes_on_with_the_s
     found = load_model(str(compressed.with_name("tuned"))).model
     for name, parameter in expected.named_parameters():
         torch.testing.assert_close(found.get_parameter(name), parameter, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_one_process_trains_for_an_output(finetune: Run, compressed: Path) -> None:
+    folder = compressed.with_name(".tuned.training")
+    with locked(folder, lambda: None):
+        failed(finetune(), "Another process fine-tunes for this output", "another --output")
+        assert folder.exists()
+    failed(finetune("--held-out", 400), "held out")
+    assert not folder.exists()
+
+
+def test_a_training_whose_settings_are_damaged_begins_anew(tmp_path: Path) -> None:
+    reporter = Reporter(show=False)
+    with training_folder(tmp_path / "tuned", reporter) as folder:
+        begin_training(folder, {"lr": 0.1})
+        (folder / "checkpoint-4").mkdir()
+        same_settings(folder, {"lr": 0.1}, False, reporter)
+        assert (folder / "checkpoint-4").exists()
+        with pytest.raises(RunError, match="other settings: lr"):
+            same_settings(folder, {"lr": 0.2}, False, reporter)
+        settings = folder / "begun" / "settings.json"
+        settings.write_text(settings.read_text().replace("0.1", "0.2"))
+        same_settings(folder, {"lr": 0.2}, False, reporter)
+        assert "was damaged (settings.json has other contents than were written): it begins anew" in reporter.notes[0]
+        assert not (folder / "checkpoint-4").exists()
+    assert not folder.exists()
+    full = pytest.raises(RunError, match="disk is full: nothing was trained yet")
+    with full, training_folder(tmp_path / "tuned", reporter):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_what_cannot_be_tuned(finetune: Run, compressed: Path, tiny: Path, text: Path, tmp_path: Path) -> None:

@@ -307,15 +307,20 @@ def test_a_gradient_that_is_not_finite_names_the_layer(asked: Statistic) -> None
     assert setup.model.model.embed_tokens.weight.requires_grad
 
 
+@pytest.mark.parametrize(("harm", "again"), [("none", 3), ("half replaced", 3), ("a byte", 6), ("its end", 6)])
 def test_a_pass_killed_between_snapshots_ends_with_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    harm: str, again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A snapshot that is not as it was written is said, and no batch of it is taken over."""
     monkeypatch.setattr(passes, "_SNAPSHOT_SECONDS", 0.0)
     setup = Setup(sequences=12)
     moments, curvature = asked = (Moments(groups=6), Curvature(groups=6, labels="sampled"))
 
+    reporter = Reporter(show=False)
+
     def run(snapshot: Path | None) -> Any:
-        return collect(setup.model, setup.sites, setup.tokens, asked, batch_size=2, snapshot=snapshot)
+        options = {"batch_size": 2, "snapshot": snapshot, "reporter": reporter}
+        return collect(setup.model, setup.sites, setup.tokens, asked, **options)
 
     whole = run(None)
     real, calls = passes._backward, []
@@ -329,10 +334,20 @@ def test_a_pass_killed_between_snapshots_ends_with_the_same_bytes(
     monkeypatch.setattr(passes, "_backward", dies)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "snapshot")
+    folder = tmp_path / "snapshot" / "sampled"
+    if harm == "half replaced":
+        folder.rename(folder.with_name("sampled.old"))
+    elif harm == "a byte":
+        file = next(folder.glob("0-curvature/*.safetensors"))
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif harm == "its end":
+        (folder / "manifest.jsonl").write_bytes((folder / "manifest.jsonl").read_bytes()[:-9])
     resumed = run(tmp_path / "snapshot")
-    assert len(calls) == 4 + 3  # three of six batches were not done again
+    assert len(calls) == 4 + again  # of six batches
+    assert any("snapshot of the calibration pass was damaged" in note for note in reporter.notes) == (again == 6)
     for statistic, field in ((moments, "scatter"), (curvature, "blocks")):
         for key, totals in whole[statistic].items():
-            again = resumed[statistic][key]
-            assert totals.count == again.count
-            assert torch.equal(getattr(totals, field), getattr(again, field))
+            found = resumed[statistic][key]
+            assert totals.count == found.count
+            assert torch.equal(getattr(totals, field), getattr(found, field))

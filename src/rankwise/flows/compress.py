@@ -65,9 +65,9 @@ def compress(
     output = None if recipe.output is None else Path(recipe.output)
     if output is not None:
         check_output(output, {"the model": Path(recipe.model), "the finished stages": directory})
-    run = Run(directory)
+    run = Run(directory, reporter)
     waiting = f"waiting for another process that works in {run.directory}"
-    with run.locked(lambda: reporter.note(waiting)), reserved(output):
+    with run.locked(lambda: reporter.note(waiting, passing=True)), reserved(output):
         with reporter.stage("load"):
             loaded = load_model(
                 recipe.model,

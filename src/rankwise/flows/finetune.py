@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,53 +29,58 @@ def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | No
         RankwiseError: for anything the user can mend.
     """
     # Imported here so that `import rankwise` stays light.
-    from rankwise.checkpoints import check_output, load_model, reserved
-    from rankwise.device import named_device
-    from rankwise.evaluation import measure_cost
+    from rankwise.checkpoints import check_output, reserved
     from rankwise.progress import Reporter
-    from rankwise.runs.run import write_atomically
-    from rankwise.stages import tuning
+    from rankwise.stages.begun import training_folder
 
     reporter = reporter or Reporter(show=False)
-    source, output = Path(wanted.model), Path(wanted.output)
-    check_output(output, {"the model": source})
-    report, plan = tuning.read_results(source)
-    folder = output.absolute().with_name(f".{output.name}.training")
-    with reserved(output):
-        with reporter.stage("load"):
-            device = named_device(wanted.device)
-            loaded = load_model(wanted.model, precision=wanted.precision, device=device)
-            examples = tuning.read_examples(wanted, loaded, reporter)
-            settings = tuning.settings_of(wanted, loaded, examples)
-            tuning.same_settings(folder, settings, restart)
-            sites = tuning.sites_of(loaded, plan)
-            plan = tuning.counted(plan, loaded)
-            before = measure_cost(loaded.model, sites, loaded.stored_dtypes)
-            as_stored = tuning.parts_of(loaded, sites)
-            dtypes = tuning.open_factors(loaded, sites, wanted.training)
-            teacher = (
-                tuning.teacher_of(wanted, report, loaded, device, reporter) if wanted.training.loss == "kl" else None
-            )
-        with reporter.stage("evaluate before"):
-            score_before = tuning.score_tuned(wanted, loaded, reporter)
-            start = tuning.judge_tuned(wanted, loaded, examples.judged, teacher)
-        with reporter.stage(f"train {wanted.method}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / tuning.SETTINGS_FILE, json.dumps(settings, indent=2))
-            facts = tuning.train_factors(wanted, loaded, sites, plan, examples.learned, teacher, folder, reporter)
-            after = tuning.judge_tuned(wanted, loaded, examples.judged, teacher)
-            facts |= {"loss_before": start, "loss_after": after, "accepted": after < start}
-        with reporter.stage("storage"):
-            probe = examples.learned.ids[0][None, :64]
-            if facts["accepted"]:
-                plan, stored = tuning.store_tuned(wanted, loaded, sites, plan, dtypes, probe, reporter)
-            else:
-                stored = tuning.put_back(wanted, loaded, as_stored, facts, reporter)
-        cost = measure_cost(loaded.model, sites, loaded.stored_dtypes)
-        with reporter.stage("evaluate after"):
-            scores = score_before, tuning.score_tuned(wanted, loaded, reporter)
-        with reporter.stage("checkpoint"):
-            step = tuning.step_of(wanted, examples, scores, before, facts)
-            report = tuning.write_tuned(report, output, loaded, sites, plan, stored, cost, step, probe, reporter)
+    output = Path(wanted.output)
+    check_output(output, {"the model": Path(wanted.model)})
+    with reserved(output), training_folder(output, reporter) as folder:
+        report = _finetune(wanted, folder, restart, reporter)
         shutil.rmtree(folder, ignore_errors=True)
-        return report
+    return report
+
+
+def _finetune(wanted: FineTune, folder: Path, restart: bool, reporter: Reporter) -> Report:
+    """The flow itself, in a folder that no other process trains in."""
+    from rankwise.checkpoints import load_model
+    from rankwise.device import named_device
+    from rankwise.evaluation import measure_cost
+    from rankwise.stages import begun, tuning
+
+    output = Path(wanted.output)
+    report, plan = tuning.read_results(Path(wanted.model))
+    with reporter.stage("load"):
+        device = named_device(wanted.device)
+        loaded = load_model(wanted.model, precision=wanted.precision, device=device)
+        examples = tuning.read_examples(wanted, loaded, reporter)
+        settings = tuning.settings_of(wanted, loaded, examples)
+        begun.same_settings(folder, settings, restart, reporter)
+        sites = tuning.sites_of(loaded, plan)
+        plan = tuning.counted(plan, loaded)
+        before = measure_cost(loaded.model, sites, loaded.stored_dtypes)
+        as_stored = tuning.parts_of(loaded, sites)
+        dtypes = tuning.open_factors(loaded, sites, wanted.training)
+        teacher = tuning.teacher_of(wanted, report, loaded, device, reporter) if wanted.training.loss == "kl" else None
+    with reporter.stage("evaluate before"):
+        score_before = tuning.score_tuned(wanted, loaded, reporter)
+        start = tuning.judge_tuned(wanted, loaded, examples.judged, teacher)
+    with reporter.stage(f"train {wanted.method}"):
+        begun.begin_training(folder, settings)
+        facts = tuning.train_factors(wanted, loaded, sites, plan, examples.learned, teacher, folder, reporter)
+        after = tuning.judge_tuned(wanted, loaded, examples.judged, teacher)
+        facts |= {"loss_before": start, "loss_after": after, "accepted": after < start}
+    with reporter.stage("storage"):
+        probe = examples.learned.ids[0][None, :64]
+        if facts["accepted"]:
+            plan, stored = tuning.store_tuned(wanted, loaded, sites, plan, dtypes, probe, reporter)
+        else:
+            stored = tuning.put_back(wanted, loaded, as_stored, facts, reporter)
+    cost = measure_cost(loaded.model, sites, loaded.stored_dtypes)
+    with reporter.stage("evaluate after"):
+        scores = score_before, tuning.score_tuned(wanted, loaded, reporter)
+    with reporter.stage("checkpoint"):
+        step = tuning.step_of(wanted, examples, scores, before, facts)
+        report = tuning.write_tuned(report, output, loaded, sites, plan, stored, cost, step, probe, reporter)
+    return report

@@ -86,7 +86,7 @@ def sensitivity(
     from rankwise.device import named_device
     from rankwise.errors import RecipeError
     from rankwise.progress import Reporter
-    from rankwise.runs import Run, default_run_directory
+    from rankwise.runs import Run, default_run_directory, replacing, write_atomically
 
     for fraction in (*fractions, site_fraction):
         if not 0 < fraction < 1:
@@ -102,9 +102,9 @@ def sensitivity(
             remedy="use a method of low-rank factors, such as bolaco or two_sided",
         )
     reporter = reporter or Reporter(show=False)
-    run = Run(Path(run_directory) if run_directory is not None else default_run_directory(recipe.model))
+    run = Run(Path(run_directory) if run_directory is not None else default_run_directory(recipe.model), reporter)
     folder = _output_folder(Path(output))
-    with run.locked(lambda: reporter.note(f"waiting for another process that works in {run.directory}")):
+    with run.locked(lambda: reporter.note(f"waiting for another process that works in {run.directory}", passing=True)):
         with reporter.stage("load"):
             loaded = load_model(
                 recipe.model,
@@ -121,8 +121,8 @@ def sensitivity(
             outlooks.look()
         samples = stages.select_samples(work, outlooks)
         points = points_of(work.sites, fractions, site_fraction)
-        stage = run.stage("sensitivity", {**stages.objective_key(work, samples), "budget": recipe.budget.model_dump()})
-        log = TrialLog(stage.workspace() / "points.jsonl", stage.key, reporter)
+        stage = work.stage("sensitivity", {**stages.objective_key(work, samples), "budget": recipe.budget.model_dump()})
+        log = TrialLog(stage.log("points.jsonl"), stage.key, reporter)
         known = {(r["kind"], r["role"], r["block"], r["keep"]): r for r in log.records}
         labels = {site.name: site.name for site in work.sites}
         with reporter.stage("points"), stages.judging(work, outlooks, samples) as objective:
@@ -155,8 +155,8 @@ def sensitivity(
         "dense_perplexity": dense,
         "points": rows,
     }
-    (folder / "sensitivity.json").write_text(json.dumps(found, indent=2) + "\n")
-    with (folder / "sensitivity.csv").open("w", newline="") as file:
+    write_atomically(folder / "sensitivity.json", json.dumps(found, indent=2) + "\n")
+    with replacing(folder / "sensitivity.csv") as fresh, fresh.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -165,14 +165,9 @@ def sensitivity(
 
 
 def _output_folder(folder: Path) -> Path:
-    from rankwise.errors import OutputError
+    from rankwise.runs import make_writable
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise OutputError(
-            f"The output directory cannot be made ({problem.strerror}).", where=str(folder), remedy="give another"
-        ) from None
+    make_writable(folder, "give another --output")
     return folder
 
 

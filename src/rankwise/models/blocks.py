@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rankwise.device import computing
 from rankwise.errors import ModelError
 from rankwise.models.sites import decoder_blocks
+from rankwise.runs import take_space
 
 _AGREEMENT = 0.02
 """Relative difference allowed between blocks run alone and the model itself: above bfloat16's rounding."""
@@ -36,11 +37,15 @@ def allocate(shape: tuple[int, ...], folder: Path | None, name: str, most_bytes:
         folder: where such a file goes; None keeps everything in memory.
         name: of the file.
         most_bytes: largest size kept in memory.
+
+    Raises:
+        RunError: when the disk has no room for the file.
     """
     count = math.prod(shape)
     if folder is None or 4 * count <= most_bytes:
         return torch.empty(shape)
     folder.mkdir(parents=True, exist_ok=True)
+    take_space(folder / name, 4 * count)
     return torch.from_file(str(folder / name), shared=True, size=count, dtype=torch.float32).view(shape)
 
 

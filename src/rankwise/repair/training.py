@@ -7,6 +7,7 @@ trained, and how it goes back into the factors, is the business of the files bes
 from __future__ import annotations
 
 import math
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from rankwise.device import computing
 from rankwise.errors import MissingPackageError, NotFiniteError, RecipeError
 from rankwise.layers import kind_of, substitute
 from rankwise.models import Head, Logits, Site
+from rankwise.progress import Reporter
 from rankwise.repair.parameters import relative_groups
+from rankwise.runs import MANIFEST, Folder
 
 Teacher = Callable[[Tensor, Tensor], Logits]
 """Token ids and attention mask, both `[batch, tokens]` -> logits of the original model."""
@@ -203,6 +206,7 @@ def train(
     teacher: Teacher | None,
     folder: Path,
     seed: int,
+    reporter: Reporter | None = None,
     step_done: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> list[dict[str, float]]:
     """Train, in place. A training that was killed goes on from its last checkpoint in `folder`.
@@ -215,6 +219,7 @@ def train(
         teacher: the original's predictions; needed for `kl`.
         folder: for checkpoints of the training.
         seed: for the order of examples.
+        reporter: told that a checkpoint of the training is damaged, when it is.
         step_done: told step, number of steps, and loss.
 
     Returns:
@@ -256,7 +261,8 @@ def train(
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=settings.save_every,
-        save_total_limit=1,
+        # The last but one stays until the last is listed: a kill in between loses no more than that.
+        save_total_limit=2,
         report_to=[],
         disable_tqdm=True,
         use_cpu=device.type == "cpu",
@@ -270,6 +276,9 @@ def train(
     arguments._n_gpu = min(1, arguments.n_gpu)
 
     class Told(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            _seal(folder / f"checkpoint-{state.global_step}")
+
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
                 if not math.isfinite(logs["loss"]):
@@ -332,7 +341,7 @@ def train(
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
                 trainer.remove_callback(callback)
-        last = _last_checkpoint(folder)
+        last = _last_checkpoint(folder, reporter or Reporter(show=False))
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         history = [
             {"step": row["step"], "loss": row["loss"], "lr": row["learning_rate"]}
@@ -352,7 +361,26 @@ def train(
     return history
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a training, or None."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists() and (p / _WEIGHTS).exists()]
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+def _seal(checkpoint: Path) -> None:
+    """List the files of a checkpoint of a training, which is whole, with their hashes."""
+    folder = Folder(checkpoint, checkpoint.name, Reporter(show=False))
+    for file in sorted(checkpoint.iterdir()):
+        if file.is_file() and file.name != MANIFEST:
+            folder.add(file.name)
+    folder.finish()
+
+
+def _last_checkpoint(folder: Path, reporter: Reporter) -> Path | None:
+    """The newest checkpoint of a training that is as it was written, or None; those after it are deleted."""
+    for path in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True):
+        damage = Folder(path, path.name, reporter).damage()
+        if damage is None:
+            return path
+        reporter.note(f"{path.name} of the training is not whole ({damage}): it goes on from before", passing=True)
+        shutil.rmtree(path)
+    return None
+
+
+def _step_of(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1

@@ -1,5 +1,23 @@
-"""Finished stages on disk."""
+"""Stages on disk: listed with their hashes, taken over as they were written, by one process at a time."""
 
+from rankwise.runs.files import make_writable, replacing, take_space, write_atomically
+from rankwise.runs.folder import MANIFEST, Folder
+from rankwise.runs.holding import keeping, locked
+from rankwise.runs.lines import Lines
 from rankwise.runs.run import Run, Stage, default_run_directory, stage_key
 
-__all__ = ["Run", "Stage", "default_run_directory", "stage_key"]
+__all__ = [
+    "MANIFEST",
+    "Folder",
+    "Lines",
+    "Run",
+    "Stage",
+    "default_run_directory",
+    "keeping",
+    "locked",
+    "make_writable",
+    "replacing",
+    "stage_key",
+    "take_space",
+    "write_atomically",
+]

@@ -58,8 +58,8 @@ def score(work: Work, what: str, plan: Plan | None = None, repairing: Repairing 
         }
     if repairing is not None:
         key["repaired"] = repairing.key
-    stage = work.run.stage(f"score-{what}", key)
-    if not stage.done:
+    stage = work.stage(f"score-{what}", key)
+    if not stage.taken_over():
         found = perplexity(
             work.loaded.model,
             texts.ids,
@@ -69,7 +69,7 @@ def score(work: Work, what: str, plan: Plan | None = None, repairing: Repairing 
             description=f"perplexity, {what}",
         )
         with stage.making() as folder:
-            (folder / "perplexity.json").write_text(json.dumps(asdict(found)))
+            folder.write_json("perplexity.json", asdict(found))
     return Perplexity(**json.loads((stage.folder / "perplexity.json").read_text()))
 
 

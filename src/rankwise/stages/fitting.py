@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rankwise.layers.fold import fold_orders
 from rankwise.models import Site
 from rankwise.progress import Reporter
 from rankwise.quantizers import Packed, Rotation
+from rankwise.runs import Folder
 from rankwise.sizes import Cut, Form, Plan
 from rankwise.stages.outlooks import Outlooks, draw_for, naming, weight_and_statistics
 from rankwise.stages.work import Work, calibration_key
@@ -66,20 +67,27 @@ class _Fits:
         self._work, self._store, self._outlooks = work, store, outlooks
         self._method = work.recipe.method
         # A site's codes depend on its own cut alone, so that another plan reuses what it shares.
-        self._key = {**calibration_key(work), "method": self._method.model_dump(exclude={"q_bits", "rank"})}
+        key = {**calibration_key(work), "method": self._method.model_dump(exclude={"q_bits", "rank"})}
+        self._stage = work.stage(f"fits-{self._method.name}", key)
+
+    @cached_property
+    def _folder(self) -> Folder:
+        return self._stage.workspace()
 
     def of(self, site: Site, cut: Cut) -> tuple[Factors, dict[str, Any]]:
         """The factors of a site and what its fit says of itself."""
         if not cut.coded:
             return self._fit(site, cut)
-        folder = self._work.run.stage(f"fits-{self._method.name}", self._key).workspace()
-        file = folder / f"{site.name}.{cut.q_bits}-{cut.rank}-{cut.lr_bits}.safetensors"
-        if not file.exists():
+        file = f"{site.name}.{cut.q_bits}-{cut.rank}-{cut.lr_bits}.safetensors"
+        says = f"{file}.json"
+        if not (self._folder.has(file) and self._folder.has(says)):
             factors, facts = self._fit(site, cut)
-            file.with_suffix(".json").write_text(json.dumps(facts))
-            save_factors(file, factors)
+            self._folder.write_json(says, facts)
+            with self._folder.writing(file) as path:
+                save_factors(path, factors)
         bias = site.bias(self._work.loaded.model)
-        return load_factors(file, self._work.problem.form, cut, bias), json.loads(file.with_suffix(".json").read_text())
+        found = load_factors(self._folder.path / file, self._work.problem.form, cut, bias)
+        return found, self._folder.read_json(says)
 
     def _fit(self, site: Site, cut: Cut) -> tuple[Factors, dict[str, Any]]:
         weight, seen = weight_and_statistics(self._work, self._store, site)
@@ -93,7 +101,7 @@ class _Fits:
 
 
 def save_factors(path: Path, factors: Factors) -> None:
-    """Write coded factors, their bias left out, whole or not at all."""
+    """Write coded factors, their bias left out."""
     parts: dict[str, Tensor | None] = {
         "left": factors.left,
         "right": factors.right,
@@ -110,9 +118,7 @@ def save_factors(path: Path, factors: Factors) -> None:
                 f"{name}.scale": part.scale,
                 f"{name}.columns": torch.tensor(part.columns),
             }
-    fresh = path.with_suffix(".new")
-    save_file({name: part.cpu().contiguous() for name, part in parts.items() if part is not None}, fresh)
-    fresh.replace(path)
+    save_file({name: part.cpu().contiguous() for name, part in parts.items() if part is not None}, path)
 
 
 def load_factors(path: Path, form: Form, cut: Cut, bias: Tensor | None) -> Factors:

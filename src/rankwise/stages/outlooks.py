@@ -19,7 +19,7 @@ from rankwise.methods import Looking, Outlook, estimated_losses
 from rankwise.models import Site
 from rankwise.quantizers import Packed, Rotation
 from rankwise.stages.work import Work, calibration_key, model_key
-from rankwise.statistics import SiteStatistics, Store, collect, save_totals
+from rankwise.statistics import SiteStatistics, Statistic, Store, collect, save_totals
 
 
 def collect_statistics(work: Work) -> Store:
@@ -33,14 +33,14 @@ def collect_statistics(work: Work) -> Store:
     if work.looks >= Looks.LOSSES:
         requests += method.plan_requests()
     stages = {
-        statistic: work.run.stage(
+        statistic: work.stage(
             f"statistics-{statistic.name}", {**calibration_key(work), "statistic": statistic.settings()}
         )
         for statistic in requests
     }
-    missing = [statistic for statistic, stage in stages.items() if not stage.done]
+    missing = [statistic for statistic, stage in stages.items() if not stage.taken_over()]
     if missing:
-        snapshot = work.run.stage("snapshot", {**calibration_key(work), "statistics": [s.settings() for s in missing]})
+        snapshot = work.stage("snapshot", {**calibration_key(work), "statistics": [s.settings() for s in missing]})
         collected = collect(
             work.loaded.model,
             work.sites,
@@ -53,10 +53,17 @@ def collect_statistics(work: Work) -> Store:
         )
         for statistic, by_stream in collected.items():
             with stages[statistic].making() as folder:
+                _note(work, statistic)
                 for key, totals in by_stream.items():
-                    save_totals(folder / f"{key}.safetensors", totals)
+                    with folder.writing(f"{key}.safetensors") as path:
+                        save_totals(path, totals)
         snapshot.discard()
     return Store({statistic: stage.folder for statistic, stage in stages.items()}, work.sites)
+
+
+def _note(work: Work, statistic: Statistic) -> None:
+    """Say again what a statistic says of how it adds, so that it is kept with the stage of this one alone."""
+    statistic.sums(statistic.streams(work.sites), len(work.texts.calibration.ids), work.reporter)
 
 
 def weight_and_statistics(work: Work, store: Store, site: Site) -> tuple[Tensor, SiteStatistics]:
@@ -90,7 +97,7 @@ def draw_for(work: Work, site: Site) -> torch.Generator:
 
 
 def save_outlook(path: Path, outlook: Outlook, most: int) -> None:
-    """Write an outlook, whole or not at all.
+    """Write an outlook.
 
     Args:
         path: of the file.
@@ -114,9 +121,7 @@ def save_outlook(path: Path, outlook: Outlook, most: int) -> None:
     if outlook.q is not None:
         parts |= {"q.codes": outlook.q.codes, "q.scale": outlook.q.scale, "q.group": torch.tensor(outlook.q.group)}
         parts["q.columns"] = torch.tensor(outlook.q.columns)
-    fresh = path.with_suffix(".new")
-    save_file({name: part.cpu().contiguous() for name, part in parts.items() if part is not None}, fresh)
-    fresh.replace(path)
+    save_file({name: part.cpu().contiguous() for name, part in parts.items() if part is not None}, path)
 
 
 def load_outlook(path: Path, codebook: str) -> Outlook:
@@ -153,10 +158,10 @@ class Outlooks:
         self._work, self._store = work, store
         method = work.recipe.method
         key = calibration_key(work) if method.requests() else model_key(work)
-        self.folder = work.run.stage(f"outlooks-{method.name}", {**key, "method": method.model_dump()}).workspace()
+        self.folder = work.stage(f"outlooks-{method.name}", {**key, "method": method.model_dump()}).workspace()
 
-    def _file(self, site: Site, q_bits: int) -> Path:
-        return self.folder / (f"{site.name}.safetensors" if not q_bits else f"{site.name}.{q_bits}bits.safetensors")
+    def _file(self, site: Site, q_bits: int) -> str:
+        return f"{site.name}.safetensors" if not q_bits else f"{site.name}.{q_bits}bits.safetensors"
 
     def of(self, site: Site, q_bits: int) -> Outlook:
         """The outlook at a site beside a Q of so many bits, with all of the basis that its candidates need.
@@ -175,7 +180,9 @@ class Outlooks:
     def known(self, site: Site, q_bits: int) -> Outlook | None:
         """What was kept of an outlook that was made before: energies and Q, and perhaps no basis; None for nothing."""
         file = self._file(site, q_bits)
-        return load_outlook(file, self._work.problem.form.codebook) if file.exists() else None
+        if not self.folder.has(file):
+            return None
+        return load_outlook(self.folder.path / file, self._work.problem.form.codebook)
 
     def seen(self, site: Site) -> Looking:
         """What a fit at a site may look at: W without a Q, made at need, and beside a Q what is known."""
@@ -193,7 +200,8 @@ class Outlooks:
         most = min(site.m, site.n)
         if q_bits:
             most = work.problem.candidates[site.name].with_ranks(q_bits) if with_basis else 0
-        save_outlook(self._file(site, q_bits), outlook, most)
+        with self.folder.writing(self._file(site, q_bits)) as path:
+            save_outlook(path, outlook, most)
 
     def look(self) -> None:
         """Make all outlooks that the allocation looks at and that are not there.
@@ -203,7 +211,7 @@ class Outlooks:
         """
         work = self._work
         wanted = [(site, q_bits) for site in work.sites for q_bits in work.problem.candidates[site.name].choices]
-        left = [(site, q_bits) for site, q_bits in wanted if not self._file(site, q_bits).exists()]
+        left = [(site, q_bits) for site, q_bits in wanted if not self.folder.has(self._file(site, q_bits))]
         done = len(wanted) - len(left)
         for site, q_bits in work.reporter.track(left, "looking at weights", total=len(wanted), done=done):
             self._make(site, q_bits, with_basis=work.looks >= Looks.OBJECTIVE)
@@ -219,7 +227,7 @@ class Outlooks:
             noise: dict[int, Mapping[int, float]] = {}
             table = work.problem.candidates[site.name]
             for q_bits in table.choices:
-                with safe_open(self._file(site, q_bits), framework="pt") as file:
+                with safe_open(self.folder.path / self._file(site, q_bits), framework="pt") as file:
                     energies[q_bits], noise[q_bits] = file.get_tensor("energy"), _noise_of(file.get_tensor("noise"))
             candidates[site.name] = table.with_losses(estimated_losses(table, energies, noise))
         return Problem(work.sites, candidates, work.problem.form, work.problem.allowance)

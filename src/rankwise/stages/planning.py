@@ -65,11 +65,11 @@ def choose_cuts(work: Work, outlooks: Outlooks) -> Chosen:
     # The number of trials may be raised later, so it is not part of what a trial depends on.
     key = {**objective_key(work, samples), "allocation": allocation.model_dump(exclude={"trials"})}
     key |= {"budget": recipe.budget.model_dump(), "plan": _content(getattr(allocation, "plan", None))}
-    stage = work.run.stage("search", key)
+    stage = work.stage("search", key)
     with judging(work, outlooks, samples) as objective:
         evidence = Evidence(
             objective=lambda cuts: Outcome(*objective(cuts)),
-            log=stage.workspace() / "trials.jsonl",
+            log=stage.log("trials.jsonl"),
             log_key=stage.key,
             seed=recipe.seed,
             reporter=work.reporter,
@@ -192,8 +192,8 @@ def select_samples(work: Work, outlooks: Outlooks) -> Tensor:
     space = getattr(recipe.allocation, "space", "rolesx1")
     key = {**calibration_key(work), "method": recipe.method.model_dump(), "ids": read.fingerprint, "space": space}
     key |= {"budget": recipe.budget.model_dump(), "plans": settings.plans}
-    stage = work.run.stage("selection", key)
-    if not stage.done:
+    stage = work.stage("selection", key)
+    if not stage.taken_over():
         lowest = getattr(recipe.allocation, "lowest", 0.2)
         plans = random_plans(space, work.problem, lowest, settings.plans, recipe.seed)
         with judging(work, outlooks, read.ids) as objective, stage.making() as folder:
@@ -201,6 +201,6 @@ def select_samples(work: Work, outlooks: Outlooks) -> Tensor:
                 objective.sample_perplexities(plan).tolist()
                 for plan in work.reporter.track(plans, "validation samples", total=len(plans))
             ]
-            (folder / "perplexities.json").write_text(json.dumps(rows))
+            folder.write_json("perplexities.json", rows)
     perplexities = torch.tensor(json.loads((stage.folder / "perplexities.json").read_text()), dtype=torch.float64)
     return read.ids[by_variance(perplexities, settings.count, largest=settings.select == "top")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -29,11 +28,14 @@ from rankwise.repair import (
     trainable,
 )
 from rankwise.reports import RepairStep
+from rankwise.runs import Folder
 from rankwise.sizes import Plan
 from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.planning import objective_key, select_samples
 from rankwise.stages.work import Work, sequence_length
 from rankwise.statistics import SiteStatistics, Store
+
+_FACTORS = "factors.safetensors"
 
 
 @dataclass
@@ -107,11 +109,12 @@ def repair_step(work: Work, repairing: Repairing | None, step: str) -> None:
     trains = step in ("subspace", "factors")
     examples = _examples(work) if trains else None
     repairing.key["steps"].append([step, settings.model_dump(), examples.fingerprint if examples else None])
-    stage = work.run.stage(f"repair-{step}", repairing.key)
-    if stage.done:
-        for file in sorted(stage.folder.glob("*.safetensors")):
-            _load(work, file)
-        repairing.done.append(RepairStep.model_validate_json((stage.folder / "facts.json").read_text()))
+    stage = work.stage(f"repair-{step}", repairing.key)
+    if stage.taken_over():
+        done = RepairStep.model_validate_json((stage.folder / "facts.json").read_text())
+        for file in [_FACTORS] if trains else [_file(row.block) for row in done.blocks]:
+            _load(work, stage.folder / file)
+        repairing.done.append(done)
         return
     started = time.monotonic()
     with stage.making() as folder:
@@ -121,16 +124,20 @@ def repair_step(work: Work, repairing: Repairing | None, step: str) -> None:
         else:
             facts = _by_block(work, repairing, step, settings, folder)
         done = RepairStep(step=step, **facts, seconds=round(time.monotonic() - started, 1))
-        (folder / "facts.json").write_text(done.model_dump_json())
+        with folder.writing("facts.json") as path:
+            path.write_text(done.model_dump_json())
         for scratch in ("hidden", "trainer"):
-            shutil.rmtree(folder / scratch, ignore_errors=True)
+            shutil.rmtree(folder.path / scratch, ignore_errors=True)
     repairing.done.append(done)
 
 
-def _save(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    fresh = path.with_suffix(".new")
-    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, fresh)
-    fresh.replace(path)
+def _file(block: int) -> str:
+    return f"block-{block:04d}.safetensors"
+
+
+def _save(folder: Folder, name: str, parameters: Mapping[str, nn.Parameter]) -> None:
+    with folder.writing(name) as path:
+        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, path)
 
 
 def _load(work: Work, path: Path) -> None:
@@ -148,13 +155,13 @@ def _restore(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor
         parameter.data.copy_(values[name])
 
 
-def _by_block(work: Work, repairing: Repairing, step: str, settings: Any, folder: Path) -> dict[str, Any]:
+def _by_block(work: Work, repairing: Repairing, step: str, settings: Any, folder: Folder) -> dict[str, Any]:
     """Refit or refine block after block, in forward order; finished blocks of a killed run are taken from `folder`."""
     model, recipe = work.loaded.model, work.recipe
     runner = BlockRunner(model, work.texts.calibration.ids, settings.batch_size)
     with repairing.original.in_place(model):
         runner.check()
-    scratch, most = folder / "hidden", int(settings.memory * 1e9 / 4)
+    scratch, most = folder.path / "hidden", int(settings.memory * 1e9 / 4)
     shape = runner.shape
     # What the original's next block reads, and what the compressed model's does.
     dense, output, ahead_output, compressed = (allocate(shape, scratch, f"hidden-{i}", most) for i in range(4))
@@ -165,14 +172,14 @@ def _by_block(work: Work, repairing: Repairing, step: str, settings: Any, folder
     with work.reporter.counting(f"repair, {step}", total=count) as advance:
         for index in range(count):
             sites = [site for site in work.sites if site.block == index]
-            file = folder / f"block-{index:04d}.safetensors"
+            file, says = _file(index), f"block-{index:04d}.json"
             norms = step == "blocks" and settings.norms
             parameters = block_parameters(model, index, work.sites, norms)
             with repairing.original.in_place(model, sites):
                 runner.forward_all(index, dense, output)
-            if file.exists():
-                _load(work, file)
-                rows.append(json.loads(file.with_suffix(".json").read_text()))
+            if folder.has(file) and folder.has(says):
+                _load(work, folder.path / file)
+                rows.append(folder.read_json(says))
             elif parameters:
                 old = _snapshot(parameters)
                 row: dict[str, Any] = {"block": index, "objective_before": before}
@@ -190,8 +197,8 @@ def _by_block(work: Work, repairing: Repairing, step: str, settings: Any, folder
                 row |= {"objective_after": after, "accepted": after < before}
                 if not row["accepted"]:
                     _restore(parameters, old)
-                file.with_suffix(".json").write_text(json.dumps(row))
-                _save(file, parameters)
+                folder.write_json(says, row)
+                _save(folder, file, parameters)
                 rows.append(row)
             if rows and rows[-1]["block"] == index:
                 before = rows[-1]["objective_after"] if rows[-1]["accepted"] else rows[-1]["objective_before"]
@@ -248,7 +255,7 @@ def _examples(work: Work) -> Examples:
 
 
 def _train_whole(
-    work: Work, repairing: Repairing, step: str, settings: Training, examples: Examples, folder: Path
+    work: Work, repairing: Repairing, step: str, settings: Training, examples: Examples, folder: Folder
 ) -> dict[str, Any]:
     """Train all factors, or diagonals that are then merged into them, on the whole model."""
     model = work.loaded.model
@@ -272,8 +279,9 @@ def _train_whole(
             examples,
             settings,
             teacher=teacher,
-            folder=folder / "trainer",
+            folder=folder.path / "trainer",
             seed=work.recipe.seed,
+            reporter=work.reporter,
             step_done=lambda done, total, loss: advance(f"repair, {step}: loss {loss:.4g}"),
         )
     settings.fold_in(model, work.sites, {})
@@ -285,7 +293,7 @@ def _train_whole(
             f"repair {step} was undone: the validation objective rose from {start:.5g} to {after:.5g}; a lower "
             f"repair.{step}.lr may help"
         )
-    _save(folder / "factors.safetensors", factors)
+    _save(folder, _FACTORS, factors)
     return {
         "objective_before": start,
         "objective_after": after,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from rankwise.checkpoints import (
 )
 from rankwise.data import Examples, load_examples, parse_source
 from rankwise.device import computing
-from rankwise.errors import DataError, ModelError, RankwiseError, RunError
+from rankwise.errors import DataError, ModelError, RankwiseError
 from rankwise.evaluation import Cost, Perplexity, perplexity
 from rankwise.layers import is_linear, kind_of
 from rankwise.models import Head, Site, place_of
@@ -37,8 +35,6 @@ from rankwise.stages.work import read_sequences
 
 Parts = tuple[dict[str, Any], dict[str, torch.Tensor]]
 """The sites' modules by name, and the values of all vectors."""
-
-SETTINGS_FILE = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -80,26 +76,6 @@ def read_results(source: Path) -> tuple[Report, Plan]:
                 remedy="bring back the two files as they were written together, or compress again",
             )
     return report, plan
-
-
-def same_settings(folder: Path, settings: Mapping[str, Any], restart: bool) -> None:
-    """Refuse to go on with a training that was begun with other settings.
-
-    Raises:
-        RunError: naming the settings that differ.
-    """
-    file = folder / SETTINGS_FILE
-    if restart:
-        shutil.rmtree(folder, ignore_errors=True)
-    if file.exists():
-        begun = json.loads(file.read_text())
-        differing = sorted(key for key in {*begun, *settings} if begun.get(key) != settings.get(key))
-        if differing:
-            raise RunError(
-                f"A training for this output was begun with other settings: {', '.join(differing)}.",
-                where=str(folder),
-                remedy="use the same settings to go on, add --restart to begin anew, or give another --output",
-            )
 
 
 def read_examples(wanted: FineTune, loaded: LoadedModel, reporter: Reporter) -> TuningExamples:
@@ -276,6 +252,7 @@ def train_factors(
             teacher=teacher,
             folder=folder,
             seed=wanted.seed,
+            reporter=reporter,
             step_done=lambda done, total, loss: advance(f"{wanted.method}: loss {loss:.4g}"),
         )
     # A site grows no further than to where the dense weight would be the smaller one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,10 @@ from rankwise.errors import DataError, ModelError
 from rankwise.models import Site, find_sites, fused_expert_parameters, share_inputs
 from rankwise.progress import Reporter
 from rankwise.recipes import Calibration, Evaluation, Recipe, Validation
-from rankwise.runs import Run
+from rankwise.runs import Run, Stage
 from rankwise.sizes import Allowance
 
-_STAGE_FORMAT = 6
+_STAGE_FORMAT = 7
 """Raised when the contents or the arithmetic of a stage change, so that old stages are not taken for new ones."""
 
 _DEFAULT_LENGTH = 512
@@ -73,6 +74,10 @@ class Work:
     def looks(self) -> Looks:
         """What the allocation looks at."""
         return self.recipe.allocation.looks
+
+    def stage(self, name: str, depends_on: Mapping[str, Any]) -> Stage:
+        """A stage of the run, whose notes and damages the reporter is told."""
+        return self.run.stage(name, depends_on, self.reporter)
 
 
 def sequence_length(settings: Calibration | Validation | Evaluation, context: int | None) -> int | None:

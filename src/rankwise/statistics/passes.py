@@ -149,10 +149,11 @@ def _run_batches(
 ) -> None:
     """Do every batch of a pass, leaving a snapshot in `folder` now and then, at a point where no sums hold anything."""
     begin = 0
-    if folder is not None and folder.exists():
-        found, begin = load_snapshot(folder, list(collector.kept))
+    if folder is not None:
+        found, begin = load_snapshot(folder, list(collector.kept), reporter)
         collector.kept.update(found)
-        reporter.note(f"{description}: continuing after {begin} of {len(tokens)} sequences")
+        if begin:
+            reporter.note(f"{description}: continuing after {begin} of {len(tokens)} sequences", passing=True)
     starts = range(begin, len(tokens), batch_size)
     saved = time.monotonic()
     total = -(-len(tokens) // batch_size)

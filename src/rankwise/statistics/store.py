@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankwise.models import Site
+from rankwise.progress import Reporter
+from rankwise.runs import Folder
 from rankwise.statistics.base import Collected, Latest, Place, Statistic, T, Totals, V
 from rankwise.statistics.streams import Stream
 
@@ -27,6 +28,10 @@ def load_totals(path: Path, kind: type[T]) -> T:
     return kind.of_tensors(load_file(path))
 
 
+def _label(folder: Path) -> str:
+    return f"{folder.parent.name}/{folder.name}"
+
+
 def save_snapshot(folder: Path, collected: Collected, done: int) -> None:
     """Replace the snapshot in `folder`, atomically.
 
@@ -37,11 +42,13 @@ def save_snapshot(folder: Path, collected: Collected, done: int) -> None:
     """
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    held = Folder(fresh, _label(folder), Reporter(show=False))
     for number, (statistic, by_stream) in enumerate(collected.items()):
         for key, totals in by_stream.items():
-            save_totals(fresh / f"{number}-{statistic.name}" / f"{key}.safetensors", totals)
-    (fresh / "done.json").write_text(json.dumps({"sequences": done}))
+            with held.writing(f"{number}-{statistic.name}/{key}.safetensors") as path:
+                save_totals(path, totals)
+    held.write_json("done.json", {"sequences": done})
+    held.finish()
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -50,20 +57,33 @@ def save_snapshot(folder: Path, collected: Collected, done: int) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_snapshot(folder: Path, statistics: Sequence[Statistic]) -> tuple[Collected, int]:
-    """Read a snapshot: what was collected, and how many sequences it covers.
+def load_snapshot(folder: Path, statistics: Sequence[Statistic], reporter: Reporter) -> tuple[Collected, int]:
+    """Read a snapshot: what was collected, and how many sequences it covers; nothing where there is none.
 
     Args:
         folder: where it is.
         statistics: those of the pass that left it, in the same order.
+        reporter: told that it is damaged, when it is.
     """
-    collected: Collected = {}
-    for number, statistic in enumerate(statistics):
-        files = (folder / f"{number}-{statistic.name}").glob("*.safetensors")
-        collected[statistic] = {
-            file.name.removesuffix(".safetensors"): load_totals(file, statistic.totals) for file in files
-        }
-    return collected, int(json.loads((folder / "done.json").read_text())["sequences"])
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and old.exists():
+        os.rename(old, folder)
+    if not folder.exists():
+        return {}, 0
+    held = Folder(folder, _label(folder), reporter)
+    damage = held.damage()
+    if damage is not None:
+        reporter.note(f"a snapshot of the calibration pass was damaged ({damage}): the pass begins anew", passing=True)
+        shutil.rmtree(folder)
+        return {}, 0
+    collected: Collected = {statistic: {} for statistic in statistics}
+    of_folder = {f"{number}-{statistic.name}": statistic for number, statistic in enumerate(statistics)}
+    for name in held.names():
+        inside, _, file = name.partition("/")
+        if file:
+            statistic = of_folder[inside]
+            collected[statistic][file.removesuffix(".safetensors")] = load_totals(folder / name, statistic.totals)
+    return collected, int(held.read_json("done.json")["sequences"])
 
 
 class Store:
