@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from rankwise.checkpoints.modeling_file import compressed_class
 from rankwise.checkpoints.verify import read_json, verify_checkpoint
 from rankwise.errors import ModelError, NotFiniteError
+from rankwise.reading import one_line
 
 CHECKPOINT_KEY = "rankwise"
 """The key in a config under which a compressed checkpoint describes its layers."""
@@ -104,7 +105,7 @@ def _read_config(source: str, trust_remote_code: bool) -> Any:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as problem:
-        first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        first = one_line(problem)
         if folder.is_dir():
             raise ModelError(
                 f"The config is of no architecture that transformers knows ({first[:200]}).",
@@ -152,7 +153,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as problem:
         raise ModelError(
-            f"The tokenizer cannot be read ({type(problem).__name__}: {str(problem).splitlines()[0][:200]}).",
+            f"The tokenizer cannot be read ({type(problem).__name__}: {one_line(problem)}).",
             where=source,
             remedy="fetch the tokenizer files again",
         ) from None
@@ -192,7 +193,7 @@ def load_model(
         model, found = loader.from_pretrained(source, **options)
     except Exception as problem:
         raise ModelError(
-            f"The model cannot be loaded ({type(problem).__name__}: {str(problem).splitlines()[0][:300]}).",
+            f"The model cannot be loaded ({type(problem).__name__}: {one_line(problem, 300)}).",
             where=source,
             remedy="config.json and the weights do not fit together; fetch the model again",
         ) from problem

@@ -26,7 +26,7 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_constant=str)
 
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 """How many of something."""
 
 Measured = Annotated[float, Field(allow_inf_nan=True), AfterValidator(finite)] | None
@@ -163,6 +163,7 @@ class CalibrationText(Part):
         length: tokens a sequence.
         available: sequences the source held.
         fingerprint: hash of the token ids.
+        bos: the start token that each sequence begins with; None for none.
     """
 
     source: str
@@ -170,6 +171,7 @@ class CalibrationText(Part):
     length: Count
     available: Count
     fingerprint: str
+    bos: int | None = None
 
 
 class ValidationText(Part):

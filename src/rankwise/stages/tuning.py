@@ -331,9 +331,9 @@ def score_tuned(wanted: FineTune, loaded: LoadedModel, reporter: Reporter) -> Pe
         return None
 
     settings = Evaluation(source=wanted.evaluation, length=wanted.length)
-    ids = read_sequences(settings, loaded, 0, 0).ids
+    texts = read_sequences(settings, loaded, 0, 0)
     with computing(loaded.model):
-        return perplexity(loaded.model, ids, reporter=reporter)
+        return perplexity(loaded.model, texts.ids, reporter=reporter, bos=texts.bos)
 
 
 def step_of(
