@@ -1,6 +1,6 @@
-"""Files and text from strangers, read strictly: each problem is one `UnreadableError`, which the readers put into words.
+"""Files and text from strangers, read strictly: each problem is an `UnreadableError`, which the readers put into words.
 
-JSON and YAML are taken as plain data of bounded depth and size: objects, lists, text, finite numbers, true, false, null.
+JSON and YAML are taken as plain data of bounded depth: objects, lists, text, finite numbers, true, false, null.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def parse_json(content: bytes | str, finite: bool = True) -> Any:
         finite: refuse NaN and infinities, which Python writes though JSON has none.
 
     Raises:
-        UnreadableError: when it is not JSON, too deep, or holds a number that is not finite or text that is not Unicode.
+        UnreadableError: when it is not JSON, too deep, or holds a number that is not finite or what is no Unicode.
     """
     text = decoded(content) if isinstance(content, bytes) else content
     try:

@@ -193,7 +193,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _offset(item: tuple[str, Any]) -> tuple[int, int]:
-    return tuple(item[1]["data_offsets"]) if _describes(item[1]) else (-1, -1)  # type: ignore[return-value]
+    return tuple(item[1]["data_offsets"]) if _describes(item[1]) else (-1, -1)
 
 
 def _describes(entry: Any) -> bool:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from rankwise.allocation import AnyAllocation, Spectral, Uniform, allocation_from
 from rankwise.data import Start
-from rankwise.errors import RankwiseError, nearest
+from rankwise.errors import nearest
 from rankwise.evaluation import ObjectiveSettings
 from rankwise.methods import METHODS, AnyMethod, TwoSided, method_named
 from rankwise.recipes.values import Count, FilePath, Length, ModelName, Seed, Skipped, SourceText

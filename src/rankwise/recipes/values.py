@@ -1,4 +1,4 @@
-"""What values of a recipe may be, whoever wrote it: bounded numbers, paths that there can be, sources in the grammar."""
+"""What values of a recipe may be: bounded numbers, paths that a file system can hold, sources in the grammar."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ Made by rankwise {{ machine.rankwise | text }} from {{ name | code }} ({{ archit
 {{ "%.4f" | format(bits.got) }} bits a weight{% else %}\
 {% if keep.asked is not none %}asked to keep {{ keep.asked }}, {% endif %}\
 kept {{ "%.4f" | format(keep.got) }}{% endif %}
-- calibration: {{ calibration.sequences }} sequences of {{ calibration.length }} tokens from {{ calibration.source | code }}\
+- calibration: {{ calibration.sequences }} sequences of {{ calibration.length }} tokens from \
+{{ calibration.source | code }}\
 {% if calibration.bos is not none %}, each begun by the start token{% endif %}
 - {{ counted | text }}
 {%- if biases_added %}
@@ -48,7 +49,8 @@ kept {{ "%.4f" | format(keep.got) }}{% endif %}
 {{ step.objective_after | in_words(".4g") }} after{% if not step.accepted %}; undone{% endif %}
 {%- endfor %}
 {%- for step in finetune %}
-- fine-tuned with {{ step.settings.method | code }} on {{ step.examples.count }} examples of {{ step.settings.data | code }}: \
+- fine-tuned with {{ step.settings.method | code }} on {{ step.examples.count }} examples of \
+{{ step.settings.data | code }}: \
 loss a token on {{ step.examples.held_out }} held out {{ step.loss_before | in_words(".4f") }} before, \
 {{ step.loss_after | in_words(".4f") }} after{% if not step.accepted %}; undone{% endif %}
 {%- endfor %}
