@@ -51,14 +51,11 @@ def run_guarded(command: Callable[[], Any]) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         with _termination_raises():
-            command()
+            status = _status_of(command)
+            # What is printed at the very end would fail where nothing catches it.
             sys.stdout.flush()
-        return 0
-    except SystemExit as end:
         # typer makes of a stop at the keyboard an exit with this status and no word.
-        if end.code == STOPPED:
-            return _stopped(STOPPED)
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+        return _stopped(STOPPED) if status == STOPPED else status
     except KeyboardInterrupt:
         return _stopped(STOPPED)
     except _Terminated:
@@ -74,6 +71,14 @@ def run_guarded(command: Callable[[], Any]) -> int:
             _say("error: The disk is full." + (f"\n  where: {where}" if where else "") + "\n  do:    make room")
             return WRONG_INPUT
         return _unforeseen(problem)
+
+
+def _status_of(command: Callable[[], Any]) -> int:
+    try:
+        command()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 
 
 @contextlib.contextmanager
