@@ -14,14 +14,16 @@ from typing import Any
 PIECES = [
     b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800", b"{", b"[" * 300, b"]", b'"',
     b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"null", b"\n", b"\t", b": ", b"- ", b"&a [*a]", b"*a",
-    b"!!python/name:os", b"<<: ", b"2026-01-01", b"[/x]", b"\x1b[2J", b"#", b"~", b"0b_", b"|\n", b"%", b"true", b"{}", b"[]", b"name",
+    b"!!python/name:os", b"<<: ", b"2026-01-01", b"[/x]", b"\x1b[2J", b"#", b"~", b"0b_", b"|\n", b"%", b"true",
+    b"{}", b"[]", b"name",
 ]  # fmt: skip
 """What turns up where it does not belong."""
 
 WORDS = [
     "", " ", "x", "[/x]", "a" * 300, "../" * 40, "/", ".", "\0", "é", "😀", "\u2028", "nan", "0.5", "null", "name",
     "dense", "svd", "spectral", "plan:", "manual:", "manual:q=nan", "bayesian:5x", "bayesian:1e9x1", "text:x",
-    "jsonl:#", "tokens:\0", "bundled:x", "hub:a/b/c/d#e", "90MB", "1e400GB", "-1", "²", "\u0661", "|`*_<script>$", "low_rank", "16",
+    "jsonl:#", "tokens:\0", "bundled:x", "hub:a/b/c/d#e", "90MB", "1e400GB", "-1", "²", "\u0661",
+    "|`*_<script>$", "low_rank", "16",
 ]  # fmt: skip
 """Text in the place of any value."""
 

@@ -221,7 +221,7 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(placed, dict) or not placed:
         raise ModelError("The index places no tensor.", where=str(path), remedy="fetch the index again")
     for tensor, file in placed.items():
-        if not isinstance(file, str) or Path(file).name != file or "\0" in file or len(file.encode()) > 255:
+        if not isinstance(file, str) or not file or Path(file).name != file or "\0" in file or len(file.encode()) > 255:
             raise ModelError(
                 f"The index places tensor {shown(tensor)} in {shown(file)}, which is no file beside it.",
                 where=str(path),

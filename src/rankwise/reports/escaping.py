@@ -27,7 +27,7 @@ def in_markdown(text: object) -> str:
     escaped = _SIGNS.sub(lambda sign: "\\" + sign[0], printable(text))
     # What would begin a list, a heading or a rule at the start of a line.
     escaped = re.sub(r"^([-+=:])", r"\\\1", escaped)
-    return re.sub(r"^(\d+)([.)])", r"\1\\\2", escaped)
+    return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", escaped)
 
 
 def in_code(text: object) -> str:
@@ -40,7 +40,7 @@ def in_code(text: object) -> str:
     return f"{fence}{space}{shown}{space}{fence}"
 
 
-def in_picture(text: object, most: int = 80) -> str:
+def in_picture(text: object, most: int = 30) -> str:
     """Text for a picture, in which a dollar begins no formula."""
     shown = printable(text)
     shown = shown if len(shown) <= most else shown[: most - 3] + "..."

@@ -64,11 +64,12 @@ loss a token on {{ step.examples.held_out }} held out {{ step.loss_before | in_w
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("DIR"{% if low_rank %}, trust_remote_code=True{% endif %})
-tokenizer = AutoTokenizer.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR"{% if low_rank %}, trust_remote_code=False{% endif %})
 ```
 {% if low_rank %}
 `trust_remote_code=True` runs `modeling_rankwise.py` from this directory: the new layers and three small subclasses
-of the original classes. Without it loading stops with an error.
+of the original classes. Without it loading stops with an error. The tokenizer needs no code; `False` says so to
+transformers, which would ask otherwise.
 {%- if coded %} Weights are decoded in every forward pass;
 `from_pretrained(..., rankwise_cache_dense=True)` decodes them once and keeps them, as large as the original.{% endif %}
 {% else %}

@@ -108,7 +108,8 @@ class Report(Part):
                 remedy="give the rankwise_report.json of a directory that rankwise wrote",
             ) from None
         try:
-            values = parse_json(content)
+            # 0.1.0 wrote infinities; the keys that may hold one say so themselves.
+            values = parse_json(content, finite=False)
         except UnreadableError as problem:
             raise ModelError(f"The report is not JSON: {problem}.", where=str(path), remedy=_MAKE_AGAIN) from None
         found = values.get("format") if isinstance(values, dict) else None
