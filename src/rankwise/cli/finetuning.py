@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.common import Device, Json, Precision, Quiet, Trust, print_json, reporter_for
+from rankwise.cli.common import Bos, Device, Json, Precision, Quiet, Trust, print_json, reporter_for
 from rankwise.cli.options import split_assignment
 
 
@@ -27,6 +27,7 @@ def finetune(
     output_only: Annotated[bool, typer.Option("--output-only", help="Learn from outputs alone.")] = False,
     held_out: Annotated[int, typer.Option(help="Examples at the end to judge by.")] = 16,
     evaluation: Annotated[str | None, typer.Option(help="Text source to score before and after.")] = None,
+    bos: Bos = None,
     seed: Annotated[int, typer.Option(help="For everything drawn.")] = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method: --set rank=16")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew, whatever was begun for this output.")] = False,
@@ -55,6 +56,7 @@ def finetune(
             "original": original,
             "held_out": held_out,
             "evaluation": evaluation,
+            "bos": bos or "auto",
             "seed": seed,
             "device": device,
             "precision": precision,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from rankwise.data import Start
 from rankwise.errors import RecipeError, nearest
 from rankwise.recipes.reading import explained
 from rankwise.recipes.values import Count, FilePath, Length, ModelName, Seed, SourceText
@@ -34,6 +35,7 @@ class FineTune(BaseModel):
         original: the model that was compressed, for the loss `kl`; None takes the one the report names.
         held_out: examples at the end that are not learned from: what is trained is judged on them.
         evaluation: text source to score before and after.
+        bos: whether examples and texts begin with the tokenizer's start token, as for calibration.
         seed: for the order of examples.
         device: `auto`, `cpu`, `cuda`, ...
         precision: as in a recipe.
@@ -52,6 +54,7 @@ class FineTune(BaseModel):
     original: ModelName | None = None
     held_out: Count = 16
     evaluation: SourceText | None = None
+    bos: Start = "auto"
     seed: Seed = 0
     device: str = "auto"
     precision: Literal["auto", "stored", "float32"] = "auto"
