@@ -1,5 +1,6 @@
-# Everything below does its own set-up. PYTHON may name any Python from 3.11 on.
+# Everything below does its own set-up. PYTHON may name any Python from 3.11 on, INPUTS how many inputs fuzz tries.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+INPUTS ?= 100000
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -43,7 +44,7 @@ mutants: setup
 	$(BIN)/python tests/mutants.py
 
 fuzz: setup
-	PYTHONPATH=tests $(BIN)/python -m fuzzing --inputs 100000
+	PYTHONPATH=tests $(BIN)/python -m fuzzing --inputs $(INPUTS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -191,7 +191,8 @@ def check_plain(value: Any, finite: bool = True) -> None:
                 raise UnreadableError(f"it holds {each}, which is no finite number")
         if not deeper:
             return
-        level = deeper
+        # What is referred to often is looked at once.
+        level = list({id(each): each for each in deeper}.values())
     raise UnreadableError(f"it is nested deeper than {DEEPEST} levels")
 
 
@@ -265,16 +266,18 @@ def parse_yaml(text: str) -> Any:
 
 
 def _check_keys(value: Any) -> None:
-    if isinstance(value, dict):
-        for key, each in value.items():
+    waiting, seen = [value], set()
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, int) and abs(each) >= _LARGEST_WHOLE:
+            raise UnreadableError("it holds a whole number of more than 63 bits")
+        if not isinstance(each, dict | list) or id(each) in seen:
+            continue
+        seen.add(id(each))
+        for key in each if isinstance(each, dict) else ():
             if not isinstance(key, str):
                 raise UnreadableError(f"the key {shown(key)} is no text; put it in quotes")
-            _check_keys(each)
-    elif isinstance(value, list):
-        for each in value:
-            _check_keys(each)
-    elif isinstance(value, int) and abs(value) >= _LARGEST_WHOLE:
-        raise UnreadableError("it holds a whole number of more than 63 bits")
+        waiting.extend(each.values() if isinstance(each, dict) else each)
 
 
 def first_problem(problem: ValidationError, before: tuple[str, ...] = ()) -> tuple[dict[str, Any], str, str]:
