@@ -59,6 +59,13 @@ def test_text_in_markdown_is_shown_as_it_is(text: str) -> None:
     assert "".join(each.content for each in tokens) == wanted
 
 
+def test_a_pipe_begins_no_cell_of_a_table() -> None:
+    for shown in (in_markdown("a|b \\| c"), in_code("a|b")):
+        cells = [each for each in MARKDOWN.parse(f"| x | y |\n|---|---|\n| {shown} | z |\n") if each.type == "inline"]
+        assert [each.content for each in cells[2:]][-1] == "z"
+        assert len(cells) == 4
+
+
 @example(text="`")
 @example(text="a``b`")
 @example(text="a|b")
