@@ -1,10 +1,11 @@
-# Everything below does its own set-up. PYTHON may name any Python from 3.11 on.
+# Everything below does its own set-up. PYTHON may name any Python from 3.11 on, INPUTS how many inputs fuzz tries.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+INPUTS ?= 100000
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart real-model test test-slow mutants lint bench bench-gpu clean
+.PHONY: help setup quickstart real-model test test-slow mutants fuzz lint bench bench-gpu clean
 
 help:
 	@echo "make quickstart   set up, compress the bundled model, show the result"
@@ -12,6 +13,7 @@ help:
 	@echo "make test         set up, run the tests"
 	@echo "make test-slow    set up, run the tests that take minutes"
 	@echo "make mutants      set up, break the package in many places, show that the tests notice (minutes)"
+	@echo "make fuzz         set up, give 100,000 mutated inputs to every reader (minutes)"
 	@echo "make lint         set up, check style, types and import rules"
 	@echo "make bench        set up, measure everything in benchmarks/ (needs the real models)"
 	@echo "make bench-gpu    set up, measure what needs a GPU (needs no models)"
@@ -40,6 +42,9 @@ test-slow: setup
 
 mutants: setup
 	$(BIN)/python tests/mutants.py
+
+fuzz: setup
+	PYTHONPATH=tests $(BIN)/python -m fuzzing --inputs $(INPUTS)
 
 lint: setup
 	$(BIN)/ruff check .

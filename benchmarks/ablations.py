@@ -48,7 +48,7 @@ def wiki(recipe: str, shared: Path, run: Path, **changes: Any) -> dict[str, Any]
     """A ready recipe on wiki-llama-8m; changes are merged into its nodes."""
     values = read_recipe(recipe)
     calibration, _ = protocols(WIKI, shared)
-    valid = {"source": f"text:{shared}/data/wikitext2.valid.txt", "sequences": 32, "length": 256}
+    valid = {"source": f"text:{shared}/data/wikitext2.valid.txt", "sequences": 32, "length": 256, "bos": "never"}
     merged: dict[str, Any] = {"calibration": calibration, "validation": valid}
     for part in (values, changes):
         for key, value in part.items():
@@ -140,10 +140,10 @@ def transfer(kept: Kept, shared: Path, run: Path) -> str:
     from rankwise.recipes import recipe_from
 
     tuned = str(fine_tune(shared, run))
-    held_out = {"source": f"text:{instructions(shared, run)[1]}", "length": 256}
+    held_out = {"source": f"text:{instructions(shared, run)[1]}", "length": 256, "bos": "never"}
     calibration, texts = protocols(WIKI, shared)
     texts = {"instructions, held out": held_out, "mix.heldout": texts["mix.heldout"]}
-    valid = {"source": f"text:{instructions(shared, run)[0]}", "sequences": 32, "length": 256}
+    valid = {"source": f"text:{instructions(shared, run)[0]}", "sequences": 32, "length": 256, "bos": "never"}
     plan = run / "base-plan.json"
 
     def run_one(model: str, allocation: Any) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def validation(model: str, shared: Path) -> dict[str, Any]:
     if model == "stories260k":
         tokens = f"tokens:{shared}/data/stories260k.tokens.safetensors"
         return {"source": tokens, "skip": 192, "sequences": 32, "sample": "first"}
-    return {"source": f"text:{shared}/data/wikitext2.valid.txt", "sequences": 32, "length": 256}
+    return {"source": f"text:{shared}/data/wikitext2.valid.txt", "sequences": 32, "length": 256, "bos": "never"}
 
 
 def measure(model: str, shared: Path, run_directory: Path, **changes: Any) -> dict[str, Any]:

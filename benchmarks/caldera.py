@@ -87,9 +87,9 @@ def study() -> dict[tuple[str, float], dict[str, Any]]:
 
 def protocol(shared: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Calibration, and evaluation by text: 256 x 256 tokens, and 100 x 256 of each text."""
-    scored = {"sequences": 100, "sample": "random", "seed": 1, "length": 256}
+    scored = {"sequences": 100, "sample": "random", "seed": 1, "length": 256, "bos": "never"}
     texts = {name: {"source": f"text:{shared}/data/{name}.txt", **scored} for name in TEXTS}
-    return {"source": f"text:{shared}/data/mix.calibration.txt", "sequences": 256, "length": 256}, texts
+    return {"source": f"text:{shared}/data/mix.calibration.txt", "sequences": 256, "length": 256, "bos": "never"}, texts
 
 
 def measure(shared: Path, run_directory: Path, **changes: Any) -> dict[str, Any]:
@@ -142,6 +142,7 @@ def tune(shared: Path, folder: Path, settings: dict[str, Any]) -> dict[str, Any]
             method="lowrank",
             settings=LowRankFactors(epochs=1, **settings),
             length=256,
+            bos="never",
         ),
         restart=True,
         reporter=Reporter(show=False),

@@ -25,7 +25,12 @@ BITS = (2, 3)
 def main() -> None:
     shared = shared_directory()
     texts, dense = texts_of(MODEL, shared), load_model(str(path_of(MODEL, shared))).model
-    calibration = {"source": f"text:{shared}/data/mix.calibration.txt", "sequences": 256, "length": LENGTH}
+    calibration = {
+        "source": f"text:{shared}/data/mix.calibration.txt",
+        "sequences": 256,
+        "length": LENGTH,
+        "bos": "never",
+    }
     figures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for damping in DAMPINGS:

@@ -27,9 +27,9 @@ def protocols(model: str, shared: Path) -> tuple[dict[str, Any], dict[str, dict[
         return {"source": tokens, "sequences": 192, "sample": "first"}, {
             "sampled stories": {"source": tokens, "skip": 224}
         }
-    scored = {"sequences": 160, "sample": "random", "seed": 1, "length": 256, "batch_size": 16}
+    scored = {"sequences": 160, "sample": "random", "seed": 1, "length": 256, "batch_size": 16, "bos": "never"}
     texts = {name: {"source": f"text:{shared}/data/{name}.txt", **scored} for name in ("wikitext2.test", "mix.heldout")}
-    return {"source": f"text:{shared}/data/mix.calibration.txt", "sequences": 256, "length": 256}, texts
+    return {"source": f"text:{shared}/data/mix.calibration.txt", "sequences": 256, "length": 256, "bos": "never"}, texts
 
 
 def main() -> None:

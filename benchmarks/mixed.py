@@ -104,6 +104,7 @@ def measure(model: str, shared: Path, folder: Path, row: str, bits: float, texts
             "sequences": settings["calibration"],
             "length": LENGTH,
             "batch_size": settings["batch"],
+            "bos": "never",
         },
         "budget": {"bits": bits, "rank_multiple": settings["multiple"]},
         **ROWS[row],

@@ -62,7 +62,12 @@ def trials(shared: Path, folder: str) -> tuple[list[list[str]], list[dict[str, A
             "model": str(shared / "models" / "wiki-llama-8m"),
             "method": "two_sided",
             "calibration": calibration,
-            "validation": {"source": f"text:{shared}/data/wikitext2.valid.txt", "sequences": 32, "length": 256},
+            "validation": {
+                "source": f"text:{shared}/data/wikitext2.valid.txt",
+                "sequences": 32,
+                "length": 256,
+                "bos": "never",
+            },
             "budget": {"keep": 0.8, "rank_multiple": 1, "storage": "two_factor"},
         }
     )

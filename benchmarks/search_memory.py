@@ -51,8 +51,18 @@ def kept(shared: Any, method: str) -> tuple[float, float]:
     recipe = recipe_from(
         {
             "model": str(shared / "models" / MODEL),
-            "calibration": {"source": f"text:{shared}/data/mix.calibration.txt", "sequences": 32, "length": 128},
-            "validation": {"source": f"text:{shared}/data/wikitext2.valid.txt", "sequences": 2, "length": 128},
+            "calibration": {
+                "source": f"text:{shared}/data/mix.calibration.txt",
+                "sequences": 32,
+                "length": 128,
+                "bos": "never",
+            },
+            "validation": {
+                "source": f"text:{shared}/data/wikitext2.valid.txt",
+                "sequences": 2,
+                "length": 128,
+                "bos": "never",
+            },
             "allocation": "bayesian:spectral",
             **METHODS[method],
         }

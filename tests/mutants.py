@@ -408,6 +408,55 @@ MUTANTS = (
         "        pass\n",
         ("methods/test_zeros.py",),
     ),
+    Mutant(
+        "references in YAML may multiply",
+        "reading.py",
+        "self._nodes += self._sizes[id(node)]",
+        "self._nodes += 1",
+        ("package/test_reading.py",),
+    ),
+    Mutant(
+        "a tensor may lie anywhere in its file",
+        "checkpoints/verify.py",
+        "if start != end or",
+        "if",
+        ("checkpoints/test_verify.py",),
+    ),
+    Mutant(
+        "pipes are signs of a table",
+        "reports/escaping.py",
+        "[\\\\`*\\[\\]<>|~&#!$]",
+        "[\\\\`*\\[\\]<>~&#!$]",
+        ("reports/test_escaping.py",),
+    ),
+    Mutant(
+        "a recipe alone runs code",
+        "cli/options.py",
+        "not in (None, False) and not trusted",
+        "not in (None, False, True) and not trusted",
+        ("cli/test_boundary.py::test_a_recipe_alone_may_not_run_code",),
+    ),
+    Mutant(
+        "a start token is part of a text that is cut anew",
+        "evaluation/perplexity.py",
+        "rows = ids[:, length - text :].flatten()",
+        "rows = ids.flatten()",
+        ("data/test_start.py::test_windows_that_overlap_begin_with_it_once_and_score_every_token",),
+    ),
+    Mutant(
+        "auto adds no start token",
+        "data/start.py",
+        "return whole[:1] == [token] and bare[:1] != [token]",
+        "return False",
+        ("data/test_start.py",),
+    ),
+    Mutant(
+        "a failure forgets its stage",
+        "progress.py",
+        "outer, self.current = self.current, name",
+        "outer = self.current",
+        ("cli/test_boundary.py::test_what_nobody_foresaw_names_stage_and_architecture_and_leaves_a_file",),
+    ),
 )
 
 

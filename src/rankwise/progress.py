@@ -58,6 +58,8 @@ class StageTime:
 class Reporter:
     """Collects notes and stage timings, and shows progress on a terminal.
 
+    `current` names the stage that is being worked on, or that failed; `facts` has what an error should say of the run.
+
     Args:
         show: draw progress bars and print notes. None means: only when standard error is a terminal for bars; notes
             are always printed unless `show` is False.
@@ -67,6 +69,8 @@ class Reporter:
         self.notes: list[str] = []
         self.stages: dict[str, StageTime] = {}
         self._keepers: list[Callable[[str], None]] = []
+        self.facts: dict[str, str] = {}
+        self.current: str | None = None
         self._print_notes = show is not False
         self._text: str | None = None
         self._bars = sys.stderr.isatty() if show is None else show
@@ -103,8 +107,11 @@ class Reporter:
         started = time.monotonic()
         if self._bars:
             print(f"{name} ...", file=sys.stderr, flush=True)
+        outer, self.current = self.current, name
         try:
             yield
+            # Where the block fails, the stage stays the current one, for the error to name.
+            self.current = outer
         finally:
             self.stages[name] = StageTime(round(time.monotonic() - started, 2), peak_memory_bytes(), resets)
 
@@ -148,7 +155,12 @@ class Reporter:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         bar = Progress(*columns, console=Console(stderr=True), transient=True)
         task = bar.add_task(description, total=total, completed=done)
         started = time.monotonic()

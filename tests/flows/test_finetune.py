@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ELSEWHERE, IDS, failed, tiny_llama
 from rankwise import cli, compress, repair
-from rankwise.checkpoints import REPORT_FILE, load_model
+from rankwise.checkpoints import REPORT_FILE, load_model, reserved
 from rankwise.data import load_examples, parse_source
 from rankwise.data.instructions import IGNORED, prompt_of, read_instructions
 from rankwise.errors import DataError, RunError
@@ -25,7 +25,6 @@ from rankwise.flows.finetune import finetune as finetune_flow
 from rankwise.progress import Reporter
 from rankwise.recipes import FineTune, recipe_from
 from rankwise.reports import Report
-from rankwise.runs import locked
 from rankwise.sizes import Cut, Plan
 from rankwise.stages import tuning
 from rankwise.stages.begun import begin_training, same_settings, training_folder
@@ -189,9 +188,8 @@ def test_a_killed_training_is_refused_with_other_settings_and_goes_on_with_the_s
 
 def test_one_process_trains_for_an_output(finetune: Run, compressed: Path) -> None:
     folder = compressed.with_name(".tuned.training")
-    with locked(folder, lambda: None):
-        failed(finetune(), "Another process fine-tunes for this output", "another --output")
-        assert folder.exists()
+    with reserved(compressed.with_name("tuned")):
+        failed(finetune(), "Another run is writing this output", "another --output")
     failed(finetune("--held-out", 400), "held out")
     assert not folder.exists()
 

@@ -27,6 +27,7 @@ from rankwise.checkpoints.verify import read_json, verify_checkpoint
 from rankwise.errors import ModelError, NotFiniteError
 from rankwise.layers.needs import FORMAT_VERSION as FORMAT_VERSION
 from rankwise.layers.needs import unmet
+from rankwise.reading import one_line
 
 CHECKPOINT_KEY = "rankwise"
 """The key in a config under which a compressed checkpoint describes its layers."""
@@ -128,7 +129,7 @@ def _read_config(source: str, trust_remote_code: bool) -> Any:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as problem:
-        first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        first = one_line(problem)
         if folder.is_dir():
             raise ModelError(
                 f"The config is of no architecture that transformers knows ({first[:200]}).",
@@ -157,7 +158,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as problem:
         raise ModelError(
-            f"The tokenizer cannot be read ({type(problem).__name__}: {str(problem).splitlines()[0][:200]}).",
+            f"The tokenizer cannot be read ({type(problem).__name__}: {one_line(problem)}).",
             where=source,
             remedy="fetch the tokenizer files again",
         ) from None
@@ -204,7 +205,7 @@ def load_model(
         model, found = loader.from_pretrained(source, **options)
     except Exception as problem:
         raise ModelError(
-            f"The model cannot be loaded ({type(problem).__name__}: {str(problem).splitlines()[0][:300]}).",
+            f"The model cannot be loaded ({type(problem).__name__}: {one_line(problem, 300)}).",
             where=source,
             remedy="config.json and the weights do not fit together; fetch the model again",
         ) from problem

@@ -10,11 +10,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from rankwise import __version__
-from rankwise.cli.common import Cache, Device, Json, Precision, Quiet, Trust, print_json, reporter_for
+from rankwise.cli.boundary import run_guarded
+from rankwise.cli.common import Bos, Cache, Device, Json, Precision, Quiet, Trust, print_json, reporter_for
 from rankwise.cli.files import plan_app, recipes_app
 from rankwise.cli.finetuning import finetune
-from rankwise.cli.options import read_fractions, split_assignment, use_plan
-from rankwise.errors import RankwiseError, RecipeError
+from rankwise.cli.options import read_fractions, recipe_of, require_trust, split_assignment
 
 app = typer.Typer(
     help="Make a Hugging Face causal language model smaller, and know what was lost.",
@@ -81,6 +81,7 @@ def compress(
     evaluation: Annotated[str | None, typer.Option(help="Text source to score before and after.")] = None,
     sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a sequence, in every text.")] = None,
+    bos: Bos = None,
     seed: Annotated[int | None, typer.Option(help="For everything drawn.")] = None,
     storage: Annotated[
         str | None, typer.Option(help="auto (the smaller of the two, by site); two_factor; pivoted.")
@@ -99,9 +100,6 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Compress MODEL and write a checkpoint to --output."""
-    from rankwise.recipes import read_recipe, recipe_from, set_value
-
-    values = read_recipe(recipe) if recipe else {}
     given: dict[str, Any] = {
         "model": model,
         "output": output,
@@ -116,6 +114,8 @@ def compress(
         "calibration.sequences": sequences,
         "calibration.length": length,
         "validation.length": length,
+        "calibration.bos": bos,
+        "validation.bos": bos,
         "repair.steps": repair,
         "seed": seed,
         "evaluation.source": evaluation,
@@ -123,34 +123,16 @@ def compress(
         "device": device,
         "trust_remote_code": trust_remote_code or None,
     }
-    if length is not None and (evaluation is not None or "evaluation" in values):
-        given["evaluation.length"] = length
-    for key, value in given.items():
-        if value is not None:
-            set_value(values, key, value)
-    use_plan(values, plan, trials, method_given=method is not None)
+    # These are of the text to score, where there is one.
+    given |= {"evaluation.length?": length, "evaluation.bos?": bos}
     few = {"q_bits": q_bits, "rank": rank, "lr_bits": lr_bits, "codebook": codebook}
-    for key, value in few.items():
-        if value is None:
-            continue
-        if "method" not in values:
-            raise RecipeError(
-                f"--{key.replace('_', '-')} is of quantize and caldera, and no method is given.",
-                where="compress",
-                remedy="add --method caldera, or --method quantize for Q alone",
-            )
-        set_value(values, f"method.{key}", value)
-    for assignment in set_ or []:
-        set_value(values, *split_assignment(assignment))
-    if "model" not in values:
-        raise RecipeError("No model is given.", where="compress", remedy="rankwise compress MODEL --output DIR")
-    if values.get("output") is None:
-        raise RecipeError("No output is given.", where="compress", remedy="add --output DIR")
-    valid = recipe_from(values, origin=recipe or "command line")
+    valid = recipe_of(given, recipe=recipe, plan=plan, trials=trials, few=few, assignments=set_ or [])
 
     from rankwise.flows.compress import compress as run
 
-    result = run(valid, run_directory=run_dir, reporter=reporter_for(quiet))
+    reporter = reporter_for(quiet)
+    reporter.facts["model"] = valid.model
+    result = run(valid, run_directory=run_dir, reporter=reporter)
     if json:
         print_json(result.report.model_dump(mode="json"))
     elif not quiet:
@@ -161,7 +143,7 @@ def compress(
         # A file or a pipe has no width: let the table take what it needs.
         console = Console(width=None if sys.stdout.isatty() else 100)
         console.print(closing_table(result.report))
-        console.print(f"written to {valid.output}", highlight=False)
+        print(f"written to {valid.output}")
 
 
 @app.command()
@@ -175,6 +157,7 @@ def sensitivity(
     validation: Annotated[str | None, typer.Option(help="Text source the points are scored on.")] = None,
     sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    bos: Bos = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override any key of a recipe.")] = None,
     device: Device = "auto",
     run_dir: Annotated[Path | None, typer.Option(help="Where finished stages are kept and looked for.")] = None,
@@ -192,6 +175,8 @@ def sensitivity(
         "calibration.sequences": sequences,
         "calibration.length": length,
         "validation.length": length,
+        "calibration.bos": bos,
+        "validation.bos": bos,
         "trust_remote_code": trust_remote_code,
     }
     for key, value in given.items():
@@ -199,18 +184,21 @@ def sensitivity(
             set_value(values, key, value)
     for assignment in set_ or []:
         set_value(values, *split_assignment(assignment))
+    require_trust(values, trust_remote_code, "--set")
     recipe = recipe_from(values, origin="command line")
 
     from rankwise.flows.sensitivity import FRACTIONS
     from rankwise.flows.sensitivity import sensitivity as run
 
+    reporter = reporter_for(quiet)
+    reporter.facts["model"] = recipe.model
     found = run(
         recipe,
         output,
         fractions=FRACTIONS if fractions is None else read_fractions(fractions),
         site_fraction=site_fraction,
         run_directory=run_dir,
-        reporter=reporter_for(quiet),
+        reporter=reporter,
     )
     if json:
         print_json(found)
@@ -237,6 +225,7 @@ def evaluate(
     sample: Annotated[str, typer.Option(help="first, or random (drawn by --seed).")] = "first",
     seed: Annotated[int, typer.Option(help="For --sample random.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Windows a batch.")] = 8,
+    bos: Bos = None,
     device: Device = "auto",
     precision: Precision = "auto",
     dense_cache: Cache = False,
@@ -263,31 +252,40 @@ def evaluate(
         "sample": sample,
         "seed": seed,
         "batch_size": batch_size,
+        "bos": bos or "auto",
     }
     recipe = recipe_from(
         {"model": model, "evaluation": settings, "device": device, "precision": precision}, origin="command line"
     )
     assert recipe.evaluation is not None
-    loaded = load_model(
-        model, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
-    )
-    cache_dense(loaded.model, dense_cache)
-    read = read_sequences(recipe.evaluation, loaded, seed, skip)
-    found = perplexity(loaded.model, read.ids, stride=stride, batch_size=batch_size, reporter=reporter_for(quiet))
+    reporter = reporter_for(quiet)
+    reporter.facts["model"] = model
+    with reporter.stage("load"):
+        loaded = load_model(
+            model, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
+        )
+        reporter.facts["architecture"] = type(loaded.model).__name__
+        cache_dense(loaded.model, dense_cache)
+        read = read_sequences(recipe.evaluation, loaded, seed, skip)
+    with reporter.stage("evaluate"):
+        found = perplexity(
+            loaded.model, read.ids, stride=stride, batch_size=batch_size, reporter=reporter, bos=read.bos
+        )
     if json:
         print_json({**asdict(found), "source": text, "model": model, "available_sequences": read.available})
     else:
+        begun = "" if found.bos is None else f", each begun by the start token {found.bos}"
         print(f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens of {text}")
-        print(f"({found.windows:,} windows of {found.length}, stride {found.stride})")
+        print(f"({found.windows:,} windows of {found.length}, stride {found.stride}{begun})")
 
 
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="Directory or hub name, dense or compressed.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    new_tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="Most tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, max=1000, help="0 decodes greedily.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="For a temperature above 0.")] = 0,
     device: Device = "auto",
     precision: Precision = "auto",
     dense_cache: Cache = False,
@@ -328,14 +326,6 @@ def _quiet_libraries() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line; a problem the user can mend ends with its text and exit status 2, never a traceback."""
+    """Run the command line: whatever happens ends with text for a person and a status, never with a traceback."""
     _quiet_libraries()
-    try:
-        app()
-    except RankwiseError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues from the stages that are finished", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+    sys.exit(run_guarded(app))

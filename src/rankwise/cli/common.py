@@ -19,13 +19,25 @@ Cache = Annotated[
     typer.Option("--dense-cache", help="Decode quantised weights once and keep them: faster, more memory."),
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint ships.")]
+Bos = Annotated[
+    str | None,
+    typer.Option("--bos", help="Start token before every text: auto (as the tokenizer does), always, never."),
+]
+
+_reporters: list[Reporter] = []
 
 
 def reporter_for(quiet: bool) -> Reporter:
     """Progress and notes on standard error, unless quiet."""
     from rankwise.progress import Reporter
 
-    return Reporter(show=False if quiet else None)
+    _reporters[:] = [Reporter(show=False if quiet else None)]
+    return _reporters[0]
+
+
+def last_reporter() -> Reporter | None:
+    """The one that was made last: it knows what a command that failed was doing."""
+    return _reporters[0] if _reporters else None
 
 
 def print_json(value: Any) -> None:

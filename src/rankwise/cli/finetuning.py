@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.common import Device, Json, Precision, Quiet, Trust, print_json, reporter_for
+from rankwise.cli.common import Bos, Device, Json, Precision, Quiet, Trust, print_json, reporter_for
 from rankwise.cli.options import split_assignment
-from rankwise.errors import RecipeError, nearest
 
 
 def finetune(
@@ -28,6 +27,7 @@ def finetune(
     output_only: Annotated[bool, typer.Option("--output-only", help="Learn from outputs alone.")] = False,
     held_out: Annotated[int, typer.Option(help="Examples at the end to judge by.")] = 16,
     evaluation: Annotated[str | None, typer.Option(help="Text source to score before and after.")] = None,
+    bos: Bos = None,
     seed: Annotated[int, typer.Option(help="For everything drawn.")] = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method: --set rank=16")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew, whatever was begun for this output.")] = False,
@@ -38,49 +38,35 @@ def finetune(
     quiet: Quiet = False,
 ) -> None:
     """Train what compression left, and write it as a checkpoint of the same kind."""
-    from pydantic import ValidationError
-
-    from rankwise.data import parse_source
     from rankwise.flows.finetune import finetune as run
-    from rankwise.recipes import TRAININGS, FineTune
+    from rankwise.recipes import finetune_from
     from rankwise.reports import in_words
 
-    if method not in TRAININGS:
-        raise RecipeError(f"There is no method {method!r}.", where="--method", remedy=nearest(method, TRAININGS))
-    parse_source(data)
-    settings: dict[str, Any] = {"loss": loss, "epochs": epochs, "lr": lr, "batch_size": batch_size, "merge": merge}
-    settings = {key: value for key, value in settings.items() if value is not None}
+    options: dict[str, Any] = {"loss": loss, "epochs": epochs, "lr": lr, "batch_size": batch_size, "merge": merge}
+    settings = {key: value for key, value in options.items() if value is not None}
     settings |= dict(split_assignment(assignment) for assignment in set_ or [])
-    for key in settings:
-        if key not in TRAININGS[method].model_fields:
-            raise RecipeError(
-                f"{method} has no setting {key!r}.",
-                where="finetune",
-                remedy=nearest(key, TRAININGS[method].model_fields),
-            )
-    try:
-        wanted = FineTune(
-            model=model,
-            data=data,
-            output=output,
-            method=method,
-            settings=TRAININGS[method](**settings),
-            length=length,
-            output_only=output_only,
-            original=original,
-            held_out=held_out,
-            evaluation=evaluation,
-            seed=seed,
-            device=device,
-            precision=precision,
-            trust_remote_code=trust_remote_code,
-        )
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{where}: {message} (given: {first['input']!r}).", where="finetune") from None
-    report = run(wanted, restart=restart, reporter=reporter_for(quiet))
+    wanted = finetune_from(
+        {
+            "model": model,
+            "data": data,
+            "output": output,
+            "method": method,
+            "length": length,
+            "output_only": output_only,
+            "original": original,
+            "held_out": held_out,
+            "evaluation": evaluation,
+            "bos": bos or "auto",
+            "seed": seed,
+            "device": device,
+            "precision": precision,
+            "trust_remote_code": trust_remote_code,
+        },
+        settings,
+    )
+    reporter = reporter_for(quiet)
+    reporter.facts["model"] = model
+    report = run(wanted, restart=restart, reporter=reporter)
     if json:
         print_json(report.model_dump(mode="json"))
     elif not quiet:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import RecipeError
+from rankwise.reading import UnreadableError, parse_yaml, shown
+
+if TYPE_CHECKING:
+    from rankwise.recipes import Recipe
 
 
 def use_plan(values: dict[str, Any], plan: str | None, trials: int | None, *, method_given: bool) -> None:
@@ -27,12 +32,12 @@ def use_plan(values: dict[str, Any], plan: str | None, trials: int | None, *, me
     from rankwise.recipes import set_value
 
     asked = values.get("allocation")
-    name = asked.split(":")[0] if isinstance(asked, str) else asked["name"] if isinstance(asked, dict) else None
+    name = asked.split(":")[0] if isinstance(asked, str) else as_settings(asked).get("name")
     if plan is not None:
         from rankwise.sizes import SPELLINGS, Plan
 
         given = Plan.load(Path(plan))
-        budget = values.get("budget") or {}
+        budget = _keys_of(values, "budget")
         if not any(budget.get(spelling) is not None for spelling in SPELLINGS):
             spelling = dict(given.spelling)
             if all(value is None for value in spelling.values()) and (trials is not None or name == "bayesian"):
@@ -43,8 +48,8 @@ def use_plan(values: dict[str, Any], plan: str | None, trials: int | None, *, me
             set_value(values, "budget.rank_multiple", given.rank_multiple)
         if "storage" not in budget and any(not cut.coded and not cut.dense for cut in given.cuts.values()):
             set_value(values, "budget.storage", given.form.storage)
-        if not method_given and "method" not in values:
-            values["method"] = {"name": given.method, **given.method_settings}
+        if not method_given and values.get("method") is None:
+            values["method"] = {**given.method_settings, "name": given.method}
         if name == "bayesian" or (trials is not None and name is None):
             settings = {"space": given.space or "rolesx1"} if name is None else as_settings(asked)
             values["allocation"] = {"trials": 20, **settings, "name": "bayesian", "plan": plan}
@@ -73,7 +78,100 @@ def as_settings(allocation: Any) -> dict[str, Any]:
         from rankwise.allocation import allocation_from
 
         return allocation_from(allocation).model_dump(exclude_unset=True) | {"name": allocation.split(":")[0]}
-    return dict(allocation)
+    if allocation is not None and not isinstance(allocation, Mapping):
+        raise RecipeError(
+            f"The allocation is {shown(allocation)}, neither a name nor keys.",
+            where="allocation",
+            remedy="see rankwise recipes show",
+        )
+    return dict(allocation or {})
+
+
+def _keys_of(values: Mapping[str, Any], node: str) -> Mapping[str, Any]:
+    """The keys of a node of a recipe, none where it is not given.
+
+    Raises:
+        RecipeError: when it holds a plain value.
+    """
+    found = values.get(node)
+    if found is not None and not isinstance(found, Mapping):
+        raise RecipeError(f"{node!r} holds a value, not keys.", where=node, remedy="see rankwise recipes show")
+    return found or {}
+
+
+def require_trust(values: Mapping[str, Any], trusted: bool, origin: str) -> None:
+    """Raise when a recipe asks for code to be run and the command line does not: recipes are passed on, trust is not.
+
+    Raises:
+        RecipeError: naming the option.
+    """
+    if values.get("trust_remote_code") not in (None, False) and not trusted:
+        raise RecipeError(
+            "The recipe asks to run code that the model ships, which a recipe alone may not.",
+            where=f"{origin}: trust_remote_code",
+            remedy="add --trust-remote-code if you trust the model, or take the key out of the recipe",
+        )
+
+
+FEW_BITS = ("q_bits", "rank", "lr_bits", "codebook")
+"""Options that are settings of the method."""
+
+
+def recipe_of(
+    given: Mapping[str, Any],
+    *,
+    recipe: str | None,
+    plan: str | None,
+    trials: int | None,
+    few: Mapping[str, Any],
+    assignments: Sequence[str],
+) -> Recipe:
+    """The recipe that a file and the options over it give.
+
+    Args:
+        given: by dotted key, what options say; None for those that were not given. A question mark behind a key says
+            that it holds where its node is given.
+        recipe: a YAML file or the name of a ready recipe.
+        plan: see `use_plan`.
+        trials: see `use_plan`.
+        few: of `FEW_BITS`, what was given.
+        assignments: of the form `key=value`.
+
+    Raises:
+        RecipeError: when anything of it is not valid.
+        BudgetError: when the plan cannot be read.
+    """
+    from rankwise.recipes import read_recipe, recipe_from, set_value
+
+    values = read_recipe(recipe) if recipe else {}
+    origin = recipe or "command line"
+    require_trust(values, bool(given.get("trust_remote_code")), origin)
+    for key, value in given.items():
+        if value is not None and not key.endswith("?"):
+            set_value(values, key, value)
+    for key, value in given.items():
+        node = key.split(".")[0]
+        if value is not None and key.endswith("?") and values.get(node) is not None:
+            set_value(values, key.removesuffix("?"), value)
+    use_plan(values, plan, trials, method_given=given.get("method") is not None)
+    for key, value in few.items():
+        if value is None:
+            continue
+        if values.get("method") is None:
+            raise RecipeError(
+                f"--{key.replace('_', '-')} is of quantize and caldera, and no method is given.",
+                where="compress",
+                remedy="add --method caldera, or --method quantize for Q alone",
+            )
+        set_value(values, f"method.{key}", value)
+    for assignment in assignments:
+        set_value(values, *split_assignment(assignment))
+    require_trust(values, bool(given.get("trust_remote_code")), "--set")
+    if values.get("model") is None:
+        raise RecipeError("No model is given.", where="compress", remedy="rankwise compress MODEL --output DIR")
+    if values.get("output") is None:
+        raise RecipeError("No output is given.", where="compress", remedy="add --output DIR")
+    return recipe_from(values, origin=origin)
 
 
 def read_fractions(text: str) -> list[float]:
@@ -94,16 +192,14 @@ def split_assignment(assignment: str) -> tuple[str, Any]:
     Raises:
         RecipeError: when it is not of that form.
     """
-    import yaml
-
     path, equals, text = assignment.partition("=")
     if not equals or not path:
         raise RecipeError(
-            "An override is not of the form key=value.", where=assignment, remedy="write --set budget.keep=0.7"
+            "An override is not of the form key=value.", where=assignment[:200], remedy="write --set budget.keep=0.7"
         )
     try:
-        return path, yaml.safe_load(text)
-    except yaml.YAMLError as problem:
+        return path, parse_yaml(text)
+    except UnreadableError as problem:
         raise RecipeError(
-            "An override's value is not YAML.", where=assignment, remedy=str(problem).splitlines()[0]
+            "An override's value is not YAML of plain values.", where=assignment[:200], remedy=str(problem)
         ) from None

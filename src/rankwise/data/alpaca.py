@@ -6,10 +6,10 @@ and `instances`, a list of objects with `input` and `output`. `PROMPT` is what t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from rankwise.data.lines import json_lines, known_keys
 from rankwise.errors import DataError
 
 PROMPT = "### Instruction:\n{instruction}\n\n{given}### Response:\n"
@@ -28,30 +28,18 @@ def read_instructions(path: Path) -> Iterator[dict[str, str]]:
     Raises:
         DataError: when there is no such file; naming the first line that is not of the form.
     """
-    if not path.is_file():
-        raise DataError("There is no such file.", where=str(path), remedy="check the path given for the data")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as problem:
-                raise DataError("A line is not JSON.", where=where, remedy=str(problem)) from None
-            if not isinstance(row, dict):
-                raise DataError("A line is no JSON object.", where=where, remedy="write one object a line")
-            instances = row.get("instances", [row])
-            if not isinstance(instances, list) or not all(isinstance(each, dict) for each in instances):
-                raise DataError("A line's 'instances' is no list of objects.", where=where, remedy="see the docs")
-            for instance in instances:
-                record = {"input": "", **row, **instance}
-                for field in ("instruction", "input", "output"):
-                    if not isinstance(record.get(field), str):
-                        raise DataError(
-                            f"A line has no text field {field!r}.",
-                            where=where,
-                            remedy=f"this line has: {', '.join(sorted(record))}; Alpaca's form is instruction, "
-                            "input (may be left out), output",
-                        )
-                yield {field: record[field] for field in ("instruction", "input", "output")}
+    for where, row in json_lines(path):
+        instances = row.get("instances", [row])
+        if not isinstance(instances, list) or not all(isinstance(each, dict) for each in instances):
+            raise DataError("A line's 'instances' is no list of objects.", where=where, remedy="see the docs")
+        for instance in instances:
+            record = {"input": "", **row, **instance}
+            for field in ("instruction", "input", "output"):
+                if not isinstance(record.get(field), str):
+                    raise DataError(
+                        f"A line has no text field {field!r}.",
+                        where=where,
+                        remedy=f"this line has: {known_keys(record)}; Alpaca's form is instruction, "
+                        "input (may be left out), output",
+                    )
+            yield {field: record[field] for field in ("instruction", "input", "output")}

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from rankwise.data.alpaca import prompt_of, read_instructions
-from rankwise.data.sequences import choose, windows
+from rankwise.data.sequences import check_vocabulary, choose, windows
 from rankwise.data.sources import Source
+from rankwise.data.start import Start, start_token
 from rankwise.errors import DataError
 
 IGNORED = -100
@@ -52,7 +53,9 @@ class Examples:
         return digest.hexdigest()
 
 
-def _instruction_examples(source: Source, tokenizer: Any, length: int, output_only: bool) -> Examples:
+def _instruction_examples(
+    source: Source, tokenizer: Any, vocabulary: int, length: int, output_only: bool, start: Start
+) -> Examples:
     if tokenizer is None:
         raise DataError(
             "The model has no tokenizer, so text cannot be used.", where=str(source), remedy="use a tokens: source"
@@ -61,10 +64,12 @@ def _instruction_examples(source: Source, tokenizer: Any, length: int, output_on
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    bos = start_token(tokenizer, start, str(source))
+    begin = [] if bos is None else [bos]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     all_ids, all_labels, shortened = [], [], 0
     for record in read_instructions(Path(source.target)):
-        prompt, output = encode(prompt_of(record)), encode(record["output"]) + end
+        prompt, output = begin + encode(prompt_of(record)), encode(record["output"]) + end
         ids = prompt + output
         labels = ([IGNORED] * len(prompt) if output_only else prompt) + output
         shortened += len(ids) > length
@@ -72,6 +77,7 @@ def _instruction_examples(source: Source, tokenizer: Any, length: int, output_on
         # The first token is predicted from nothing; an example whose output was cut away teaches nothing.
         if any(label != IGNORED for label in labels[1:]):
             all_ids.append(torch.tensor(ids))
+            check_vocabulary(all_ids[-1], vocabulary, str(source))
             all_labels.append(torch.tensor(labels))
     if not all_ids:
         raise DataError("The source holds no example to learn from.", where=str(source), remedy="give more data")
@@ -87,6 +93,7 @@ def load_examples(
     count: int | None = None,
     seed: int | None = None,
     output_only: bool = False,
+    start: Start = "auto",
 ) -> Examples:
     """Examples from instructions (`alpaca:`) or from any other source, packed.
 
@@ -98,12 +105,13 @@ def load_examples(
         count: how many; None for all.
         seed: draws `count` of them; None takes the first.
         output_only: learn from the output alone; for instructions.
+        start: whether examples begin with the tokenizer's start token.
 
     Raises:
         DataError: naming the first bad line, or when there is nothing to learn from.
     """
     if source.kind == "alpaca":
-        found = _instruction_examples(source, tokenizer, length, output_only)
+        found = _instruction_examples(source, tokenizer, vocabulary, length, output_only, start)
         if count is not None and count < len(found):
             order = choose(torch.arange(len(found)), count, seed).tolist()
             ids, labels = [found.ids[i] for i in order], [found.labels[i] for i in order]
@@ -114,7 +122,7 @@ def load_examples(
             "Plain text has no outputs to learn from alone.", where=str(source), remedy="use alpaca:FILE.jsonl"
         )
     ready_made = source.kind == "tokens"
-    packed, _ = windows(source, tokenizer, vocabulary, None if ready_made else length)
+    packed, _, _ = windows(source, tokenizer, vocabulary, None if ready_made else length, start)
     shortened = len(packed) if packed.shape[1] > length else 0
     rows = list(choose(packed[:, :length], count, seed))
     return Examples(rows, rows, str(source), shortened)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +9,9 @@ import torch
 from torch import Tensor
 
 from rankwise.data import alpaca, python_text
+from rankwise.data.lines import cannot_read, existing, json_lines, known_keys
 from rankwise.errors import DataError, MissingPackageError
+from rankwise.reading import UnreadableError, decoded, one_line
 
 FORMS = {
     "text": "text:PATH",
@@ -23,44 +24,27 @@ FORMS = {
 }
 
 
-def _existing(target: str) -> Path:
-    path = Path(target)
-    if not path.is_file():
-        raise DataError("There is no such file.", where=target, remedy="check the path given for the data")
-    return path
-
-
 def _text(target: str, _field: str | None) -> Iterator[str]:
     try:
-        yield _existing(target).read_text(encoding="utf-8")
-    except UnicodeDecodeError as problem:
-        raise DataError(
-            f"The file is not UTF-8 text (byte {problem.start}).", where=target, remedy="convert it to UTF-8"
-        ) from None
+        yield decoded(existing(target).read_bytes())
+    except OSError as problem:
+        raise cannot_read(target, problem) from None
+    except UnreadableError as problem:
+        raise DataError(f"The file cannot be read: {problem}.", where=target, remedy="convert it to UTF-8") from None
 
 
 def _jsonl(target: str, field: str | None) -> Iterator[str]:
-    with _existing(target).open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as problem:
-                raise DataError("A line is not JSON.", where=f"{target}, line {number}", remedy=str(problem)) from None
-            text = row.get(field) if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                known = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-                raise DataError(
-                    f"A line has no text field {field!r}.",
-                    where=f"{target}, line {number}",
-                    remedy=f"this line has: {known}",
-                )
-            yield text
+    for where, row in json_lines(target):
+        text = row.get(str(field))
+        if not isinstance(text, str):
+            raise DataError(
+                f"A line has no text field {field!r}.", where=where, remedy=f"this line has: {known_keys(row)}"
+            )
+        yield text
 
 
 def _parquet(target: str, field: str | None) -> Iterator[str]:
-    path = _existing(target)
+    path = existing(target)
     try:
         import pyarrow
         import pyarrow.parquet
@@ -68,16 +52,28 @@ def _parquet(target: str, field: str | None) -> Iterator[str]:
         raise MissingPackageError("Reading parquet needs pyarrow.", remedy="pip install 'rankwise[data]'") from None
     try:
         table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as problem:
-        raise DataError("The file is not parquet.", where=target, remedy=str(problem)) from None
-    if field not in table.schema_arrow.names:
-        raise DataError(
-            f"The file has no column {field!r}.",
-            where=target,
-            remedy=f"its columns: {', '.join(table.schema_arrow.names)}",
-        )
-    for batch in table.iter_batches(columns=[field]):
-        yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        names = list(table.schema_arrow.names)
+        if names.count(field) != 1:
+            raise DataError(
+                f"The file has no column {field!r}." if field not in names else f"Two columns are named {field!r}.",
+                where=target,
+                remedy=f"its columns: {known_keys(dict.fromkeys(names))}",
+            )
+        kind = table.schema_arrow.field(field).type
+        kind = getattr(kind, "value_type", kind) if pyarrow.types.is_dictionary(kind) else kind
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise DataError(
+                f"The column {field!r} holds {one_line(kind, 60)}, not text.",
+                where=target,
+                remedy="name a column of strings",
+            )
+        for batch in table.iter_batches(columns=[field]):
+            for text in batch.column(0).to_pylist():
+                if text is not None:
+                    yield text
+    # What a damaged file makes pyarrow raise has many types, a plain OSError among them.
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, MemoryError) as problem:
+        raise DataError("The file is not parquet, or it is damaged.", where=target, remedy=one_line(problem)) from None
 
 
 def _alpaca(target: str, _field: str | None) -> Iterator[str]:
@@ -99,14 +95,16 @@ def _hub(target: str, field: str | None) -> Iterator[str]:
     try:
         rows = datasets.load_dataset("/".join(parts), config, split=split or "train", streaming=True)
         for row in rows:
+            if not isinstance(row.get(field), str):
+                raise DataError(
+                    f"The data set has no text field {field!r}.", where=where, remedy=f"its fields: {known_keys(row)}"
+                )
             yield row[field]
-    except KeyError:
-        raise DataError(
-            f"The data set has no field {field!r}.", where=where, remedy=f"its fields: {', '.join(row)}"
-        ) from None
+    except DataError:
+        raise
     except Exception as problem:
         local = ", ".join(form for kind, form in FORMS.items() if kind != "hub")
-        reason = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200]}"
+        reason = f"{type(problem).__name__}: {one_line(problem)}"
         raise DataError(
             f"The data set cannot be read from the hub ({reason}).",
             where=where,
@@ -129,23 +127,32 @@ DOCUMENTS: dict[str, Callable[[str, str | None], Iterator[str]]] = {
 """Readers of documents by kind; each takes a source's target and field."""
 
 
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32)
+
+
 def read_token_ids(target: str) -> Tensor:
     """Ids in a safetensors file, as `Source.token_ids` gives them."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(_existing(target))
-    except SafetensorError as problem:
-        raise DataError("The token file is damaged or not safetensors.", where=target, remedy=str(problem)) from None
-    if len(tensors) != 1:
+        tensors = load_file(existing(target))
+    except OSError as problem:
+        raise cannot_read(target, problem) from None
+    # Types that torch has no values of are a KeyError, and shapes too large others.
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OverflowError) as problem:
         raise DataError(
-            f"The token file holds {len(tensors)} tensors ({', '.join(sorted(tensors)[:5])}).",
+            "The token file is damaged or not safetensors.", where=target, remedy=one_line(problem)
+        ) from None
+    if len(tensors) != 1:
+        named = known_keys(dict.fromkeys(tensors))
+        raise DataError(
+            f"The token file holds {len(tensors)} tensors ({named}).",
             where=target,
             remedy="keep one tensor of token ids in the file",
         )
     (ids,) = tensors.values()
-    if ids.is_floating_point() or ids.ndim not in (1, 2):
+    if ids.dtype not in _WHOLE or ids.ndim not in (1, 2):
         raise DataError(
             f"The token file holds {ids.dtype} of shape {list(ids.shape)}.",
             where=target,

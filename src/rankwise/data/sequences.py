@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from rankwise.data.sources import Source
+from rankwise.data.start import Start, start_token
 from rankwise.errors import DataError
 
 _CHUNK_CHARACTERS = 1 << 18
 _MOST_CHARACTERS = 1 << 26
+_USUAL_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class Sequences:
         source: the source, as written.
         available: sequences the source held.
         cut: True when only the first part of a very large source was read.
+        bos: the start token that each sequence begins with, beside its text; None for none.
     """
 
     ids: Tensor
     source: str
     available: int
     cut: bool = False
+    bos: int | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -85,20 +89,28 @@ def _stream(source: Source, tokenizer: Any, vocabulary: int) -> tuple[Tensor, bo
     if not pieces:
         raise DataError("The source holds no text.", where=str(source), remedy="give a source with text in it")
     stream = torch.cat(pieces)
-    _check_vocabulary(stream, vocabulary, str(source))
+    check_vocabulary(stream, vocabulary, str(source))
     return stream, cut
 
 
-def _check_vocabulary(ids: Tensor, vocabulary: int, where: str) -> None:
+def check_vocabulary(ids: Tensor, vocabulary: int, where: str) -> None:
+    """Raise when an id is not one of a model's vocabulary.
+
+    Raises:
+        DataError: naming the id.
+    """
     if ids.numel() and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
+        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise DataError(
-            f"Token id {int(ids.max())} is outside the model's vocabulary of {vocabulary}.",
+            f"Token id {wrong} is outside the model's vocabulary of {vocabulary}.",
             where=where,
             remedy="the tokenizer (or token file) belongs to another model; use this model's own",
         )
 
 
-def windows(source: Source, tokenizer: Any, vocabulary: int, length: int | None) -> tuple[Tensor, bool]:
+def windows(
+    source: Source, tokenizer: Any, vocabulary: int, length: int | None, start: Start = "never"
+) -> tuple[Tensor, bool, int | None]:
     """Cut a source into sequences of `length` tokens; the rest that fills none is dropped.
 
     Args:
@@ -106,34 +118,48 @@ def windows(source: Source, tokenizer: Any, vocabulary: int, length: int | None)
         tokenizer: a Hugging Face tokenizer, or None with a `tokens:` source.
         vocabulary: size of the model's vocabulary.
         length: tokens a sequence. None takes a `tokens:` source of shape `[sequences, tokens]` as it is.
+        start: whether sequences begin with the tokenizer's start token, which is one of the `length`. Ready-made
+            tokens are taken as they are.
 
     Returns:
-        Ids of shape `[sequences, length]`, and whether the source was too large to be read whole.
+        Ids of shape `[sequences, length]`, whether the source was too large to be read whole, and the start token.
 
     Raises:
         DataError: when the source is empty, shorter than one sequence, or of another vocabulary.
     """
-    cut = False
+    cut, bos = False, None
     if source.kind == "tokens":
+        if start == "always":
+            raise DataError(
+                "Ready-made tokens are taken as they are, and a start token is asked for.",
+                where=str(source),
+                remedy="put the start token into the file, or leave bos at auto",
+            )
         stream = source.token_ids()
-        _check_vocabulary(stream, vocabulary, str(source))
+        check_vocabulary(stream, vocabulary, str(source))
         if stream.ndim == 2 and length in (None, stream.shape[1]):
-            if not len(stream):
+            if not stream.numel():
                 raise DataError(
                     "The source holds no sequence.", where=str(source), remedy="give a source with tokens in it"
                 )
-            return stream, cut
+            return stream, cut, bos
         stream = stream.flatten()
     else:
         stream, cut = _stream(source, tokenizer, vocabulary)
-    length = length or 512
-    if len(stream) < length:
+        bos = start_token(tokenizer, start, str(source))
+    length = length or _USUAL_LENGTH
+    text = length if bos is None else length - 1
+    if not 1 <= text <= len(stream):
         raise DataError(
             f"The source has {len(stream)} tokens, fewer than one sequence of {length}.",
             where=str(source),
             remedy="give more text, or a smaller length",
         )
-    return stream[: len(stream) // length * length].view(-1, length), cut
+    rows = stream[: len(stream) // text * text].view(-1, text)
+    if bos is not None:
+        check_vocabulary(torch.tensor([bos]), vocabulary, str(source))
+        rows = torch.cat((torch.full((len(rows), 1), bos), rows), dim=1)
+    return rows, cut, bos
 
 
 def choose(ids: Tensor, count: int | None, seed: int | None, first: int = 0) -> Tensor:
@@ -163,16 +189,17 @@ def load_sequences(
     count: int | None,
     seed: int | None,
     first: int = 0,
+    start: Start = "never",
 ) -> Sequences:
     """Read, cut and choose. Arguments and errors as for `windows` and `choose`.
 
     Raises:
         DataError: also when `first` skips everything.
     """
-    ids, cut = windows(source, tokenizer, vocabulary, length)
+    ids, cut, bos = windows(source, tokenizer, vocabulary, length, start)
     chosen = choose(ids, count, seed, first)
     if not len(chosen):
         raise DataError(
             f"The source has {len(ids)} sequences and {first} are skipped.", where=str(source), remedy="skip fewer"
         )
-    return Sequences(chosen, str(source), len(ids) - first, cut)
+    return Sequences(chosen, str(source), len(ids) - first, cut, bos)

@@ -11,15 +11,16 @@ bundled[:train|:heldout]               text that every CPython carries
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from rankwise.data.python_text import SPLITS
 from rankwise.data.readers import DOCUMENTS, FORMS, read_token_ids
 from rankwise.errors import DataError, nearest
+from rankwise.reading import check_path, is_text, shown
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,18 @@ def parse_source(text: str) -> Source:
     Raises:
         DataError: when it does not follow the grammar.
     """
+    if not is_text(text):
+        raise DataError("The source is no valid text (UTF-8).", where=shown(text), remedy="rename the file")
     kind, _, rest = text.partition(":")
     if kind not in FORMS:
-        remedy = f"write it as text:{text}" if Path(text).exists() else nearest(kind, FORMS)
-        raise DataError(f"There is no source of kind {kind!r}.", where=text, remedy=remedy)
+        remedy = f"write it as text:{text}" if os.path.exists(text) else nearest(kind[:80], FORMS)
+        raise DataError(f"There is no source of kind {shown(kind)}.", where=text[:200], remedy=remedy)
     if kind == "bundled":
         split = rest or "train"
         if split not in SPLITS:
-            raise DataError(f"The bundled text has no split {split!r}.", where=text, remedy=nearest(split, SPLITS))
+            raise DataError(
+                f"The bundled text has no split {shown(split)}.", where=text, remedy=nearest(split[:80], SPLITS)
+            )
         return Source(kind, split)
     target, field = rest, None
     if kind in ("jsonl", "parquet", "hub"):
@@ -82,4 +87,8 @@ def parse_source(text: str) -> Source:
             )
     if not target:
         raise DataError("The source names nothing.", where=text, remedy=f"write {FORMS[kind]}")
+    try:
+        check_path(target)
+    except ValueError as problem:
+        raise DataError(f"The source names no file: {problem}.", where=text[:200], remedy="check the path") from None
     return Source(kind, target, field)

@@ -27,6 +27,7 @@ class Perplexity:
         windows: sequences the model saw.
         length: tokens a window.
         stride: tokens from one window's start to the next; the length when windows do not overlap.
+        bos: the start token that each window begins with, before its text; None for none.
     """
 
     perplexity: float
@@ -34,30 +35,38 @@ class Perplexity:
     windows: int
     length: int
     stride: int
+    bos: int | None = None
 
 
-def scored_windows(ids: Tensor, stride: int | None) -> tuple[Tensor, int]:
+def scored_windows(ids: Tensor, stride: int | None, bos: int | None = None) -> tuple[Tensor, int]:
     """Overlapping windows over packed sequences.
 
     Args:
         ids: shape `[sequences, length]`, contiguous text when `stride` is smaller than the length.
         stride: None or the length for windows without overlap.
+        bos: the start token that each sequence begins with, if any. Windows that overlap are cut from the text without
+            it, and each begins with it again.
 
     Returns:
         Windows `[windows, length]`, and the stride.
 
     Raises:
-        DataError: when the stride is not in 1..length.
+        DataError: when the stride is not in 1..length, or a start token leaves no room for it.
     """
     length = ids.shape[1]
     stride = stride or length
+    # A start token is no text: windows that step by as much as they hold do not overlap.
+    text = length if bos is None else length - 1
     if not 1 <= stride <= length:
         raise DataError(
             f"A stride of {stride} does not fit windows of {length}.", where="stride", remedy="use 1..length"
         )
-    if stride == length:
-        return ids, stride
-    return ids.flatten().unfold(0, length, stride), stride
+    if stride >= text:
+        return ids, length
+    rows = ids[:, length - text :].flatten().unfold(0, text, stride)
+    if bos is not None:
+        rows = torch.cat((rows.new_full((len(rows), 1), bos), rows), dim=1)
+    return rows, stride
 
 
 @torch.no_grad()
@@ -69,6 +78,7 @@ def perplexity(
     batch_size: int = 8,
     reporter: Reporter | None = None,
     description: str = "perplexity",
+    bos: int | None = None,
 ) -> Perplexity:
     """Score every token that has a predecessor in its window, once.
 
@@ -81,13 +91,14 @@ def perplexity(
         batch_size: windows per batch.
         reporter: shows progress.
         description: what the progress bar says.
+        bos: the start token that each sequence begins with, if any; see `scored_windows`.
 
     Raises:
         NotFiniteError: when the loss of a window is not finite, naming the window.
         DataError: when windows are shorter than two tokens.
     """
     reporter = reporter or Reporter(show=False)
-    windows, stride = scored_windows(ids, stride)
+    windows, stride = scored_windows(ids, stride, bos)
     length = windows.shape[1]
     if length < 2:
         raise DataError(
@@ -122,4 +133,4 @@ def perplexity(
             where=description,
             remedy="the model is destroyed; keep more of it",
         )
-    return Perplexity(math.exp(mean), tokens, len(windows), length, stride)
+    return Perplexity(math.exp(mean), tokens, len(windows), length, stride, bos)

@@ -84,7 +84,7 @@ def place_of(name: str) -> tuple[int, str]:
     """
     parts = name.split(".")
     leaf = parts[-1]
-    return next((int(part) for part in parts if part.isdigit()), 0), _ROLES.get(leaf, leaf)
+    return next((int(part) for part in parts if part.isdecimal() and len(part) < 10), 0), _ROLES.get(leaf, leaf)
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

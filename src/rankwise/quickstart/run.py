@@ -10,9 +10,8 @@ from rankwise.checkpoints import load_model
 from rankwise.evaluation import generate
 from rankwise.flows.compress import compress
 from rankwise.progress import Reporter
-from rankwise.recipes import Calibration, Evaluation, Recipe
+from rankwise.recipes import recipe_from
 from rankwise.reports import closing_table
-from rankwise.sizes import Budget
 
 MODEL = Path(__file__).parent / "pydoc-llama"
 """A Llama of 2.4 million parameters, trained by `examples/train_quickstart_model.py`."""
@@ -28,12 +27,15 @@ def run(output: Path, keep: float, reporter: Reporter) -> None:
         keep: fraction of the decoder's linear weights to keep.
         reporter: told about progress.
     """
-    recipe = Recipe(
-        model=str(MODEL),
-        output=str(output),
-        budget=Budget(keep=keep),
-        calibration=Calibration(source="bundled:train", sequences=128, length=256),
-        evaluation=Evaluation(source="bundled:heldout", length=256, sequences=96),
+    recipe = recipe_from(
+        {
+            "model": str(MODEL),
+            "output": str(output),
+            "budget": {"keep": keep},
+            "calibration": {"source": "bundled:train", "sequences": 128, "length": 256},
+            "evaluation": {"source": "bundled:heldout", "length": 256, "sequences": 96},
+        },
+        origin="quickstart",
     )
     compressed = compress(recipe, run_directory=output.with_name(f".{output.name}.run"), reporter=reporter)
     dense = load_model(str(MODEL))
@@ -44,7 +46,7 @@ def run(output: Path, keep: float, reporter: Reporter) -> None:
         text = generate(loaded.model, loaded.tokenizer, _PROMPT, new_tokens=40)
         console.print(f"\n[bold]a sample, {label}:[/bold] ", end="")
         console.print(" ".join(text.split()), markup=False, highlight=False)
-    console.print(f"\nwritten to {output}; the same for your own model:", highlight=False)
+    console.print(f"\nwritten to {output}; the same for your own model:", markup=False, highlight=False)
     console.print(
         f"  rankwise compress MODEL --output DIR --keep {keep:g} --calibration text:FILE", markup=False, highlight=False
     )

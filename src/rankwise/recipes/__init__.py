@@ -7,12 +7,9 @@ from rankwise.recipes.compression import (
     Recipe,
     Repair,
     Validation,
-    read_recipe,
-    ready_recipes,
-    recipe_from,
-    set_value,
 )
-from rankwise.recipes.finetuning import TRAININGS, FineTune
+from rankwise.recipes.finetuning import TRAININGS, FineTune, finetune_from
+from rankwise.recipes.reading import read_recipe, ready_recipes, recipe_from, set_value
 
 __all__ = [
     "STEPS",
@@ -23,6 +20,7 @@ __all__ = [
     "Recipe",
     "Repair",
     "Validation",
+    "finetune_from",
     "read_recipe",
     "ready_recipes",
     "recipe_from",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from rankwise.data import parse_source
-from rankwise.errors import RankwiseError
+from rankwise.data import Start
+from rankwise.errors import RecipeError, nearest
+from rankwise.recipes.reading import explained
+from rankwise.recipes.values import Count, FilePath, Length, ModelName, Seed, SourceText
 from rankwise.repair import FullFactors, Lora, LowRankFactors, Subspace
 
 TRAININGS: dict[str, type[Subspace | Lora | FullFactors | LowRankFactors]] = {
@@ -32,25 +35,27 @@ class FineTune(BaseModel):
         original: the model that was compressed, for the loss `kl`; None takes the one the report names.
         held_out: examples at the end that are not learned from: what is trained is judged on them.
         evaluation: text source to score before and after.
+        bos: whether examples and texts begin with the tokenizer's start token, as for calibration.
         seed: for the order of examples.
         device: `auto`, `cpu`, `cuda`, ...
         precision: as in a recipe.
         trust_remote_code: run code that the original ships.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    model: str
-    data: str
-    output: str
+    model: ModelName
+    data: SourceText
+    output: FilePath
     method: Literal["subspace", "lora", "full-factors", "lowrank"] = "full-factors"
     settings: Subspace | Lora | FullFactors | LowRankFactors | None = None
-    length: Annotated[int, Field(ge=2)] | None = None
+    length: Length | None = None
     output_only: bool = False
-    original: str | None = None
-    held_out: Annotated[int, Field(ge=1)] = 16
-    evaluation: str | None = None
-    seed: int = 0
+    original: ModelName | None = None
+    held_out: Count = 16
+    evaluation: SourceText | None = None
+    bos: Start = "auto"
+    seed: Seed = 0
     device: str = "auto"
     precision: Literal["auto", "stored", "float32"] = "auto"
     trust_remote_code: bool = False
@@ -60,18 +65,34 @@ class FineTune(BaseModel):
         """The settings that hold."""
         return self.settings or TRAININGS[self.method]()
 
-    @field_validator("data", "evaluation")
-    @classmethod
-    def _source(cls, text: str | None) -> str | None:
-        if text is not None:
-            try:
-                parse_source(text)
-            except RankwiseError as problem:
-                raise ValueError(f"{problem.problem} {problem.remedy or ''}".strip()) from None
-        return text
-
     @model_validator(mode="after")
     def _settings_of_method(self) -> FineTune:
         if type(self.training) is not TRAININGS[self.method]:
             raise ValueError(f"the settings are not those of {self.method}")
         return self
+
+
+def finetune_from(values: Mapping[str, Any], settings: Mapping[str, Any], origin: str = "finetune") -> FineTune:
+    """Validate.
+
+    Args:
+        values: attributes of `FineTune` but for its settings.
+        settings: of its method.
+        origin: for errors.
+
+    Raises:
+        RecipeError: naming the key, and the nearest known one for a key that is unknown.
+    """
+    method = values.get("method", FineTune.model_fields["method"].default)
+    if not isinstance(method, str) or method not in TRAININGS:
+        raise RecipeError(
+            f"There is no method {method!r}.", where="--method", remedy=nearest(str(method)[:80], TRAININGS)
+        )
+    known = TRAININGS[method].model_fields
+    for key in settings:
+        if key not in known:
+            raise RecipeError(f"{method} has no setting {key!r}.", where=origin, remedy=nearest(key[:80], known))
+    try:
+        return FineTune.model_validate({**values, "settings": TRAININGS[method].model_validate(dict(settings))})
+    except ValidationError as problem:
+        raise explained(problem, origin, known=lambda place: list(FineTune.model_fields)) from None

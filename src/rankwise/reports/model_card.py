@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jinja2 import Environment, StrictUndefined
 
+from rankwise.reports.escaping import in_code, in_markdown
 from rankwise.reports.parts import in_words
 from rankwise.reports.report import Report
 
@@ -14,10 +15,10 @@ pipeline_tag: text-generation
 tags: [rankwise, {{ "quantized" if coded else "low-rank" }}]
 ---
 
-# {{ name }}, {% if bits %}{{ "%.3g" | format(bits.got) }} bits a linear weight\
+# {{ name | text }}, {% if bits %}{{ "%.3g" | format(bits.got) }} bits a linear weight\
 {% else %}{{ "%.3g" | format(100 * keep.got) }}% of the linear weights kept{% endif %}
 
-Made by rankwise {{ machine.rankwise }} from `{{ source }}` (`{{ architecture }}`).
+Made by rankwise {{ machine.rankwise | text }} from {{ name | code }} ({{ architecture | code }}).
 
 | | before | after |
 |---|---|---|
@@ -26,32 +27,35 @@ Made by rankwise {{ machine.rankwise }} from `{{ source }}` (`{{ architecture }}
 {{ "{:,}".format(after.linear_parameters) }} |
 | bytes of weights | {{ "{:,}".format(before.bytes) }} | {{ "{:,}".format(after.bytes) }} |
 {%- if evaluation %}
-| perplexity, {{ evaluation.source }} ({{ "{:,}".format(evaluation.dense.tokens) }} tokens, windows of \
+| perplexity, {{ evaluation.source | text }} ({{ "{:,}".format(evaluation.dense.tokens) }} tokens, windows of \
 {{ evaluation.dense.length }}) | {{ "%.3f" | format(evaluation.dense.perplexity) }} | \
 {{ "%.3f" | format(evaluation.compressed.perplexity) }} |
 {%- endif %}
 
-- method `{{ recipe.method.name }}`, allocation `{{ recipe.allocation.name }}`, \
+- method {{ recipe.method.name | code }}, allocation {{ recipe.allocation.name | code }}, \
 {% if bits %}{% if bits.asked is not none %}asked for {{ bits.asked }} bits a weight, {% endif %}\
 {{ "%.4f" | format(bits.got) }} bits a weight{% else %}\
 {% if keep.asked is not none %}asked to keep {{ keep.asked }}, {% endif %}\
 kept {{ "%.4f" | format(keep.got) }}{% endif %}
-- calibration: {{ calibration.sequences }} sequences of {{ calibration.length }} tokens from `{{ calibration.source }}`
-- {{ counted }}
+- calibration: {{ calibration.sequences }} sequences of {{ calibration.length }} tokens from \
+{{ calibration.source | code }}\
+{% if calibration.bos is not none %}, each begun by the start token{% endif %}
+- {{ counted | text }}
 {%- if biases_added %}
 - {{ "{:,}".format(biases_added) }} biases were added to make up for the mean of what was dropped
 {%- endif %}
 {%- for step in repair %}
-- repair `{{ step.step }}`: objective on validation samples {{ step.objective_before | in_words(".4g") }} before, \
+- repair {{ step.step | code }}: objective on validation samples {{ step.objective_before | in_words(".4g") }} before, \
 {{ step.objective_after | in_words(".4g") }} after{% if not step.accepted %}; undone{% endif %}
 {%- endfor %}
 {%- for step in finetune %}
-- fine-tuned with `{{ step.settings.method }}` on {{ step.examples.count }} examples of `{{ step.settings.data }}`: \
+- fine-tuned with {{ step.settings.method | code }} on {{ step.examples.count }} examples of \
+{{ step.settings.data | code }}: \
 loss a token on {{ step.examples.held_out }} held out {{ step.loss_before | in_words(".4f") }} before, \
 {{ step.loss_after | in_words(".4f") }} after{% if not step.accepted %}; undone{% endif %}
 {%- endfor %}
 {%- for note in notes %}
-- {{ note }}
+- {{ note | text }}
 {%- endfor %}
 
 ## Use
@@ -60,11 +64,12 @@ loss a token on {{ step.examples.held_out }} held out {{ step.loss_before | in_w
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("DIR"{% if low_rank %}, trust_remote_code=True{% endif %})
-tokenizer = AutoTokenizer.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR"{% if low_rank %}, trust_remote_code=False{% endif %})
 ```
 {% if low_rank %}
 `trust_remote_code=True` runs `modeling_rankwise.py` from this directory: the new layers and three small subclasses
-of the original classes. Without it loading stops with an error.
+of the original classes. Without it loading stops with an error. The tokenizer needs no code; `False` says so to
+transformers, which would ask otherwise.
 {%- if coded %} Weights are decoded in every forward pass;
 `from_pretrained(..., rankwise_cache_dense=True)` decodes them once and keeps them, as large as the original.{% endif %}
 {% else %}
@@ -77,7 +82,7 @@ The weights are multiplied back: this checkpoint loads like the original and is 
 def model_card(report: Report) -> str:
     """Markdown for a report."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters["in_words"] = in_words
-    source = report.recipe.model.rstrip("/").rpartition("/")[2]
+    environment.filters |= {"in_words": in_words, "text": in_markdown, "code": in_code}
+    name = report.recipe.model.rstrip("/").rpartition("/")[2]
     low_rank = report.recipe.format == "low_rank"
-    return environment.from_string(_CARD).render(**dict(report), name=source, source=source, low_rank=low_rank)
+    return environment.from_string(_CARD).render(**dict(report), name=name, low_rank=low_rank)

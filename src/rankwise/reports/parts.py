@@ -11,6 +11,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    WrapSerializer,
     model_serializer,
     model_validator,
 )
@@ -26,11 +27,19 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_constant=str)
 
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 """How many of something."""
 
 Measured = Annotated[float, Field(allow_inf_nan=True), AfterValidator(finite)] | None
 """A number that a damaged model may make infinite, or no number: it is None then, and null in the file."""
+
+
+def _without_no_bos(score: Perplexity, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    return {key: value for key, value in write(score).items() if key != "bos" or value is not None}
+
+
+Score = Annotated[Perplexity, WrapSerializer(_without_no_bos)]
+"""A perplexity; the file names the start token where there was one."""
 
 Plain = Annotated[Any, AfterValidator(_plain)]
 """Anything that JSON can hold."""
@@ -150,8 +159,8 @@ class Scores(Part):
     """
 
     source: str
-    dense: Perplexity
-    compressed: Perplexity
+    dense: Score
+    compressed: Score
 
 
 class CalibrationText(Part):
@@ -163,6 +172,7 @@ class CalibrationText(Part):
         length: tokens a sequence.
         available: sequences the source held.
         fingerprint: hash of the token ids.
+        bos: the start token that each sequence begins with; None for none.
     """
 
     source: str
@@ -170,6 +180,7 @@ class CalibrationText(Part):
     length: Count
     available: Count
     fingerprint: str
+    bos: int | None = None
 
 
 class ValidationText(Part):
@@ -452,8 +463,8 @@ class FineTuneStep(Part):
 
     settings: FineTuneSettings
     examples: ExampleCounts
-    before: Perplexity | None
-    after: Perplexity | None
+    before: Score | None
+    after: Score | None
     trained_parameters: Count
     history: tuple[TrainingStep, ...]
     norm_lost_in_merging: dict[str, Measured] | None = None

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import MissingPackageError, OutputError
+from rankwise.reading import one_line
+from rankwise.reports.escaping import in_picture
 from rankwise.reports.parts import TrainingStep
 from rankwise.reports.plan_table import kept_grid
 from rankwise.sizes import Plan
@@ -46,9 +48,7 @@ def _save(figure: Any, path: Path) -> None:
         with matplotlib.rc_context({"svg.hashsalt": "rankwise"}):
             figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     except (OSError, ValueError) as problem:
-        raise OutputError(
-            "The picture cannot be written.", where=str(path), remedy=f"{str(problem).splitlines()[0]}"
-        ) from None
+        raise OutputError("The picture cannot be written.", where=str(path), remedy=one_line(problem)) from None
 
 
 def draw_losses(path: Path, curves: Mapping[str, Sequence[TrainingStep]]) -> None:
@@ -66,7 +66,9 @@ def draw_losses(path: Path, curves: Mapping[str, Sequence[TrainingStep]]) -> Non
     for name, rows in curves.items():
         if rows:
             (line,) = axes.plot([row.step for row in rows], [row.loss for row in rows], linewidth=1.2)
-            axes.annotate(f" {name}", (rows[-1].step, rows[-1].loss), color=line.get_color(), fontsize=8, va="center")
+            axes.annotate(
+                f" {in_picture(name)}", (rows[-1].step, rows[-1].loss), color=line.get_color(), fontsize=8, va="center"
+            )
     axes.set_xlabel("step")
     axes.set_ylabel("loss a token (nats)")
     _save(figure, path)
@@ -103,7 +105,9 @@ def draw_iterations(path: Path, errors: Mapping[str, Sequence[float]], roles: Ma
     axes.set_xlabel("outer iteration")
     axes.set_ylabel("error of W relative to the first iteration")
     for (x, y), role, colour in ends:
-        axes.annotate(role, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9, color=colour)
+        axes.annotate(
+            in_picture(role), (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9, color=colour
+        )
     _save(figure, path)
 
 
@@ -125,10 +129,10 @@ def draw_plan(path: Path, plan: Plan) -> None:
     most = max(1.0, *grid.values()) if plan.coded else 1.0
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=most, aspect="auto")
     axes.set_xticks(range(len(blocks)), [str(block) for block in blocks])
-    axes.set_yticks(range(len(roles)), roles)
+    axes.set_yticks(range(len(roles)), [in_picture(role) for role in roles])
     axes.set_xlabel("block")
     size = f"bits a weight: {plan.bits_a_weight:.3f}" if plan.coded else f"fraction kept: {plan.kept:.3f}"
-    axes.set_title(f"{size} of the whole\n({plan.method}, {plan.allocation})", fontsize=9)
+    axes.set_title(f"{size} of the whole\n({in_picture(plan.method)}, {in_picture(plan.allocation)})", fontsize=9)
     if len(blocks) <= 40:
         for row, role in enumerate(roles):
             for column, block in enumerate(blocks):
@@ -169,7 +173,7 @@ def draw_trials(path: Path, trials: Sequence[Mapping[str, Any]]) -> None:
         if trial["origin"] not in _MARKERS:
             axes.scatter([trial["trial"] + 1], [trial["objective"]], s=24, marker="D", color="tab:orange")
             axes.annotate(
-                trial["origin"],
+                in_picture(trial["origin"]),
                 (trial["trial"] + 1, trial["objective"]),
                 textcoords="offset points",
                 xytext=(5, 4),
@@ -223,7 +227,7 @@ def _name_ends(axes: Any, ends: Sequence[tuple[tuple[float, float], str, str]]) 
         taken = place
         shift = (place - (log(y) - low) / (high - low)) * axes.bbox.height
         axes.annotate(
-            name,
+            in_picture(name),
             (x, y),
             xytext=(-6, shift),
             textcoords="offset points",
@@ -266,7 +270,7 @@ def draw_site_map(path: Path, rows: Sequence[Mapping[str, Any]], dense: float, k
                 text = f"{rise[block, role]:.1f}"
                 axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
     axes.set_xticks(range(len(blocks)), [str(block) for block in blocks])
-    axes.set_yticks(range(len(roles)), roles)
+    axes.set_yticks(range(len(roles)), [in_picture(role) for role in roles])
     axes.set_xlabel("block")
     axes.set_title(f"rise of perplexity in %,\none site at {keep:g} kept, all others dense", fontsize=9)
     _save(figure, path)

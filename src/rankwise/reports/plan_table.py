@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from rankwise.models import place_of
+from rankwise.reports.escaping import cell, printable
 from rankwise.sizes import Cut, Plan
 
 Grid = dict[tuple[int, str], float]
@@ -41,7 +42,7 @@ def plan_table(plan: Plan) -> Table:
     table.title = "bits of Q + rank of L R (bits a weight)" if plan.coded else "rank (fraction kept)"
     table.add_column("block", justify="right")
     for role in roles:
-        table.add_column(role, justify="right")
+        table.add_column(cell(role), justify="right")
     for block in blocks:
         cells = []
         for role in roles:
@@ -74,7 +75,7 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
         facts.append(("point", ", ".join(f"{key} {value:.3g}" for key, value in plan.coordinates.items())))
     if plan.groups:
         facts.append(("kept by group", ", ".join(f"{key} {value:.3f}" for key, value in plan.groups.items())))
-    return facts
+    return [(label, printable(text)) for label, text in facts]
 
 
 def _size(plan: Plan) -> tuple[str, str]:
@@ -100,5 +101,5 @@ def plan_difference(first: Plan, second: Plan) -> Table:
         a, b = first.cuts[name], second.cuts[name]
         if a != b:
             change = second.site_bits(name) - first.site_bits(name)
-            table.add_row(name, str(a), str(b), f"{change:+,}")
+            table.add_row(cell(name), str(a), str(b), f"{change:+,}")
     return table

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Final, Literal
 
 from pydantic import ValidationError
-from pydantic_core import from_json
 
 from rankwise.errors import ModelError
 from rankwise.evaluation import Cost
 from rankwise.progress import StageTime
+from rankwise.reading import UnreadableError, first_problem, parse_json, read_bytes, shown
 from rankwise.reports.parts import (
     Bits,
     CalibrationText,
@@ -100,14 +100,17 @@ class Report(Part):
             ModelError: when it cannot be read, naming its format if that is another, or the first key that is wrong.
         """
         try:
-            values = from_json(Path(path).read_bytes())
-        except OSError as problem:
+            content = read_bytes(path)
+        except UnreadableError as problem:
             raise ModelError(
-                f"The report cannot be read ({problem.strerror}).",
+                f"The report cannot be read ({problem}).",
                 where=str(path),
                 remedy="give the rankwise_report.json of a directory that rankwise wrote",
             ) from None
-        except ValueError as problem:
+        try:
+            # 0.1.0 wrote infinities; the keys that may hold one say so themselves.
+            values = parse_json(content, finite=False)
+        except UnreadableError as problem:
             raise ModelError(f"The report is not JSON: {problem}.", where=str(path), remedy=_MAKE_AGAIN) from None
         found = values.get("format") if isinstance(values, dict) else None
         if found is None:
@@ -118,7 +121,7 @@ class Report(Part):
             )
         if found != REPORT_FORMAT:
             raise ModelError(
-                f"The report is of format {found!r}, and this version reads {REPORT_FORMAT!r}.",
+                f"The report is of format {shown(found)}, and this version reads {REPORT_FORMAT!r}.",
                 where=str(path),
                 remedy=f"use the version of rankwise that wrote it, or {_MAKE_AGAIN}",
             )
@@ -155,15 +158,13 @@ _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 def _explained(problem: ValidationError, path: str) -> ModelError:
     """One error for people from pydantic's list: an unknown key, which explains one that is missing, else the first."""
-    error = min(problem.errors(), key=lambda each: each["type"] not in _UNKNOWN)
-    place = ".".join(map(str, error["loc"]))
+    error, place, message = first_problem(problem, before=_UNKNOWN)
     if error["type"] in _UNKNOWN:
         return ModelError(
-            f"{error['loc'][-1]!r} is no key of a report.",
+            f"{shown(error['loc'][-1])} is no key of a report.",
             where=f"{path}: {place}",
             remedy="use the version of rankwise that wrote it, or take the key out",
         )
     if error["type"] == "missing":
         return ModelError(f"The report lacks {place!r}.", where=path, remedy=_MAKE_AGAIN)
-    message = error["msg"].removeprefix("Value error, ")
     return ModelError(f"The report cannot be read: {message}.", where=f"{path}: {place}", remedy=_MAKE_AGAIN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from rankwise.reports.escaping import cell
 from rankwise.reports.parts import in_words
 from rankwise.reports.report import Report
 from rankwise.sizes import bytes_in_words
@@ -28,23 +29,27 @@ def closing_table(report: Report) -> Table:
         ("parameters", before.parameters, after.parameters),
         ("linear parameters", before.linear_parameters, after.linear_parameters),
     ):
-        table.add_row(label, f"{one:,}", f"{other:,}", f"{other / one:.3f}")
+        table.add_row(label, f"{one:,}", f"{other:,}", _ratio(one, other))
     for label, one, other in (
         ("bytes", before.bytes, after.bytes),
         ("linear bytes", before.linear_bytes, after.linear_bytes),
     ):
-        table.add_row(label, bytes_in_words(one), bytes_in_words(other), f"{other / one:.3f}")
+        table.add_row(label, bytes_in_words(one), bytes_in_words(other), _ratio(one, other))
     if report.evaluation is not None:
         dense, small = report.evaluation.dense.perplexity, report.evaluation.compressed.perplexity
-        table.add_row("perplexity", f"{dense:.3f}", f"{small:.3f}", f"{small / dense:.3f}")
+        table.add_row("perplexity", f"{dense:.3f}", f"{small:.3f}", _ratio(dense, small))
     if report.search is not None:
         value = in_words(report.search.objective.value, ".4g")
         best = f"in trial {report.search.best_trial + 1}"
         table.add_row(f"objective, {report.search.trials} trials", "", value, best)
     for step in report.repair:
         values = (in_words(value, ".4g") for value in (step.objective_before, step.objective_after))
-        table.add_row(f"objective, {step.step}", *values, "" if step.accepted else "undone")
+        table.add_row(cell(f"objective, {step.step}"), *values, "" if step.accepted else "undone")
     table.add_section()
     for name, stage in report.stages.items():
-        table.add_row(name, f"{stage.seconds:.1f} s", f"peak {bytes_in_words(stage.peak_memory_bytes)}", "")
+        table.add_row(cell(name), f"{stage.seconds:.1f} s", f"peak {bytes_in_words(stage.peak_memory_bytes)}", "")
     return table
+
+
+def _ratio(before: float, after: float) -> str:
+    return f"{after / before:.3f}" if before else "-"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rankwise.errors import BudgetError
 from rankwise.models import Site
 from rankwise.quantizers import CODEBOOKS
+from rankwise.reading import UnreadableError, first_problem, read_json, shown
 from rankwise.sizes.budget import Allowance
 from rankwise.sizes.cut import DENSE, Cut
 from rankwise.sizes.form import FULL_BITS, Form
@@ -18,6 +19,10 @@ from rankwise.sizes.form import FULL_BITS, Form
 PLAN_FORMAT = "rankwise-plan/2"
 _FIRST_FORMAT = "rankwise-plan/1"
 _LARGEST_FACTOR_BITS = 16
+_WIDEST_NUMBER = 64
+
+Side = Annotated[int, Field(ge=1, lt=1 << 40)]
+"""Rows or columns of a weight."""
 
 
 class Plan(BaseModel):
@@ -45,7 +50,7 @@ class Plan(BaseModel):
         objective: value, perplexity and KL on the validation samples, where they were measured.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     format: Literal["rankwise-plan/2"] = "rankwise-plan/2"
     architecture: str
@@ -53,12 +58,12 @@ class Plan(BaseModel):
     method: str
     method_settings: dict[str, Any] = {}
     allocation: str
-    keep: float | None = None
-    bits: float | None = None
-    size: int | None = None
-    rank_multiple: int
+    keep: Annotated[float, Field(gt=0)] | None = None
+    bits: Annotated[float, Field(gt=0)] | None = None
+    size: Annotated[int, Field(gt=0)] | None = None
+    rank_multiple: Annotated[int, Field(ge=1, lt=1 << 40)]
     form: Form
-    shapes: dict[str, tuple[int, int]]
+    shapes: Annotated[dict[str, tuple[Side, Side]], Field(min_length=1)]
     cuts: dict[str, Cut]
     groups: dict[str, float] = {}
     space: str | None = None
@@ -72,7 +77,7 @@ class Plan(BaseModel):
             return _from_first_format(values)
         if isinstance(values, dict) and values.get("format", PLAN_FORMAT) != PLAN_FORMAT:
             raise ValueError(
-                f"format {values['format']!r} was written by another version: this one reads {PLAN_FORMAT}"
+                f"format {shown(values['format'])} was written by another version: this one reads {PLAN_FORMAT}"
             )
         return values
 
@@ -81,6 +86,8 @@ class Plan(BaseModel):
         if set(self.cuts) != set(self.shapes):
             name = min(set(self.cuts) ^ set(self.shapes))
             raise ValueError(f"{name} has a cut without a shape, or a shape without a cut")
+        if self.form.number_bits > _WIDEST_NUMBER:
+            raise ValueError(f"no number has {shown(self.form.number_bits)} bits")
         for name, cut in self.cuts.items():
             if cut.rank is not None and cut.rank > min(self.shapes[name]):
                 raise ValueError(f"{name}: the rank {cut.rank} does not lie in 0..{min(self.shapes[name])}")
@@ -189,9 +196,13 @@ class Plan(BaseModel):
             BudgetError: when the file is missing or not a plan.
         """
         try:
-            return cls.model_validate_json(path.read_text())
-        except (OSError, ValidationError, ValueError) as problem:
-            raise BudgetError("The plan cannot be read.", where=str(path), remedy=_first_line(problem)) from None
+            return cls.model_validate(read_json(path))
+        except ValidationError as problem:
+            _, place, message = first_problem(problem)
+            why = f"{place}: {message}" if place else message
+        except UnreadableError as problem:
+            why = str(problem)
+        raise BudgetError("The plan cannot be read.", where=str(path), remedy=why) from None
 
     def fitting(self, sites: Sequence[Site], where: str) -> dict[str, Cut]:
         """Its cuts for a model's sites.
@@ -241,13 +252,6 @@ def _from_first_format(values: dict[str, Any]) -> dict[str, Any]:
             for name, rank in ranks.items()
         },
     }
-
-
-def _first_line(problem: Exception) -> str:
-    if isinstance(problem, ValidationError):
-        first = problem.errors()[0]
-        return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, "))))
-    return str(problem).splitlines()[0]
 
 
 def _require_shapes(shapes: Mapping[str, tuple[int, int]], plan: Plan, whose: str, where: str) -> None:

@@ -67,6 +67,7 @@ def score(work: Work, what: str, plan: Plan | None = None, repairing: Repairing 
             batch_size=settings.batch_size,
             reporter=work.reporter,
             description=f"perplexity, {what}",
+            bos=texts.bos,
         )
         with stage.making() as folder:
             folder.write_json("perplexity.json", asdict(found))
@@ -117,6 +118,7 @@ def _report(
             length=calibration.ids.shape[1],
             available=calibration.available,
             fingerprint=calibration.fingerprint,
+            bos=calibration.bos,
         ),
         search=chosen.search,
         repair=() if repairing is None else tuple(repairing.done),
@@ -164,7 +166,7 @@ def write(
                 (folder / "trials.jsonl").write_text("".join(json.dumps(t) + "\n" for t in chosen.trials))
             if can_draw():
                 _draw(folder, chosen, report)
-            (folder / "README.md").write_text(model_card(report))
+            (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     except RankwiseError:
         work.reporter.note(f"finished stages are kept in {work.run.directory}")
         raise

@@ -243,6 +243,7 @@ def _examples(work: Work) -> Examples:
         work.loaded.vocabulary,
         length=length,
         output_only=settings.output_only,
+        start=work.recipe.calibration.bos,
     )
     if found.shortened:
         work.reporter.note(f"{found.shortened} of {len(found)} examples were longer than {length} tokens and were cut")

@@ -89,7 +89,14 @@ def read_examples(wanted: FineTune, loaded: LoadedModel, reporter: Reporter) -> 
         reporter.note(f"examples are cut to the context of {loaded.context} tokens, not {length}")
         length = loaded.context
     source = parse_source(wanted.data)
-    found = load_examples(source, loaded.tokenizer, loaded.vocabulary, length=length, output_only=wanted.output_only)
+    found = load_examples(
+        source,
+        loaded.tokenizer,
+        loaded.vocabulary,
+        length=length,
+        output_only=wanted.output_only,
+        start=wanted.bos,
+    )
     if found.shortened:
         reporter.note(f"{found.shortened} of {len(found)} examples were longer than {length} tokens: cut")
     if len(found) <= wanted.held_out:
@@ -312,10 +319,10 @@ def score_tuned(wanted: FineTune, loaded: LoadedModel, reporter: Reporter) -> Pe
     if wanted.evaluation is None:
         return None
 
-    settings = Evaluation(source=wanted.evaluation, length=wanted.length)
-    ids = read_sequences(settings, loaded, 0, 0).ids
+    settings = Evaluation(source=wanted.evaluation, length=wanted.length, bos=wanted.bos)
+    texts = read_sequences(settings, loaded, 0, 0)
     with computing(loaded.model):
-        return perplexity(loaded.model, ids, reporter=reporter)
+        return perplexity(loaded.model, texts.ids, reporter=reporter, bos=texts.bos)
 
 
 def step_of(

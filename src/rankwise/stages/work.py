@@ -135,7 +135,13 @@ def _read_validation(recipe: Recipe, loaded: LoadedModel, calibration: Sequences
         return read
     source = recipe.calibration.source
     pool = read_sequences(
-        settings.model_copy(update={"source": source, "length": settings.length or recipe.calibration.length}),
+        settings.model_copy(
+            update={
+                "source": source,
+                "length": settings.length or recipe.calibration.length,
+                "bos": recipe.calibration.bos,
+            }
+        ),
         loaded,
         recipe.seed,
         settings.skip,
@@ -151,7 +157,7 @@ def _read_validation(recipe: Recipe, loaded: LoadedModel, calibration: Sequences
             where=source,
             remedy="give --validation SOURCE, more text, or fewer calibration sequences",
         )
-    return Sequences(chosen, f"{source} (not used for calibration)", int(unused.sum()), pool.cut)
+    return Sequences(chosen, f"{source} (not used for calibration)", int(unused.sum()), pool.cut, pool.bos)
 
 
 def read_sequences(
@@ -167,6 +173,7 @@ def read_sequences(
         count=None if every else settings.sequences,
         seed=seed if settings.sample == "random" else None,
         first=skip,
+        start=settings.bos,
     )
 
 
@@ -180,6 +187,7 @@ def begin(recipe: Recipe, run: Run, loaded: LoadedModel, texts: Texts, reporter:
         raise ModelError("The model is compressed already.", where=recipe.model, remedy="compress the original")
     for note in loaded.notes:
         reporter.note(note)
+    reporter.facts |= {"architecture": type(loaded.model).__name__, "run directory": str(run.directory)}
     found = find_sites(loaded.model)
     for site in found:
         site.weight(loaded.model)

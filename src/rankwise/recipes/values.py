@@ -1,0 +1,47 @@
+"""What values of a recipe may be: bounded numbers, paths that a file system can hold, sources in the grammar."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from rankwise.data import parse_source
+from rankwise.errors import RankwiseError
+from rankwise.reading import check_path
+
+_MOST = 1 << 40
+
+# NumPy, which training seeds too, takes 32 bits.
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+"""For everything drawn."""
+
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+"""How many of something."""
+
+Skipped = Annotated[int, Field(ge=0, le=_MOST)]
+"""How many are left out."""
+
+Length = Annotated[int, Field(ge=2, le=_MOST)]
+"""Tokens a sequence."""
+
+_BESIDE = len("..training.partial")
+
+
+def _checked_source(text: str) -> str:
+    try:
+        parse_source(text)
+    except RankwiseError as problem:
+        raise ValueError(f"{problem.problem} {problem.remedy or ''}".strip()) from None
+    return text
+
+
+SourceText = Annotated[str, AfterValidator(_checked_source)]
+"""A text source, in the grammar of `rankwise.data.sources`."""
+
+ModelName = Annotated[str, AfterValidator(check_path)]
+"""A directory or a hub name."""
+
+# What is being written has a longer name for a while.
+FilePath = Annotated[str, AfterValidator(lambda text: check_path(text, beside=_BESIDE))]
+"""A path to be written."""

@@ -1,0 +1,1 @@
+"""Inputs that nobody would write, and the readers that have to take or refuse each: `make fuzz`."""
