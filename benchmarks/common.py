@@ -6,12 +6,16 @@ import datetime
 import json
 import os
 import platform
+import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from rankwise.errors import RankwiseError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -51,6 +55,36 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def forked(work: Callable[[], Any]) -> int:
+    """The process id of a child that does this and ends with 0, 2 for an error for people, 70 for any other."""
+    child = os.fork()
+    if child:
+        return child
+    status = 70
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        work()
+        status = 0
+    except RankwiseError:
+        status = 2
+    finally:
+        os._exit(status)
+
+
+def ended(child: int, seconds: float = 600.0) -> int:
+    """A child's exit status, negative for a signal; it is killed when it takes longer."""
+    until = time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 def write_result(name: str, title: str, command: str, body: str, figures: Any) -> None:

@@ -29,9 +29,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from common import markdown_table, write_result
+from common import ended, forked, markdown_table, write_result
 from rankwise import compress
-from rankwise.errors import RankwiseError
 from rankwise.quickstart import MODEL
 from rankwise.recipes import recipe_from
 
@@ -80,28 +79,6 @@ def mark(output: Path) -> str:
     for name in ("model.safetensors", "plan.json", "config.json"):
         digest.update((output / name).read_bytes())
     return digest.hexdigest()
-
-
-def forked(work: Callable[[], None]) -> int:
-    """The process id of a child that does this and ends with 0, 2 for an error for people, 70 for any other."""
-    child = os.fork()
-    if child:
-        return child
-    status = 70
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
-        work()
-        status = 0
-    except RankwiseError:
-        status = 2
-    finally:
-        os._exit(status)
-
-
-def ended(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def running(values: dict[str, Any], stages: Path) -> Callable[[], None]:

@@ -25,7 +25,6 @@ from rankwise.checkpoints.sources import (
 )
 from rankwise.checkpoints.verify import read_json, verify_checkpoint
 from rankwise.errors import ModelError, NotFiniteError
-from rankwise.layers.needs import FORMAT_VERSION as FORMAT_VERSION
 from rankwise.layers.needs import unmet
 from rankwise.reading import one_line
 

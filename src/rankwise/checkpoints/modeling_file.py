@@ -22,10 +22,6 @@ from rankwise.layers import low_rank, needs, pivoted, quantized, replace
 from rankwise.quantizers import codes, rotation
 
 MODULE_NAME = "modeling_rankwise"
-
-MINIMUM_TRANSFORMERS = needs.MINIMUM_TRANSFORMERS
-"""The oldest transformers that a checkpoint loads with: its modelling file says so in an older one."""
-
 _GENERATED = "rankwise_generated_"
 
 _TEMPLATE = '''"""{base} with low-rank or quantised linear layers.

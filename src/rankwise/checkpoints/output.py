@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rankwise.errors import OutputError, is_disk_full
+from rankwise.runs import to_disk
 
 REPORT_FILE = "rankwise_report.json"
 """Every directory that rankwise writes holds this file; only such directories are ever replaced."""
@@ -177,16 +178,6 @@ def _tidy(target: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def flush(*paths: Path) -> None:
-    """Bring files, and the names in directories, to the disk."""
-    for path in paths:
-        opened = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
-
-
 @contextmanager
 def writing(output: Path) -> Iterator[Path]:
     """A temporary directory beside `output`, which is reserved, that takes its place when the block ends well.
@@ -205,13 +196,14 @@ def writing(output: Path) -> Iterator[Path]:
         written = {file.name: file.stat().st_size for file in sorted(fresh.iterdir())}
         (fresh / FILES_FILE).write_text(json.dumps(written, indent=2) + "\n")
         # Survive a power cut too: the contents reach the disk before the name does.
-        flush(*fresh.iterdir(), fresh)
+        for path in [*fresh.iterdir(), fresh]:
+            to_disk(path)
         old = target.with_name(f"{_stem(target)}.old")
         if target.exists():
             os.rename(target, old)
         os.rename(fresh, target)
         shutil.rmtree(old, ignore_errors=True)
-        flush(target.parent)
+        to_disk(target.parent)
     except BaseException as problem:
         if fresh is not None:
             shutil.rmtree(fresh, ignore_errors=True)

@@ -12,10 +12,11 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rankwise.checkpoints.load import CACHE_KEY, CHECKPOINT_KEY, FORMAT_VERSION, LoadedModel
+from rankwise.checkpoints.load import CACHE_KEY, CHECKPOINT_KEY, LoadedModel
 from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, base_classes, model_type_for, modeling_source
 from rankwise.errors import ModelError, NotFiniteError
 from rankwise.layers import dense_layer, kind_of
+from rankwise.layers.needs import FORMAT_VERSION, MINIMUM_TRANSFORMERS
 from rankwise.models import Site
 
 
@@ -86,6 +87,7 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
         **{
             CHECKPOINT_KEY: {
                 "format": FORMAT_VERSION,
+                "needs": {"transformers": f">={MINIMUM_TRANSFORMERS}"},
                 "base_model_type": base_type,
                 "base_architecture": classes[2].__name__,
                 "layers": low_rank_layers(model, sites),

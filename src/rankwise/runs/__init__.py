@@ -1,6 +1,6 @@
 """Stages on disk: listed with their hashes, taken over as they were written, by one process at a time."""
 
-from rankwise.runs.files import make_writable, replacing, take_space, write_atomically
+from rankwise.runs.files import make_writable, replacing, take_space, to_disk, write_atomically
 from rankwise.runs.folder import MANIFEST, Folder
 from rankwise.runs.holding import keeping, locked
 from rankwise.runs.lines import Lines
@@ -19,5 +19,6 @@ __all__ = [
     "replacing",
     "stage_key",
     "take_space",
+    "to_disk",
     "write_atomically",
 ]
