@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart real-model test test-slow mutants fuzz lint bench bench-gpu clean
+.PHONY: help setup quickstart real-model test test-slow mutants fuzz reliability lint bench bench-gpu clean
 
 help:
 	@echo "make quickstart   set up, compress the bundled model, show the result"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow    set up, run the tests that take minutes"
 	@echo "make mutants      set up, break the package in many places, show that the tests notice (minutes)"
 	@echo "make fuzz         set up, give 100,000 mutated inputs to every reader (minutes)"
+	@echo "make reliability  set up, disturb runs and see what becomes of them (minutes)"
 	@echo "make lint         set up, check style, types and import rules"
 	@echo "make bench        set up, measure everything in benchmarks/ (needs the real models)"
 	@echo "make bench-gpu    set up, measure what needs a GPU (needs no models)"
@@ -45,6 +46,9 @@ mutants: setup
 
 fuzz: setup
 	PYTHONPATH=tests $(BIN)/python -m fuzzing --inputs $(INPUTS)
+
+reliability: setup
+	cd benchmarks && ../$(BIN)/python reliability.py
 
 lint: setup
 	$(BIN)/ruff check .

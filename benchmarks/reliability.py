@@ -1,6 +1,8 @@
 """What happens to a run that is killed, whose disk fills up, whose files are damaged, or that another run meets.
 
-python benchmarks/reliability.py [kills] [disks] [damage] [writers]
+python benchmarks/reliability.py [SHARE]
+
+SHARE, 1 by default, makes fewer attempts of every kind.
 
 Every attempt runs in a process of its own and is compared with the same run left alone: the same weights and the same
 plan, or an error for people. Anything else is counted: lost (finished work is gone, or the run cannot go on), silently
@@ -12,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
+import math
 import os
 import random
 import shutil
@@ -29,22 +33,25 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from common import ended, forked, markdown_table, write_result
+from common import ROOT, ended, forked, markdown_table, write_result
 from rankwise import compress
+from rankwise.checkpoints import reload
 from rankwise.quickstart import MODEL
 from rankwise.recipes import recipe_from
 
 PARTS = {"kills": 60, "disks": 16, "damage": 100, "writers": 20}
 
+INPUTS = 20_000
+
 RECIPES: dict[str, dict[str, Any]] = {
     "search and repair": {
         "method": "bolaco",
-        "allocation": {"name": "bayesian", "trials": 4, "initial": 2},
+        "allocation": {"name": "bayesian", "trials": 4},
         "budget": {"keep": 0.6, "rank_multiple": 1},
         "validation": {"sequences": 8, "select": "top", "count": 4, "plans": 3},
         "repair": {"steps": ["refit", "blocks"], "blocks": {"epochs": 1}},
     },
-    "codes": {"method": "mixed", "budget": {"bits": 3, "rank_multiple": 1}},
+    "codes": {"method": {"name": "caldera", "outer": 1}, "budget": {"bits": 3, "rank_multiple": 1}},
 }
 
 
@@ -83,6 +90,16 @@ def mark(output: Path) -> str:
 
 def running(values: dict[str, Any], stages: Path) -> Callable[[], None]:
     return lambda: void(compress(recipe_from(values), run_directory=stages))
+
+
+def by_itself(work: Callable[[], None]) -> Callable[[], None]:
+    """The same with a reloading process of its own: who dies in a request leaves the shared one out of step."""
+
+    def alone() -> None:
+        reload._started.cache_clear()
+        work()
+
+    return alone
 
 
 def void(_value: Any) -> None:
@@ -128,7 +145,7 @@ def kills(bench: Bench, count: int, draw: random.Random, counts: Counter[str]) -
     """kill -9 at a random moment, then the same command again."""
     for number in range(count):
         kind, place = kinds(number), bench.fresh()
-        child = forked(running(values_of(bench.model, kind, place / "out"), place / "stages"))
+        child = forked(by_itself(running(values_of(bench.model, kind, place / "out"), place / "stages")))
         time.sleep(draw.uniform(0, bench.seconds[kind]))
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
@@ -151,7 +168,7 @@ def disks(bench: Bench, count: int, draw: random.Random, counts: Counter[str]) -
         size = max(1, int(used * (number + 1) / (count + 1)) // 1024)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(place)], check=True)
         try:
-            status = ended(forked(running(values_of(bench.model, kind, place / "out"), place / "stages")))
+            status = ended(forked(by_itself(running(values_of(bench.model, kind, place / "out"), place / "stages"))))
             if status not in (0, 2):
                 counts["foreign"] += 1
                 continue
@@ -194,7 +211,7 @@ def writers(bench: Bench, count: int, draw: random.Random, counts: Counter[str])
         place = bench.fresh()
         children = []
         for kind in RECIPES:
-            children.append(forked(running(values_of(bench.model, kind, place / "out"), place / kind)))
+            children.append(forked(by_itself(running(values_of(bench.model, kind, place / "out"), place / kind))))
             time.sleep(draw.uniform(0, 0.3))
         statuses = [ended(child) for child in children]
         if any(status not in (0, 2) for status in statuses):
@@ -209,6 +226,8 @@ def writers(bench: Bench, count: int, draw: random.Random, counts: Counter[str])
         shutil.rmtree(place)
 
 
+OUTCOMES = ("right", "lost", "silently wrong", "foreign")
+
 WORDS = {
     "kills": "kill -9 at a random moment, the same command again",
     "disks": "a disk that fills up, room made, the same command again",
@@ -217,27 +236,41 @@ WORDS = {
 }
 
 
+def inputs(count: int) -> None:
+    """What the readers say to mutated files and options; see `tests/fuzzing`."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "counts.json"
+        command = [sys.executable, "-m", "fuzzing", "--inputs", str(count), "--json", str(found)]
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT / "tests")}, check=False)
+        records = json.loads(found.read_text())
+    header = ["input", "tried", "accepted", "refused", "foreign"]
+    table = markdown_table(header, [[record[each] for each in header] for record in records])
+    write_result("fuzz", "Inputs from outside, mutated", "make reliability", f"Seed 0.\n\n{table}", records)
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    wanted = sys.argv[1:] or list(PARTS)
-    draw, figures, rows = random.Random(0), {}, []
+    # Shared by all children, which each would import and start them else.
+    for name in ("botorch", "rankwise.allocation.surrogate", "rankwise.stages", "matplotlib.figure"):
+        importlib.import_module(name)
+    reload._elsewhere()
+    share = float(sys.argv[1]) if sys.argv[1:] else 1.0
+    draw, records = random.Random(0), []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        for part in wanted:
+        for part, most in PARTS.items():
+            times = math.ceil(share * most)
             counts: Counter[str] = Counter()
             started = time.monotonic()
-            globals()[part](bench, PARTS[part], draw, counts)
-            figures[part] = {"attempts": PARTS[part], **counts, "seconds": round(time.monotonic() - started)}
-            print(part, json.dumps(figures[part]), flush=True)
-            if counts["left out"]:
-                continue
-            bad = [counts[each] for each in ("lost", "silently wrong", "foreign")]
-            rows.append([WORDS[part], PARTS[part], counts["right"], *bad])
+            globals()[part](bench, times, draw, counts)
+            print(part, dict(counts), f"{time.monotonic() - started:.0f} s", flush=True)
+            if not counts["left out"]:
+                records.append({"what": WORDS[part], "times": times, **{each: counts[each] for each in OUTCOMES}})
+    header = ["what", "times", *OUTCOMES]
+    table = markdown_table(header, [[record[each] for each in header] for record in records])
     body = "A model of two small blocks; a run with a search and repairs, and one with codes, by turns.\n\n"
-    header = ["what was tried", "times", "same model", "lost", "silently wrong", "foreign exceptions"]
-    write_result(
-        "reliability", "Runs that are disturbed", "make reliability", body + markdown_table(header, rows), figures
-    )
+    write_result("reliability", "Runs that are disturbed", "make reliability", body + table, records)
+    inputs(math.ceil(share * INPUTS))
 
 
 if __name__ == "__main__":

@@ -215,8 +215,8 @@ MUTANTS = (
     Mutant(
         "sampled labels are the text's",
         "statistics/passes.py",
-        'if labels == "text":',
-        "if labels:",
+        'draws = None if labels == "text" else',
+        "draws = None if labels else",
         ("statistics/test_statistics.py",),
     ),
     Mutant(
@@ -313,8 +313,8 @@ MUTANTS = (
     Mutant(
         "the divergence is taken the other way round",
         "evaluation/predictions.py",
-        'original = self._head(self._inputs).float().log_softmax(-1)\n        if direction == "compressed_original":',
-        'original = self._head(self._inputs).float().log_softmax(-1)\n        if direction != "compressed_original":',
+        'original = self._logits.of(part).float().log_softmax(-1)\n        if direction == "compressed_original":',
+        'original = self._logits.of(part).float().log_softmax(-1)\n        if direction != "compressed_original":',
         ("evaluation/test_objective.py",),
     ),
     Mutant(
@@ -334,8 +334,8 @@ MUTANTS = (
     Mutant(
         "labels are not drawn, but the likeliest are taken",
         "statistics/passes.py",
-        "return (logits.float() - (-noise.log()).log()).argmax(-1)",
-        "return logits.float().argmax(-1)",
+        "return torch.searchsorted(sums, wanted, right=True).squeeze(-1).clamp_max_(logits.shape[-1] - 1)",
+        "return logits.argmax(-1)",
         ("statistics/test_statistics.py",),
     ),
     Mutant(
@@ -407,6 +407,34 @@ MUTANTS = (
         "        inputs = outputs = None\n",
         "        pass\n",
         ("methods/test_zeros.py",),
+    ),
+    Mutant(
+        "a refit sees the pass that learns what blocks are handed",
+        "repair/refit.py",
+        "    runner.learn(len(hidden))  # Runs",
+        "    # Runs",
+        ("repair/test_repair.py::test_a_killed_repair_goes_on_with_the_next_block",),
+    ),
+    Mutant(
+        "a checkpoint may hold other tensors than the model",
+        "checkpoints/reload.py",
+        "if here.get(tensor) != there.get(tensor):",
+        "if False:",
+        ("checkpoints/test_reload.py",),
+    ),
+    Mutant(
+        "an output has many writers",
+        "checkpoints/output.py",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        ("checkpoints/test_output.py",),
+    ),
+    Mutant(
+        "the gradient of a part is that of the first",
+        "models/head.py",
+        "gradient[part] = torch.autograd.grad",
+        "gradient[:] = torch.autograd.grad",
+        ("models/test_head.py",),
     ),
     Mutant(
         "references in YAML may multiply",

@@ -103,6 +103,9 @@ def test_windows_that_overlap_begin_with_it_once_and_score_every_token(stride: i
             seen.extend(input_ids[:, 0].tolist())
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 200))
 
+        def get_input_embeddings(self) -> torch.nn.Module:
+            return self
+
     found = perplexity(Model(1, 1), ids, stride=stride, bos=0)
     assert found.perplexity == pytest.approx(200)
     assert found.bos == 0

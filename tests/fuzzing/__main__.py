@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import logging
 import signal
 import sys
@@ -24,6 +25,8 @@ from fuzzing.kinds import Kind, all_kinds
 from rankwise.errors import RankwiseError
 
 _SECONDS_EACH = 20
+
+SORTS = ("accepted", "refused", "foreign")
 
 
 def outcome(kind: Kind, drawn: Any) -> BaseException | None:
@@ -55,11 +58,13 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzzing", description=__doc__)
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write the counts there")
     parser.add_argument("kinds", nargs="*", help="words in the names of the kinds to try")
     given = parser.parse_args(words)
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGALRM, _too_long)
     started, tried, foreign = time.monotonic(), 0, 0
+    records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         kinds = [k for k in all_kinds(Path(name)) if not given.kinds or any(word in k.name for word in given.kinds)]
         shares = sum(kind.share for kind in kinds)
@@ -67,11 +72,14 @@ def main(words: list[str]) -> int:
         for kind in kinds:
             begun = time.monotonic()
             counts = _try_kind(kind, max(1, round(given.inputs * kind.share / shares)), given.seed)
+            records.append({"input": kind.name, "tried": counts.total(), **dict.fromkeys(SORTS, 0), **counts})
             tried, foreign = tried + counts.total(), foreign + counts["foreign"]
-            row = (counts.total(), *(counts[each] for each in ("accepted", "refused", "foreign")))
+            row = (counts.total(), *(counts[each] for each in SORTS))
             numbers = " ".join(f"{n:>{width},}" for n, width in zip(row, (8, 9, 8, 8), strict=True))
             print(f"{kind.name:<30} {numbers} {time.monotonic() - begun:>8.0f}", flush=True)
     print(f"{tried:,} inputs in {time.monotonic() - started:.0f} s, seed {given.seed}: {foreign} foreign exceptions")
+    if given.json is not None:
+        given.json.write_text(json.dumps(records))
     return int(foreign > 0)
 
 

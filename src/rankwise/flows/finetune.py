@@ -35,7 +35,9 @@ def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | No
 
     reporter = reporter or Reporter(show=False)
     output = Path(wanted.output)
-    check_output(output, {"the model": Path(wanted.model)})
+    source = Path(wanted.model)
+    # A model may be trained in its own place: it is in memory whole before it is replaced.
+    check_output(output, {} if source.resolve() == output.resolve() else {"the model": source})
     with reserved(output), training_folder(output, reporter) as folder:
         report = _finetune(wanted, folder, restart, reporter)
         shutil.rmtree(folder, ignore_errors=True)

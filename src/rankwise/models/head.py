@@ -39,8 +39,8 @@ class Head:
         self._model = model
         self._output: type | None = None
         self._decoder: Any = getattr(model, "get_decoder", lambda: model)()
-        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
-        if self._decoder is model or not self._agrees(probe[:1, :_PROBE].to(model.device)):
+        self.vocabulary = 0
+        if not self._agrees(probe[:1, :_PROBE].to(next(model.parameters()).device)):
             self._decoder = None
 
     @property
@@ -99,6 +99,9 @@ class Head:
         """Whether logits made apart are those that the model gives."""
         with computing(self._model):
             whole = self._model(input_ids=probe, use_cache=False).logits[0].float()
+        self.vocabulary = whole.shape[-1]
+        if self._decoder is self._model:
+            return False
         try:
             with computing(self._model):
                 found = self.logits(self(probe).hidden[0]).float()
