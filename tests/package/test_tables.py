@@ -33,6 +33,7 @@ DESCRIPTIONS = {
     ("docs/methods/mixed.md", "cut"),
     ("docs/methods/caldera.md", "setting"),
     ("docs/quantisation.md", "`--allocation`"),
+    ("docs/reliability.md", "exit status"),
     ("docs/repair.md", "step"),
     ("docs/storage.md", "`--storage`"),
 }
@@ -138,6 +139,11 @@ TABLES = {
         named("row", "Q alone", "Q + L R", "mixed"),
         {f"{t} {bits}": ({"asked": bits}, [f"perplexity/{t}"]) for t in TEXTS for bits in (2.1, 2.5, 3.0, 4.0)},
         "wiki-llama-8m",
+    ),
+    ("docs/quantisation.md", "mixed"): Shown(
+        named("row", "Q alone", "Q + L R", "mixed"),
+        {text: ({"asked": 3.0}, [f"perplexity/{text}", f"kl/{text}"]) for text in TEXTS},
+        "smollm2-135m",
     ),
     ("docs/repair.md", "repair-stories260k"): Shown(
         rows(
