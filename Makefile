@@ -34,8 +34,9 @@ quickstart: setup
 real-model: setup
 	$(BIN)/python examples/make_real_model.py
 
+# A process a core, each with one thread: most tests are too small for more.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
 test-slow: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,tasks]' -c constraints.txt
