@@ -32,7 +32,7 @@ class _Elsewhere:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, reload_elsewhere.__file__],
+            [sys.executable, "-P", reload_elsewhere.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
