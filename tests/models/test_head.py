@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conftest import tiny_llama
 from rankwise.evaluation import perplexity
-from rankwise.models import Head, decoder_blocks, find_sites, head, recomputed, share_inputs
+from rankwise.models import BlockRunner, Head, decoder_blocks, find_sites, head, recomputed, share_inputs
 from rankwise.statistics import passes
 from rankwise.statistics.curvature import Curvature
 from rankwise.statistics.passes import collect
@@ -79,9 +79,12 @@ def test_statistics_do_not_depend_on_the_parts_or_on_blocks_made_again(
     once = found(3)
     monkeypatch.setattr(head, "LOGITS", 5 * 2048)
     monkeypatch.setattr(passes, "RECOMPUTE_BEYOND", 0)
-    for batch_size in (3, 2):
-        for mine, theirs in zip(once, found(batch_size), strict=True):
-            torch.testing.assert_close(theirs, mine, atol=1e-7, rtol=1e-3)
+    whole = [found(3), found(2)]
+    monkeypatch.setattr(BlockRunner, "alone", lambda _self: False)
+    for again in [*whole, found(3), found(2)]:
+        for mine, theirs in zip(once, again, strict=True):
+            # Of entries that all but cancel, float32 keeps few digits.
+            torch.testing.assert_close(theirs, mine, atol=1e-5 * float(mine.abs().max()), rtol=1e-3)
     assert "forward" not in model.model.layers[0].__dict__
 
 

@@ -20,10 +20,20 @@ from torch import Tensor
 from conftest import tiny_llama
 from rankwise import compress
 from rankwise.methods.afm import AFM
-from rankwise.models import Site, find_sites, share_inputs
+from rankwise.models import BlockRunner, Site, find_sites, share_inputs
 from rankwise.progress import Reporter
 from rankwise.recipes import recipe_from
-from rankwise.statistics import Collected, Labels, SiteStatistics, Statistic, Store, collect, passes, save_totals
+from rankwise.statistics import (
+    Collected,
+    Labels,
+    SiteStatistics,
+    Statistic,
+    Store,
+    by_block,
+    collect,
+    passes,
+    save_totals,
+)
 from rankwise.statistics.absolute_mean import AbsoluteMean
 from rankwise.statistics.base import Place, Sums, Totals
 from rankwise.statistics.curvature import Curvature
@@ -198,6 +208,8 @@ def test_a_statistic_of_one_class_is_collected_stored_read_and_resumed(
     whole = collected(*both, sequences=sequences, batch_size=batch_size)
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(passes, "_SNAPSHOT_SECONDS", 0.0)
+        # Whole batches, whose sums must be those of `whole`, which went block by block.
+        patch.setattr(BlockRunner, "alone", lambda _self: False)
         folder = Path(name)
         options = {"sequences": sequences, "batch_size": batch_size, "snapshot": folder / "snapshot"}
         with pytest.raises(KeyboardInterrupt):
@@ -255,8 +267,8 @@ def test_gradients_of_the_same_labels_share_one_backward_pass(monkeypatch: pytes
     asked = (Curvature(labels="text"), RowFisher(labels="text"), RowFisher(labels="sampled"), PowerMean(2.0, "text"))
     alone = {each: collected(each)[each] for each in asked}
     backward: list[Labels] = []
-    real = passes._backward
-    monkeypatch.setattr(passes, "_backward", lambda *a: (backward.append(a[2]), real(*a))[1])
+    real = by_block.backward
+    monkeypatch.setattr(by_block, "backward", lambda *a: (backward.append(a[2]), real(*a))[1])
     together = collected(*asked)
     assert backward == ["sampled"] * 4 + ["text"] * 4
     assert all(same(alone[each], together[each]) for each in asked)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from conftest import tiny_llama
 from rankwise.errors import NotFiniteError
-from rankwise.models import Site, find_sites, share_inputs
+from rankwise.models import BlockRunner, Site, find_sites, share_inputs
 from rankwise.progress import Reporter
-from rankwise.statistics import SiteStatistics, Statistic, Store, collect, passes, save_totals
+from rankwise.statistics import SiteStatistics, Statistic, Store, collect, labels, passes, save_totals
 from rankwise.statistics.absolute_mean import AbsoluteMean
 from rankwise.statistics.curvature import Curvature, CurvatureSums, block_size
 from rankwise.statistics.groups import group_ends
@@ -190,7 +190,7 @@ def test_absolute_mean(tmp_path: Path) -> None:
     seen: list[Tensor] = []
     site.module(setup.model).register_forward_pre_hook(lambda _m, a: seen.append(a[0].detach()))
     found = setup.statistics(tmp_path, site, AbsoluteMean(), batch_size=11).of(AbsoluteMean())
-    torch.testing.assert_close(found, seen[0].double().abs().mean((0, 1)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found, seen[-1].double().abs().mean((0, 1)), atol=1e-6, rtol=1e-5)
 
 
 def test_gradients_are_those_of_the_text_loss(tmp_path: Path) -> None:
@@ -247,9 +247,9 @@ def test_sampled_labels_are_drawn_anew_for_every_seed_and_batch() -> None:
 
 def test_sampled_labels_are_as_frequent_as_the_model_says() -> None:
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0])
-    draws = passes._draws(4, 5000, seed=7, start=3)
-    assert torch.equal(draws[5000:], passes._draws(3, 5000, seed=7, start=4))
-    drawn = passes._drawn(logits.expand(20000, 4), draws)
+    draws = labels._draws(4, 5000, seed=7, start=3)
+    assert torch.equal(draws[5000:], labels._draws(3, 5000, seed=7, start=4))
+    drawn = labels._drawn(logits.expand(20000, 4), draws)
     assert drawn.shape == (20000,)
     assert 0 <= int(drawn.min()) <= int(drawn.max()) < 4
     frequent = drawn.flatten().bincount(minlength=4) / 20000
@@ -313,6 +313,7 @@ def test_a_pass_killed_between_snapshots_ends_with_the_same_bytes(
 ) -> None:
     """A snapshot that is not as it was written is said, and no batch of it is taken over."""
     monkeypatch.setattr(passes, "_SNAPSHOT_SECONDS", 0.0)
+    monkeypatch.setattr(BlockRunner, "alone", lambda _self: False)
     setup = Setup(sequences=12)
     moments, curvature = asked = (Moments(groups=6), Curvature(groups=6, labels="sampled"))
 
@@ -323,7 +324,7 @@ def test_a_pass_killed_between_snapshots_ends_with_the_same_bytes(
         return collect(setup.model, setup.sites, setup.tokens, asked, **options)
 
     whole = run(None)
-    real, calls = passes._backward, []
+    real, calls = passes.backward, []
 
     def dies(*arguments: Any) -> None:
         calls.append(arguments)
@@ -331,7 +332,7 @@ def test_a_pass_killed_between_snapshots_ends_with_the_same_bytes(
             raise KeyboardInterrupt
         real(*arguments)
 
-    monkeypatch.setattr(passes, "_backward", dies)
+    monkeypatch.setattr(passes, "backward", dies)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "snapshot")
     folder = tmp_path / "snapshot" / "sampled"

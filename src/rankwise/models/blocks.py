@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,20 @@ _AGREEMENT = 0.02
 
 class _Seen(Exception):  # noqa: N818
     """Ends a forward pass whose rest is not needed."""
+
+
+class _Passing(nn.Module):
+    """Stands where a block is and answers what it is told; no hook of the block runs."""
+
+    def __init__(self, block: nn.Module, answer: Any) -> None:
+        super().__init__()
+        self.__dict__["block"], self.__dict__["answer"] = block, answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.__dict__["answer"]
 
 
 def first_of(outputs: Any) -> Tensor:
@@ -58,6 +73,8 @@ class BlockRunner:
         ids: token sequences, shape `[sequences, length]`.
         batch_size: sequences a batch.
 
+        autocast: whether a block may hold factors in float32 while it computes in less.
+
     Attributes:
         dtype: what blocks compute in.
     """
@@ -65,11 +82,16 @@ class BlockRunner:
     model: Any
     ids: Tensor
     batch_size: int
+    autocast: bool = True
     _arguments: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    _returns: dict[int, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
         self.dtype = self.model.get_input_embeddings().weight.dtype
+
+    def _computing(self) -> AbstractContextManager[Any]:
+        return computing(self.model) if self.autocast else nullcontext()
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -104,7 +126,7 @@ class BlockRunner:
             seen.append(positional[0] if positional else named["hidden_states"])
             raise _Seen
 
-        handle = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        handle = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
         try:
             self.model(input_ids=ids.to(self.device), use_cache=False)
         except _Seen:
@@ -126,10 +148,19 @@ class BlockRunner:
 
             return hook
 
+        def keep_form(index: int) -> Any:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                # What goes with the hidden states is let go: only the form of the answer is of use.
+                rest = (None,) * (len(output) - 1) if isinstance(output, tuple | list) else None
+                self._returns[index] = None if rest is None else (type(output), rest)
+
+            return hook
+
         blocks = self.blocks
         handles = [block.register_forward_pre_hook(keep(i), with_kwargs=True) for i, block in enumerate(blocks)]
+        handles += [block.register_forward_hook(keep_form(i)) for i, block in enumerate(blocks)]
         try:
-            with computing(self.model):
+            with self._computing():
                 self.model.base_model(input_ids=self.ids[:size].to(self.device), use_cache=False)
         finally:
             for handle in handles:
@@ -148,7 +179,7 @@ class BlockRunner:
         size = hidden.shape[0]
         self.learn(size)
         positional, named = self._arguments[index, size]
-        with computing(self.model):
+        with self._computing():
             found = self.blocks[index](hidden.to(self.device, self.dtype), *positional, **named)
         return first_of(found).float()
 
@@ -165,6 +196,54 @@ class BlockRunner:
             out[part] = self.run(index, hidden[part]).cpu()
         return out
 
+    @contextmanager
+    def above(self, hidden: Tensor) -> Iterator[None]:
+        """Inside the `with` the model starts from what its last block gave: no block is run.
+
+        Args:
+            hidden: shape `[batch, length, d]`, on the model's device; gradients flow to it.
+        """
+        self.learn(len(hidden))
+        blocks = self.blocks
+        real = list(blocks)
+        for index, block in enumerate(real):
+            form = self._returns[index]
+            blocks[index] = _Passing(block, hidden if form is None else form[0]([hidden, *form[1]]))
+        try:
+            yield
+        finally:
+            for index, block in enumerate(real):
+                blocks[index] = block
+
+    def alone(self) -> bool:
+        """Whether blocks run one after another, and what comes above them, give what the model gives; tried once.
+
+        Blocks that share parameters do not count as that, nor do models in float64.
+        """
+        owned = [id(p) for block in self.blocks for p in block.parameters()]
+        if len(owned) != len(set(owned)) or self.dtype.itemsize > 4:
+            return False
+        try:
+            self.check()
+            return self._agrees_above()
+        except Exception:  # whatever a model of an unforeseen shape raises: it is then run whole
+            return False
+
+    @torch.no_grad()
+    def _agrees_above(self) -> bool:
+        seen: list[Tensor] = []
+        size = min(self.batch_size, len(self.ids), 2)
+        ids = self.ids[:size].to(self.device)
+        handle = self.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(first_of(out)))
+        try:
+            with self._computing():
+                whole = self.model.base_model(input_ids=ids, use_cache=False)[0]
+        finally:
+            handle.remove()
+        with self._computing(), self.above(seen[0]):
+            found = self.model.base_model(input_ids=ids, use_cache=False)[0]
+        return bool((found - whole).norm() <= _AGREEMENT * whole.norm())
+
     @torch.no_grad()
     def check(self) -> None:
         """Raise unless the blocks, one after another, give what the model gives.
@@ -180,7 +259,7 @@ class BlockRunner:
         seen: list[Tensor] = []
         handle = self.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(first_of(out).float()))
         try:
-            with computing(self.model):
+            with self._computing():
                 self.model.base_model(input_ids=others.to(self.device), use_cache=False)
         finally:
             handle.remove()

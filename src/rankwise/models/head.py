@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rankwise.device import computing
+from rankwise.models.forwards import forward_of
 
 LOGITS = 2**24
 """Most logits that are made at a time."""
@@ -67,7 +67,7 @@ class Head:
             seen.append(found.last_hidden_state)
             return self._output(last_hidden_state=found.last_hidden_state[:, :1])
 
-        with self._answering(keep):
+        with forward_of(self._decoder, keep):
             self._model(input_ids=ids, use_cache=False, **options)
         return Logits(self, seen[0])
 
@@ -76,23 +76,9 @@ class Head:
         if self._decoder is None or self._output is None:
             return hidden
         given = self._output(last_hidden_state=hidden[None])
-        with self._answering(lambda *_, **__: given):
+        with forward_of(self._decoder, lambda *_, **__: given):
             filler = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
             return self._model(input_ids=filler, use_cache=False).logits[0]
-
-    @contextmanager
-    def _answering(self, forward: Callable[..., Any]) -> Iterator[None]:
-        """Let the decoder answer otherwise for as long as the block runs."""
-        own = self._decoder.__dict__
-        before = own.get("forward")
-        own["forward"] = forward
-        try:
-            yield
-        finally:
-            if before is None:
-                del own["forward"]
-            else:
-                own["forward"] = before
 
     @torch.no_grad()
     def _agrees(self, probe: Tensor) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from rankwise.models.forwards import forward_of
 
 
 def _carries_gradient(value: Any) -> bool:
@@ -39,14 +41,7 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
     A forward hook inside a block runs twice: first without gradients, then with them.
     """
-    changed = [(block, block.__dict__.get("forward")) for block in dict.fromkeys(blocks)]
-    for block, _ in changed:
-        block.forward = _recomputing(block.forward)
-    try:
+    with ExitStack() as changed:
+        for block in dict.fromkeys(blocks):
+            changed.enter_context(forward_of(block, _recomputing(block.forward)))
         yield
-    finally:
-        for block, before in changed:
-            if before is None:
-                del block.__dict__["forward"]
-            else:
-                block.forward = before

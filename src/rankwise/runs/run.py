@@ -96,6 +96,10 @@ class Stage:
         os.rename(self.partial, self.folder)
         to_disk(self.folder.parent)
 
+    def begun(self) -> Folder:
+        """The folder that `making` will go on with: to fill several stages at a time."""
+        return _opened(self.partial, self.label, self.reporter)
+
     def workspace(self) -> Folder:
         """The folder of a stage that is never finished but only grows."""
         return _opened(self.folder, self.label, self.reporter)

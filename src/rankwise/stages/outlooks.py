@@ -19,7 +19,7 @@ from rankwise.methods import Looking, Outlook, estimated_losses
 from rankwise.models import Site
 from rankwise.quantizers import Packed, Rotation
 from rankwise.stages.work import Work, calibration_key, model_key
-from rankwise.statistics import SiteStatistics, Statistic, Store, collect, save_totals
+from rankwise.statistics import SiteStatistics, Statistic, Store, collecting, save_totals
 
 
 def collect_statistics(work: Work) -> Store:
@@ -41,7 +41,8 @@ def collect_statistics(work: Work) -> Store:
     missing = [statistic for statistic, stage in stages.items() if not stage.taken_over()]
     if missing:
         snapshot = work.stage("snapshot", {**calibration_key(work), "statistics": [s.settings() for s in missing]})
-        collected = collect(
+        folders = {statistic: stages[statistic].begun() for statistic in missing}
+        found = collecting(
             work.loaded.model,
             work.sites,
             work.texts.calibration.ids,
@@ -49,14 +50,15 @@ def collect_statistics(work: Work) -> Store:
             batch_size=work.recipe.calibration.batch_size,
             seed=work.recipe.seed,
             snapshot=snapshot.partial,
+            known=lambda statistic, key: folders[statistic].has(f"{key}.safetensors"),
             reporter=work.reporter,
         )
-        for statistic, by_stream in collected.items():
-            with stages[statistic].making() as folder:
+        for statistic, key, totals in found:
+            with folders[statistic].writing(f"{key}.safetensors") as path:
+                save_totals(path, totals)
+        for statistic in missing:
+            with stages[statistic].making():
                 _note(work, statistic)
-                for key, totals in by_stream.items():
-                    with folder.writing(f"{key}.safetensors") as path:
-                        save_totals(path, totals)
         snapshot.discard()
     return Store({statistic: stage.folder for statistic, stage in stages.items()}, work.sites)
 

@@ -4,7 +4,7 @@ A method imports the statistics it asks for from their files; nothing here lists
 """
 
 from rankwise.statistics.base import Collected, Labels, Statistic, Totals
-from rankwise.statistics.passes import collect
+from rankwise.statistics.passes import collect, collecting
 from rankwise.statistics.store import SiteStatistics, Store, save_totals
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "Store",
     "Totals",
     "collect",
+    "collecting",
     "save_totals",
 ]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rankwise.models import Head, Logits, Site, decoder_blocks, recomputed
+from rankwise.models import BlockRunner, Head, Site, decoder_blocks, recomputed
 from rankwise.progress import Reporter
-from rankwise.statistics.base import Collected, Labels, Statistic
+from rankwise.statistics.base import Collected, Labels, Statistic, Totals
+from rankwise.statistics.by_block import ByBlock
+from rankwise.statistics.labels import backward, gradients
 from rankwise.statistics.store import load_snapshot, save_snapshot
 from rankwise.statistics.watch import Collector
 
@@ -22,11 +22,31 @@ _SNAPSHOT_SECONDS = 300.0
 RECOMPUTE_BEYOND = 2**30
 """Bytes of inputs and outputs of all sites in one batch from which on blocks keep their inputs alone."""
 
+HIDDEN_GB = 1.0
+"""Hidden states between blocks that are kept in memory, in 10^9 bytes; what is more goes to files."""
+
 Step = Callable[[Tensor, int], None]
 """Runs one batch, given the number of its first sequence."""
 
+Finished = Iterator[tuple[Statistic, str, Totals]]
+"""Statistic, key of a stream, its totals."""
+
 
 def collect(
+    model: Any, sites: Sequence[Site], tokens: Tensor, statistics: Sequence[Statistic], **how: Any
+) -> Collected:
+    """What `collecting` gives, all of it in memory.
+
+    Returns:
+        Statistic -> stream key -> totals.
+    """
+    collected: Collected = {statistic: {} for statistic in statistics}
+    for statistic, key, totals in collecting(model, sites, tokens, statistics, **how):
+        collected[statistic][key] = totals
+    return collected
+
+
+def collecting(
     model: Any,
     sites: Sequence[Site],
     tokens: Tensor,
@@ -35,9 +55,14 @@ def collect(
     batch_size: int,
     seed: int = 0,
     snapshot: Path | None = None,
+    hidden_gb: float = HIDDEN_GB,
+    known: Callable[[Statistic, str], bool] = lambda _statistic, _key: False,
     reporter: Reporter | None = None,
-) -> Collected:
+) -> Finished:
     """Collect what is asked for: one forward pass, and a pass with gradients for each kind of labels asked for.
+
+    Block by block where the model's blocks can be run by themselves: then only one block's sums are in memory, and
+    hidden states between blocks are kept. Else batch by batch through the whole model. Both give the same sums.
 
     Args:
         model: causal language model, on its device.
@@ -47,10 +72,12 @@ def collect(
         batch_size: sequences per batch. The last batch may be smaller; no sequence is dropped.
         seed: for sampled labels.
         snapshot: folder where long passes leave what they have, to continue from after a kill.
+        hidden_gb: hidden states between blocks that may stay in memory; more goes to files beside the snapshot.
+        known: whether the totals of a statistic at a stream, by its key, are there already and not to be made.
         reporter: told about progress and about anything the user should know.
 
-    Returns:
-        Statistic -> stream key -> totals.
+    Yields:
+        Statistic, stream key, totals, as soon as they are complete.
 
     Raises:
         NotFiniteError: naming the layer, when an activation or a gradient is not finite.
@@ -60,23 +87,32 @@ def collect(
     for statistic in sorted(dict.fromkeys(statistics), key=lambda each: each.labels or ""):
         passes.setdefault(statistic.labels, []).append(statistic)
     device = next(model.parameters()).device
-    collected: Collected = {}
     was_training = model.training
     model.eval()
     try:
-        for labels, wanted in passes.items():
-            collector = Collector(wanted, sites, len(tokens), device, reporter)
+        collectors = {
+            labels: Collector(wanted, sites, len(tokens), device, reporter) for labels, wanted in passes.items()
+        }
+        runner = BlockRunner(model, tokens, batch_size, autocast=False)
+        if runner.alone():
+            walk = ByBlock(runner, sites, snapshot, hidden_gb, known, reporter)
+            yield from walk.collecting(collectors, seed)
+            return
+        for labels, collector in collectors.items():
+            left = collector.unknown(collector.streams, known)
+            if not left:
+                continue
             description = "calibration" if labels is None else f"calibration, gradients at {labels} labels"
             folder = snapshot / (labels or "forward") if snapshot else None
             step = _step(model, labels, seed, tokens)
             saved = labels is not None and 4 * batch_size * tokens.shape[1] * _numbers_a_token(sites) > RECOMPUTE_BEYOND
             blocks = list(decoder_blocks(model)[1]) if saved else []
-            with collector.watching(model), _gradients(model, labels is not None), recomputed(blocks):
+            with collector.watching(model, left), gradients(model, labels is not None), recomputed(blocks):
                 _run_batches(step, collector, tokens, batch_size, folder, description, reporter)
-            collected.update(collector.kept)
+            for stream in left:
+                yield from collector.take(stream)
     finally:
         model.train(was_training)
-    return collected
 
 
 def _numbers_a_token(sites: Sequence[Site]) -> int:
@@ -88,54 +124,7 @@ def _step(model: Any, labels: Labels | None, seed: int, tokens: Tensor) -> Step:
     if labels is None:
         return lambda batch, start: model.base_model(input_ids=batch, use_cache=False)
     head = Head(model, tokens)
-    return lambda batch, start: _backward(head(batch), batch, labels, seed, start)
-
-
-def _backward(logits: Logits, tokens: Tensor, labels: Labels, seed: int, start: int) -> None:
-    """Back-propagate the summed next-token loss to activations; no parameter gets a gradient."""
-    targets = tokens[:, 1:].flatten()
-    draws = None if labels == "text" else _draws(len(tokens), tokens.shape[1] - 1, seed, start).to(tokens.device)
-
-    def loss(raw: Tensor, part: slice) -> Tensor:
-        raw = raw.float()
-        chosen = targets[part] if draws is None else _drawn(raw.detach(), draws[part])
-        return torch.nn.functional.cross_entropy(raw, chosen, reduction="sum")
-
-    logits.predicting().sum(loss).backward()
-
-
-def _draws(sequences: int, tokens: int, seed: int, start: int) -> Tensor:
-    """A number from [0, 1) for every token, shape `[sequences tokens]`: the same wherever its sequence is run."""
-    numbers = [torch.Generator().manual_seed(seed * 1_000_003 + start + each) for each in range(sequences)]
-    return torch.cat([torch.rand(tokens, generator=generator, dtype=torch.float64) for generator in numbers])
-
-
-def _drawn(logits: Tensor, draws: Tensor) -> Tensor:
-    """Tokens drawn from the model, shape `[tokens]`: where the distribution's sum passes each number of `draws`."""
-    sums = logits.softmax(-1).double().cumsum(-1)
-    wanted = draws[:, None] * sums[:, -1:]
-    return torch.searchsorted(sums, wanted, right=True).squeeze(-1).clamp_max_(logits.shape[-1] - 1)
-
-
-@contextmanager
-def _gradients(model: Any, wanted: bool) -> Iterator[None]:
-    """Inside the block gradients flow to activations, or not at all; no parameter takes one."""
-    if not wanted:
-        with torch.no_grad():
-            yield
-        return
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    # Gradients start at the embeddings' output, so that they flow though no parameter takes one.
-    embedding = model.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda _m, _a, output: output.requires_grad_(True))
-    try:
-        yield
-    finally:
-        handle.remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    return lambda batch, start: backward(head(batch), batch, labels, seed, start)
 
 
 def _run_batches(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rankwise.errors import NotFiniteError
 from rankwise.models import Site
 from rankwise.progress import Reporter
-from rankwise.statistics.base import Collected, StartSums, Statistic, Sums
+from rankwise.statistics.base import Collected, StartSums, Statistic, Sums, Totals
 from rankwise.statistics.groups import Grouping
 from rankwise.statistics.streams import Stream
 
@@ -66,16 +66,32 @@ class Collector:
         self.device = device
         self.kept: Collected = {statistic: {} for statistic in statistics}
         self._groupings = {s.groups: Grouping(sequences, s.groups) for s in statistics}
-        alike: dict[tuple[Stream, int | None, StartSums], list[Statistic]] = {}
+        self._alike: dict[tuple[Stream, int | None, StartSums], list[Statistic]] = {}
         for statistic in statistics:
             streams = statistic.streams(sites)
             start = statistic.sums(streams, sequences, reporter)
             for stream in streams:
-                alike.setdefault((stream, statistic.groups, start), []).append(statistic)
+                self._alike.setdefault((stream, statistic.groups, start), []).append(statistic)
         self._watches: dict[Stream, list[_Watch]] = {}
-        for (stream, groups, start), members in alike.items():
-            watch = _Watch(stream, self._groupings[groups], start(stream.d, device), members)
-            self._watches.setdefault(stream, []).append(watch)
+
+    @property
+    def streams(self) -> list[Stream]:
+        """All that is watched."""
+        return list(dict.fromkeys(stream for stream, _, _ in self._alike))
+
+    def serving(self, stream: Stream) -> list[Statistic]:
+        """The statistics made of a stream."""
+        return [each for (watched, _, _), members in self._alike.items() if watched == stream for each in members]
+
+    def unknown(self, streams: Sequence[Stream], known: Callable[[Statistic, str], bool]) -> list[Stream]:
+        """Those of some streams of which not every statistic is there already."""
+        return [s for s in streams if not all(known(statistic, s.key) for statistic in self.serving(s))]
+
+    def take(self, stream: Stream) -> Iterator[tuple[Statistic, str, Totals]]:
+        """What was kept of a stream, and no longer is: statistic, key of the stream, totals."""
+        for statistic in self.serving(stream):
+            if stream.key in self.kept[statistic]:
+                yield statistic, stream.key, self.kept[statistic].pop(stream.key)
 
     def begin(self, start: int, stop: int) -> None:
         """A batch of the sequences `start..stop` comes next."""
@@ -87,14 +103,19 @@ class Collector:
         return all(grouping.ends_at(stop) for grouping in self._groupings.values())
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Watch every stream of the model inside the block."""
+    def watching(self, model: nn.Module, streams: Sequence[Stream]) -> Iterator[None]:
+        """Watch these streams of the model inside the block; there is memory for their sums as long."""
+        for (stream, groups, start), members in self._alike.items():
+            if stream in streams:
+                watch = _Watch(stream, self._groupings[groups], start(stream.d, self.device), members)
+                self._watches.setdefault(stream, []).append(watch)
         handles = [self._hook(model, stream) for stream in self._watches]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            self._watches.clear()
 
     def _hook(self, model: nn.Module, stream: Stream) -> Any:
         module = model.get_submodule(stream.module)
