@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -26,6 +26,8 @@ from rankwise.checkpoints.sources import (
 from rankwise.checkpoints.verify import read_json, verify_checkpoint
 from rankwise.errors import ModelError, NotFiniteError
 from rankwise.layers.needs import unmet
+from rankwise.linalg import all_finite
+from rankwise.models import Streaming
 from rankwise.reading import one_line
 
 CHECKPOINT_KEY = "rankwise"
@@ -34,6 +36,9 @@ CHECKPOINT_KEY = "rankwise"
 CACHE_KEY = "rankwise_cache_dense"
 """The key in a config that lets quantised layers keep their weight dequantised."""
 
+
+_DIGESTED = 2**22
+"""Numbers that are hashed at a time."""
 
 _NOWHERE = ".no-adapter"
 """Where transformers is told to look for an adapter."""
@@ -50,6 +55,7 @@ class LoadedModel:
         precision: `auto`, `stored` or `float32`, see `load_model`.
         stored_dtypes: by parameter name, the dtype of the checkpoint, to which weights go back when saved.
         notes: what else the source held, and what became of it.
+        streaming: holds weights in files and blocks ready; None for a model that is whole in memory.
     """
 
     model: Any
@@ -58,6 +64,7 @@ class LoadedModel:
     precision: str
     stored_dtypes: dict[str, torch.dtype]
     notes: list[str] = field(default_factory=list)
+    streaming: Streaming | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -76,22 +83,34 @@ class LoadedModel:
         """
         for name, parameter in self.model.named_parameters():
             if self.stored_dtypes.get(name, parameter.dtype) != parameter.dtype:
-                narrow = parameter.data.to(self.stored_dtypes[name])
-                if not torch.isfinite(narrow).all():
+                dtype, streaming = self.stored_dtypes[name], self.streaming
+                narrow = streaming.stored(name, parameter, dtype) if streaming else parameter.data.to(dtype)
+                if not all_finite(narrow):
                     raise NotFiniteError(
                         f"A number does not fit {str(narrow.dtype).removeprefix('torch.')}, which it is stored in.",
                         where=name,
                         remedy="store the original in bfloat16 or float32 and compress that",
                     )
                 parameter.data = narrow
+        if self.streaming:
+            self.streaming.dtype = None
 
     def to_compute_dtypes(self) -> None:
         """Cast parameters to the precision they compute in, remembering what they are stored in."""
         self.stored_dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
-        on_cpu = self.model.device.type == "cpu"
-        if self.precision == "float32" or (self.precision == "auto" and on_cpu):
+        device = self.streaming.device if self.streaming else self.model.device
+        widens = self.precision == "float32" or (self.precision == "auto" and device.type == "cpu")
+        if self.streaming:
+            self.streaming.dtype = torch.float32 if widens else None
+            self.streaming.to_compute()
+        elif widens:
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.float()
+
+    def settle(self, name: str) -> None:
+        """Put what a module holds into files, where the model's weights lie in files."""
+        if self.streaming:
+            self.streaming.settle(self.model.get_submodule(name))
 
 
 def is_compressed(source: str) -> bool:
@@ -164,7 +183,12 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
 
 
 def load_model(
-    source: str, *, precision: str = "auto", device: torch.device | None = None, trust_remote_code: bool = False
+    source: str,
+    *,
+    precision: str = "auto",
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+    files: Path | None = None,
 ) -> LoadedModel:
     """Load a checkpoint: dense or compressed, from a directory or the hub.
 
@@ -173,6 +197,8 @@ def load_model(
         precision: `stored` computes in the checkpoint's dtype, `float32` casts up, `auto` casts up on a CPU only.
         device: where to put the model; the CPU by default.
         trust_remote_code: run code that the checkpoint ships. Checkpoints of rankwise need no such leave.
+        files: a folder: weights stay in files, those that a run makes in this folder, and one block at a time is cast
+            and moved; see `rankwise.models.streaming`. None for the whole model in memory.
 
     Raises:
         ModelError: when the directory is incomplete or damaged, or no causal language model.
@@ -228,9 +254,9 @@ def load_model(
     if folder.is_dir() and (folder / ADAPTER_CONFIG).exists():
         model = merge_adapter(model, folder)
         notes.append(f"the adapter that lies beside the weights ({ADAPTER_CONFIG}) was merged into them")
-    model = model.to(device).eval()
+    model = (model if files else model.to(device)).eval()
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not all_finite(parameter):
             raise NotFiniteError(
                 "A weight holds NaN or an infinity.",
                 where=name,
@@ -244,7 +270,9 @@ def load_model(
                 where=name,
                 remedy="the checkpoint is damaged; fetch or make it again",
             )
-    loaded = LoadedModel(model, load_tokenizer(source, trust_remote_code), source, precision, {}, notes)
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    streaming = Streaming(model, files, device, None) if files else None
+    loaded = LoadedModel(model, tokenizer, source, precision, {}, notes, streaming)
     loaded.to_compute_dtypes()
     return loaded
 
@@ -255,12 +283,17 @@ def fingerprint(model: nn.Module, stored_dtypes: dict[str, torch.dtype]) -> str:
     for name, parameter in sorted(model.named_parameters()):
         digest.update(json.dumps([name, list(parameter.shape), str(stored_dtypes.get(name))]).encode())
         # As stored: what it computes in does not change which model it is.
-        values = parameter.detach().to("cpu", stored_dtypes.get(name, parameter.dtype)).contiguous()
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+        _digest(digest, parameter, stored_dtypes.get(name, parameter.dtype))
     # Codes and scales are buffers. A dense model stores none.
     stored = model.state_dict().keys()
     for name, buffer in sorted(model.named_buffers()):
         if name in stored:
             digest.update(json.dumps([name, list(buffer.shape), str(buffer.dtype)]).encode())
-            digest.update(buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            _digest(digest, buffer, buffer.dtype)
     return digest.hexdigest()
+
+
+def _digest(digest: Any, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Add a tensor's values in some type, a few million at a time."""
+    for part in tensor.detach().contiguous().reshape(-1).split(_DIGESTED):
+        digest.update(part.to("cpu", dtype).view(torch.uint8).numpy().data)

@@ -17,6 +17,7 @@ from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, base_class
 from rankwise.errors import ModelError, NotFiniteError
 from rankwise.layers import dense_layer, kind_of
 from rankwise.layers.needs import FORMAT_VERSION, MINIMUM_TRANSFORMERS
+from rankwise.linalg import all_finite
 from rankwise.models import Site
 
 
@@ -46,7 +47,7 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
         NotFiniteError: naming the tensor.
     """
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise NotFiniteError(
                 f"A number is out of the range of {str(tensor.dtype).removeprefix('torch.')}, in which it is stored.",
                 where=name,

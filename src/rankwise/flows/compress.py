@@ -69,11 +69,13 @@ def compress(
     waiting = f"waiting for another process that works in {run.directory}"
     with run.locked(lambda: reporter.note(waiting, passing=True)), reserved(output):
         with reporter.stage("load"):
+            memory = stages.choose_memory(recipe, reporter)
             loaded = load_model(
                 recipe.model,
                 precision=recipe.precision,
                 device=named_device(recipe.device),
                 trust_remote_code=recipe.trust_remote_code,
+                files=None if memory == "whole" else run.directory,
             )
             texts = stages.read_texts(recipe, loaded, reporter, validate=recipe.judges)
             work = stages.begin(recipe, run, loaded, texts, reporter)

@@ -1,6 +1,7 @@
 """Pure tensor functions: no model, no site, no file."""
 
 from rankwise.linalg.decompose import Decomposition, balanced, balancing, decompose
+from rankwise.linalg.finite import all_finite
 from rankwise.linalg.metrics import InputMetric, OutputMetric, psd_factor
 from rankwise.linalg.pivot import Pivoted, pivot
 
@@ -9,6 +10,7 @@ __all__ = [
     "InputMetric",
     "OutputMetric",
     "Pivoted",
+    "all_finite",
     "balanced",
     "balancing",
     "decompose",

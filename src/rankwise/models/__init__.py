@@ -12,6 +12,7 @@ from rankwise.models.sites import (
     place_of,
     share_inputs,
 )
+from rankwise.models.streaming import Streaming, empty_in_file, into_file
 
 __all__ = [
     "BlockRunner",
@@ -19,10 +20,13 @@ __all__ = [
     "Logits",
     "Original",
     "Site",
+    "Streaming",
     "allocate",
     "decoder_blocks",
+    "empty_in_file",
     "find_sites",
     "fused_expert_parameters",
+    "into_file",
     "place_of",
     "recomputed",
     "share_inputs",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import ModelError, NotFiniteError
+from rankwise.linalg import all_finite
 
 _ROLES = {
     "q_proj": "q",
@@ -64,7 +65,7 @@ class Site:
             NotFiniteError: when W holds NaN or an infinity.
         """
         weight: Tensor = self.module(model).weight.detach()
-        if not torch.isfinite(weight).all():
+        if not all_finite(weight):
             raise NotFiniteError(
                 "A weight holds NaN or an infinity.",
                 where=f"{self.name}.weight",

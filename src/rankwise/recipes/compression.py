@@ -161,6 +161,9 @@ class Recipe(_Node):
         max_shard_size: size at which weights are split over files.
         precision: `auto` computes in float32 on a CPU and in the checkpoint's dtype on a GPU; `stored`; `float32`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        memory: `whole` holds the model in memory; `blocks` leaves weights in files and casts and moves one block at a
+            time; `disk` keeps hidden states between blocks in files too. All give the same result. `auto` takes the
+            first of them that an estimate says fits.
         seed: for everything drawn.
         trust_remote_code: run code that the checkpoint ships.
     """
@@ -179,6 +182,7 @@ class Recipe(_Node):
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*[KMGT]B$")] = "5GB"
     precision: Literal["auto", "stored", "float32"] = "auto"
     device: str = "auto"
+    memory: Literal["auto", "whole", "blocks", "disk"] = "auto"
     seed: Seed = 0
     trust_remote_code: bool = False
 

@@ -233,10 +233,10 @@ def refit_block(
         for site in group:
             layer: LowRankLinear = site.module(runner.model)
             original: Any = originals.modules[site.name]
-            weight = (original.weight.T if site.transposed else original.weight).double()
+            weight = (original.weight.T if site.transposed else original.weight).to(runner.device, torch.float64)
             biased = layer.left.bias is not None
             cross, new, mean, mean_new = joint.covariances(biased)
-            old = Factors(layer.left.weight.double(), layer.right.weight.double())
+            old = Factors(*(part.weight.to(weight) for part in (layer.left, layer.right)))
             try:
                 if settings.factors == "left":
                     found = refit_left(weight, old, cross, new, settings.damping)
@@ -256,6 +256,6 @@ def refit_block(
             layer.left.weight.data.copy_(left)
             layer.right.weight.data.copy_(right)
             if biased:
-                own = 0 if original.bias is None else original.bias.double()
+                own = 0 if original.bias is None else original.bias.to(weight)
                 shift = weight @ mean - (left @ (right @ mean_new.to(right))).to(weight)
                 layer.left.bias.data.copy_(own + shift)

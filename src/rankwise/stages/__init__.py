@@ -2,6 +2,7 @@
 
 from rankwise.stages.finish import score, write
 from rankwise.stages.fitting import fit_sites, store_layers, store_sites
+from rankwise.stages.memory import choose_memory
 from rankwise.stages.outlooks import Outlooks, collect_statistics, draw_for, weight_and_statistics
 from rankwise.stages.planning import Chosen, check_budget, choose_cuts, judging, objective_key, select_samples
 from rankwise.stages.repairing import Repairing, judge_repair, prepare_repair, repair_step
@@ -16,6 +17,7 @@ __all__ = [
     "begin",
     "check_budget",
     "choose_cuts",
+    "choose_memory",
     "collect_statistics",
     "draw_for",
     "fit_sites",

@@ -50,6 +50,7 @@ def fit_sites(work: Work, store: Store, outlooks: Outlooks, plan: Plan) -> SiteF
             kind = "quantized" if cut.coded else "two_factor"
             dtype = work.loaded.stored_dtypes[f"{site.name}.weight"] if cut.coded else torch.float32
             substitute(model, site.name, factors, kind, dtype)
+            work.loaded.settle(site.name)
             found[site.name] = {**facts, "bits": plan.site_bits(site.name), "storage": kind}
             if facts.get("fallback"):
                 work.reporter.note(
@@ -199,10 +200,12 @@ def store_layers(
         try:
             layer = substitute(model, site.name, factors, kind, dtypes[site.name])
             found[site.name] |= kind_of(layer).facts(layer)
+            loaded.settle(site.name)
         except IllConditionedError as problem:
             substitute(model, site.name, factors, "two_factor", dtypes[site.name])
             found[site.name] = {"storage": "two_factor", "largest_pivot_entry": problem.largest}
             extra = factors.rank * sum(shape) - form.numbers(shape, factors.rank)
+            loaded.settle(site.name)
             reporter.note(
                 f"{site.name} is stored as two factors, {extra} numbers more than planned: its pivots are "
                 f"ill-conditioned (an entry of {problem.largest:.3g})"
@@ -210,4 +213,6 @@ def store_layers(
     loaded.to_stored_dtypes()
     loaded.to_compute_dtypes()
     fold_orders(model, sites, probe.to(model.device))
+    for site in sites:
+        loaded.settle(site.name)
     return found

@@ -19,7 +19,7 @@ from rankwise.methods import Looking, Outlook, estimated_losses
 from rankwise.models import Site
 from rankwise.quantizers import Packed, Rotation
 from rankwise.stages.work import Work, calibration_key, model_key
-from rankwise.statistics import SiteStatistics, Statistic, Store, collecting, save_totals
+from rankwise.statistics import HIDDEN_GB, SiteStatistics, Statistic, Store, collecting, save_totals
 
 
 def collect_statistics(work: Work) -> Store:
@@ -50,6 +50,7 @@ def collect_statistics(work: Work) -> Store:
             batch_size=work.recipe.calibration.batch_size,
             seed=work.recipe.seed,
             snapshot=snapshot.partial,
+            hidden_gb=0.0 if work.recipe.memory == "disk" else HIDDEN_GB,
             known=lambda statistic, key: folders[statistic].has(f"{key}.safetensors"),
             reporter=work.reporter,
         )

@@ -247,7 +247,7 @@ def model_key(work: Work) -> dict[str, Any]:
     return {
         "format": _STAGE_FORMAT,
         "model": work.fingerprint,
-        "precision": str(next(work.loaded.model.parameters()).dtype),
+        "precision": str(work.loaded.model.get_input_embeddings().weight.dtype),
         "device": work.loaded.model.device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -4,10 +4,11 @@ A method imports the statistics it asks for from their files; nothing here lists
 """
 
 from rankwise.statistics.base import Collected, Labels, Statistic, Totals
-from rankwise.statistics.passes import collect, collecting
+from rankwise.statistics.passes import HIDDEN_GB, collect, collecting
 from rankwise.statistics.store import SiteStatistics, Store, save_totals
 
 __all__ = [
+    "HIDDEN_GB",
     "Collected",
     "Labels",
     "SiteStatistics",
