@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _SHOW_AFTER_SECONDS = 2.0
+_SAMPLE_SECONDS = 0.05
 
 
 def _reset_peak_memory() -> bool:
@@ -40,6 +42,39 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def anonymous_bytes() -> int | None:
+    """Resident memory of this process that no file stands behind, in bytes; None where the system does not say."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+class _Sampler:
+    """Looks at a process's own memory twenty times a second."""
+
+    def __init__(self) -> None:
+        self.most = anonymous_bytes()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        if self.most is not None:
+            self._thread.start()
+
+    def _look(self) -> None:
+        while not self._stopped.wait(_SAMPLE_SECONDS):
+            self.most = max(self.most or 0, anonymous_bytes() or 0)
+
+    def stop(self) -> int | None:
+        """The most that was seen."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        return self.most
+
+
 @dataclass(frozen=True)
 class StageTime:
     """What a stage took.
@@ -48,11 +83,14 @@ class StageTime:
         seconds: by the clock.
         peak_memory_bytes: most resident memory.
         peak_is_of_this_stage: False where the system gives the peak since the start of the process alone.
+        anonymous_bytes: most memory seen that no file stands behind: what mapped files take can be taken back at any
+            time. None where the system does not say.
     """
 
     seconds: float
     peak_memory_bytes: int
     peak_is_of_this_stage: bool
+    anonymous_bytes: int | None = None
 
 
 class Reporter:
@@ -104,7 +142,7 @@ class Reporter:
     def stage(self, name: str) -> Iterator[None]:
         """Name a stage on the terminal and time it; records seconds and peak resident memory under `name`."""
         resets = _reset_peak_memory()
-        started = time.monotonic()
+        started, sampler = time.monotonic(), _Sampler()
         if self._bars:
             print(f"{name} ...", file=sys.stderr, flush=True)
         outer, self.current = self.current, name
@@ -113,7 +151,8 @@ class Reporter:
             # Where the block fails, the stage stays the current one, for the error to name.
             self.current = outer
         finally:
-            self.stages[name] = StageTime(round(time.monotonic() - started, 2), peak_memory_bytes(), resets)
+            seconds = round(time.monotonic() - started, 2)
+            self.stages[name] = StageTime(seconds, peak_memory_bytes(), resets, sampler.stop())
 
     @contextmanager
     def counting(self, description: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:

@@ -236,7 +236,7 @@ def refit_block(
             weight = (original.weight.T if site.transposed else original.weight).to(runner.device, torch.float64)
             biased = layer.left.bias is not None
             cross, new, mean, mean_new = joint.covariances(biased)
-            old = Factors(*(part.weight.to(weight) for part in (layer.left, layer.right)))
+            old = Factors(layer.left.weight.to(weight), layer.right.weight.to(weight))
             try:
                 if settings.factors == "left":
                     found = refit_left(weight, old, cross, new, settings.damping)

@@ -1,0 +1,134 @@
+"""What a compression takes with the model whole in memory, block by block, and with hidden states in files.
+
+python benchmarks/memory_modes.py [CASE ...]
+
+Cases: `smollm2` (the real model, every mode), `llama-1b` and `llama-7b-2` (shapes of these models with random weights
+in bfloat16, the latter with two blocks). Each run is a process of its own; a stage's memory is what no file stands
+behind, sampled twenty times a second. Models and stages take up to 30 GB of disk under the system's temporary folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from common import RESULTS, ROOT, ended, forked, markdown_table, write_result
+from rankwise import compress
+from rankwise.recipes import recipe_from
+
+LLAMA_1B = {
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+LLAMA_7B = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
+
+CASES: dict[str, dict[str, Any]] = {
+    "smollm2": {"modes": ("whole", "blocks", "disk"), "sequences": 64},
+    "llama-1b": {"modes": ("blocks",), "sequences": 8, "shape": LLAMA_1B},
+    "llama-7b-2": {"modes": ("blocks",), "sequences": 8, "shape": LLAMA_7B},
+}
+
+LENGTH = 512
+
+
+def make(folder: Path, shape: dict[str, Any]) -> Path:
+    """A checkpoint of these shapes with random weights, made in a process of its own."""
+
+    def work() -> None:
+        torch.manual_seed(0)
+        config = LlamaConfig(**shape, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)
+        torch.set_default_dtype(torch.bfloat16)
+        LlamaForCausalLM(config).save_pretrained(folder)
+
+    if ended(forked(work), 3600):
+        sys.exit(f"no model could be made at {folder}")
+    return folder
+
+
+def run(case: str, mode: str, model: Path, folder: Path) -> dict[str, Any]:
+    """Compress in a process of its own; what its report says."""
+    settings = CASES[case]
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    draw = torch.Generator().manual_seed(0)
+    save_file(
+        {"ids": torch.randint(3, vocabulary, (settings["sequences"] + 4, LENGTH), generator=draw)}, folder / "ids"
+    )
+    source = f"tokens:{folder / 'ids'}"
+    values = {
+        "model": str(model),
+        "output": str(folder / mode),
+        "memory": mode,
+        "budget": {"keep": 0.8},
+        "calibration": {"source": source, "sequences": settings["sequences"], "sample": "first"},
+        "evaluation": {"source": source, "sequences": 4, "skip": settings["sequences"]},
+    }
+    status = ended(forked(lambda: compress(recipe_from(values), run_directory=folder / f"stages-{mode}")), 7200)
+    if status:
+        sys.exit(f"{case} with --memory {mode} ends with {status}")
+    report = json.loads((folder / mode / "rankwise_report.json").read_text())
+    stages = {
+        name: {"seconds": stage["seconds"], "gb": stage["anonymous_bytes"] / 1e9}
+        for name, stage in report["stages"].items()
+    }
+    weights = hashlib.sha256((folder / mode / "model.safetensors").read_bytes()).hexdigest()
+    plan = hashlib.sha256((folder / mode / "plan.json").read_bytes()).hexdigest()
+    return {"case": case, "mode": mode, "stages": stages, "weights": weights, "plan": plan, "memory": report["memory"]}
+
+
+def main() -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
+    known = RESULTS / "memory_modes.json"
+    figures = json.loads(known.read_text())["figures"] if known.exists() else []
+    for case in sys.argv[1:] or list(CASES):
+        figures = [each for each in figures if each["case"] != case]
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            shape = CASES[case].get("shape")
+            model = make(folder / "model", shape) if shape else ROOT / "real-models/smollm2-135m"
+            for mode in CASES[case]["modes"]:
+                figures.append(run(case, mode, model, folder))
+                print(case, mode, figures[-1], flush=True)
+        write(figures)
+
+
+def write(figures: list[dict[str, Any]]) -> None:
+    rows = []
+    for each in figures:
+        stages = each["stages"]
+        most = max(stages, key=lambda name: stages[name]["gb"])
+        times = ", ".join(f"{name} {stage['seconds']:.0f}" for name, stage in stages.items() if stage["seconds"] >= 1)
+        row = [each["case"], each["mode"], f"{stages[most]['gb']:.2f} ({most})"]
+        row += [f"{each['memory']['expected_bytes'] / 1e9:.2f}", times, each["weights"][:8]]
+        rows.append(row)
+    header = ["model", "memory", "most GB without a file (in)", "expected", "seconds by stage", "weights"]
+    table = markdown_table(header, rows)
+    body = f"Random tokens, batches of 8 x 512, keep 0.8, the default method.\n\n{table}"
+    write_result(
+        "memory_modes", "Memory by the way a model is held", "python benchmarks/memory_modes.py", body, figures
+    )
+
+
+if __name__ == "__main__":
+    main()
