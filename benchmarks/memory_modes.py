@@ -46,8 +46,8 @@ LLAMA_7B = {
 
 CASES: dict[str, dict[str, Any]] = {
     "smollm2": {"modes": ("whole", "blocks", "disk"), "sequences": 64},
-    "llama-1b": {"modes": ("blocks",), "sequences": 8, "shape": LLAMA_1B},
-    "llama-7b-2": {"modes": ("blocks",), "sequences": 8, "shape": LLAMA_7B},
+    "llama-1b": {"modes": ("disk",), "sequences": 8, "batch": 2, "shape": LLAMA_1B},
+    "llama-7b-2": {"modes": ("disk",), "sequences": 8, "batch": 1, "shape": LLAMA_7B},
 }
 
 LENGTH = 512
@@ -81,7 +81,12 @@ def run(case: str, mode: str, model: Path, folder: Path) -> dict[str, Any]:
         "output": str(folder / mode),
         "memory": mode,
         "budget": {"keep": 0.8},
-        "calibration": {"source": source, "sequences": settings["sequences"], "sample": "first"},
+        "calibration": {
+            "source": source,
+            "sequences": settings["sequences"],
+            "sample": "first",
+            "batch_size": settings.get("batch", 8),
+        },
         "evaluation": {"source": source, "sequences": 4, "skip": settings["sequences"]},
     }
     status = ended(forked(lambda: compress(recipe_from(values), run_directory=folder / f"stages-{mode}")), 7200)
@@ -124,7 +129,7 @@ def write(figures: list[dict[str, Any]]) -> None:
         rows.append(row)
     header = ["model", "memory", "most GB without a file (in)", "expected", "seconds by stage", "weights"]
     table = markdown_table(header, rows)
-    body = f"Random tokens, batches of 8 x 512, keep 0.8, the default method.\n\n{table}"
+    body = f"Random tokens, sequences of 512, keep 0.8, the default method.\n\n{table}"
     write_result(
         "memory_modes", "Memory by the way a model is held", "python benchmarks/memory_modes.py", body, figures
     )

@@ -129,6 +129,11 @@ class Reporter:
         if self._print_notes:
             print(f"note: {text}", file=sys.stderr, flush=True)
 
+    def say(self, text: str) -> None:
+        """Say something that is of this call alone and of no report."""
+        if self._print_notes:
+            print(text, file=sys.stderr, flush=True)
+
     @contextmanager
     def keeping(self, keep: Callable[[str], None]) -> Iterator[None]:
         """Hand every note of the block to `keep` too, those that were said before as well."""

@@ -1,6 +1,6 @@
 """Reading and writing Hugging Face checkpoints."""
 
-from rankwise.checkpoints.load import LoadedModel, fingerprint, load_model, load_tokenizer
+from rankwise.checkpoints.load import LoadedModel, fingerprint, load_model, load_tokenizer, read_config
 from rankwise.checkpoints.output import FILES_FILE, REPORT_FILE, check_output, reserved, writing
 from rankwise.checkpoints.reload import check_reload
 from rankwise.checkpoints.save import save_dense, save_low_rank
@@ -14,6 +14,7 @@ __all__ = [
     "fingerprint",
     "load_model",
     "load_tokenizer",
+    "read_config",
     "reserved",
     "save_dense",
     "save_low_rank",

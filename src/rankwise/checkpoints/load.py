@@ -134,7 +134,12 @@ def require_known_format(source: str) -> None:
         )
 
 
-def _read_config(source: str, trust_remote_code: bool) -> Any:
+def read_config(source: str, trust_remote_code: bool) -> Any:
+    """The config of a checkpoint, as transformers reads it.
+
+    Raises:
+        ModelError: when there is none, or it is of no known architecture.
+    """
     folder = Path(source)
     if folder.is_dir():
         raw = read_json(folder / "config.json")
@@ -222,7 +227,7 @@ def load_model(
         loader = compressed_class(read_json(Path(source) / "config.json"), source)
     else:
         loader = AutoModelForCausalLM
-        options["config"] = _read_config(source, trust_remote_code)
+        options["config"] = read_config(source, trust_remote_code)
         options["trust_remote_code"] = trust_remote_code
         require_causal(options["config"], source)
         quantised = prepare_quantised(options["config"], source)

@@ -15,6 +15,7 @@ from rankwise.cli.common import Bos, Cache, Device, Json, Precision, Quiet, Trus
 from rankwise.cli.files import plan_app, recipes_app
 from rankwise.cli.finetuning import finetune
 from rankwise.cli.options import read_fractions, recipe_of, require_trust, split_assignment
+from rankwise.cli.planning_memory import plan_memory
 
 app = typer.Typer(
     help="Make a Hugging Face causal language model smaller, and know what was lost.",
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(plan_app, name="plan")
 app.command()(finetune)
+app.command(name="plan-memory")(plan_memory)
 
 
 def _version(wanted: bool) -> None:
@@ -94,6 +96,9 @@ def compress(
         list[str] | None, typer.Option("--set", help="Override any key: --set budget.rank_multiple=1")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="auto; whole, or blocks or disk for a model larger than memory.")
+    ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where finished stages are kept and looked for.")] = None,
     trust_remote_code: Trust = False,
     json: Json = False,
@@ -121,6 +126,7 @@ def compress(
         "evaluation.source": evaluation,
         "format": format,
         "device": device,
+        "memory": memory,
         "trust_remote_code": trust_remote_code or None,
     }
     # These are of the text to score, where there is one.

@@ -69,7 +69,8 @@ def compress(
     waiting = f"waiting for another process that works in {run.directory}"
     with run.locked(lambda: reporter.note(waiting, passing=True)), reserved(output):
         with reporter.stage("load"):
-            memory = stages.choose_memory(recipe, reporter)
+            need = stages.expected_need(recipe, reporter)
+            memory = stages.chosen_memory(recipe, need)
             loaded = load_model(
                 recipe.model,
                 precision=recipe.precision,
@@ -78,7 +79,7 @@ def compress(
                 files=None if memory == "whole" else run.directory,
             )
             texts = stages.read_texts(recipe, loaded, reporter, validate=recipe.judges)
-            work = stages.begin(recipe, run, loaded, texts, reporter)
+            work = stages.begin(recipe, run, loaded, texts, reporter, memory, need)
         dense_cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
         stages.check_budget(work)
         with reporter.stage("evaluate dense"):

@@ -1,7 +1,7 @@
 """What a model is made of: linear weights, blocks run one at a time, a head, and the original beside its successor."""
 
 from rankwise.models.blocks import BlockRunner, allocate
-from rankwise.models.head import Head, Logits
+from rankwise.models.head import LOGITS, Head, Logits
 from rankwise.models.original import Original
 from rankwise.models.recompute import recomputed
 from rankwise.models.sites import (
@@ -15,6 +15,7 @@ from rankwise.models.sites import (
 from rankwise.models.streaming import Streaming, empty_in_file, into_file
 
 __all__ = [
+    "LOGITS",
     "BlockRunner",
     "Head",
     "Logits",

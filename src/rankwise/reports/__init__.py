@@ -1,5 +1,6 @@
 """What a run tells after it ended: a report for machines, a card, tables and pictures for people."""
 
+from rankwise.reports.memory import MemoryUse
 from rankwise.reports.model_card import model_card
 from rankwise.reports.parts import (
     Bits,
@@ -50,6 +51,7 @@ __all__ = [
     "KeptPredictions",
     "LearnedText",
     "Machine",
+    "MemoryUse",
     "Named",
     "Part",
     "RecipeSettings",

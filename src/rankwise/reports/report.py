@@ -12,6 +12,7 @@ from rankwise.errors import ModelError
 from rankwise.evaluation import Cost
 from rankwise.progress import StageTime
 from rankwise.reading import UnreadableError, first_problem, parse_json, read_bytes, shown
+from rankwise.reports.memory import MemoryUse
 from rankwise.reports.parts import (
     Bits,
     CalibrationText,
@@ -64,6 +65,7 @@ class Report(Part):
         run_directory: where finished stages are.
         bytes_on_disk: of all weight files; None when none was written.
         finetune: what each fine-tuning did, in order.
+        memory: how the model was held; None in a report of 0.1.0.
     """
 
     format: Literal["rankwise-report/1"] = REPORT_FORMAT
@@ -91,6 +93,7 @@ class Report(Part):
     run_directory: str
     bytes_on_disk: int | None = None
     finetune: tuple[FineTuneStep, ...] = ()
+    memory: MemoryUse | None = None
 
     @classmethod
     def load(cls, path: Path | str) -> Report:

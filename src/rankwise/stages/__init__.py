@@ -2,7 +2,7 @@
 
 from rankwise.stages.finish import score, write
 from rankwise.stages.fitting import fit_sites, store_layers, store_sites
-from rankwise.stages.memory import choose_memory
+from rankwise.stages.memory import Need, available_memory, chosen_memory, expected_need, require_config
 from rankwise.stages.outlooks import Outlooks, collect_statistics, draw_for, weight_and_statistics
 from rankwise.stages.planning import Chosen, check_budget, choose_cuts, judging, objective_key, select_samples
 from rankwise.stages.repairing import Repairing, judge_repair, prepare_repair, repair_step
@@ -10,16 +10,19 @@ from rankwise.stages.work import Texts, Work, begin, read_sequences, read_texts
 
 __all__ = [
     "Chosen",
+    "Need",
     "Outlooks",
     "Repairing",
     "Texts",
     "Work",
+    "available_memory",
     "begin",
     "check_budget",
     "choose_cuts",
-    "choose_memory",
+    "chosen_memory",
     "collect_statistics",
     "draw_for",
+    "expected_need",
     "fit_sites",
     "judge_repair",
     "judging",
@@ -28,6 +31,7 @@ __all__ = [
     "read_sequences",
     "read_texts",
     "repair_step",
+    "require_config",
     "score",
     "select_samples",
     "store_layers",

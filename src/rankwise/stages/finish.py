@@ -19,6 +19,7 @@ from rankwise.reports import (
     CalibrationText,
     Kept,
     Machine,
+    MemoryUse,
     RecipeSettings,
     Report,
     Scores,
@@ -85,6 +86,12 @@ def _machine(device: torch.device) -> Machine:
     )
 
 
+def _memory(work: Work) -> MemoryUse:
+    used = [stage.anonymous_bytes for stage in work.reporter.stages.values() if stage.anonymous_bytes is not None]
+    expected = None if work.need is None else work.need.host
+    return MemoryUse(mode=work.memory, expected_bytes=expected, used_bytes=max(used, default=None))
+
+
 def _report(
     work: Work,
     chosen: Chosen,
@@ -125,6 +132,7 @@ def _report(
         groups=plan.groups,
         sites={site.name: SiteReport.of(site, plan.cuts[site.name], **facts.get(site.name, {})) for site in work.sites},
         stages=dict(work.reporter.stages),
+        memory=_memory(work),
         machine=_machine(work.loaded.model.device),
         notes=tuple(work.reporter.notes),
         run_directory=str(work.run.directory),

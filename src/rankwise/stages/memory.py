@@ -1,10 +1,291 @@
-"""Which way a model is held in memory."""
+"""What a run will need, estimated from its recipe and the model's config alone, and which way the model is held."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from rankwise.allocation import Looks
+from rankwise.checkpoints import read_config
+from rankwise.device import named_device
+from rankwise.errors import ModelError, RankwiseError
+from rankwise.models import LOGITS, Site, decoder_blocks, find_sites, share_inputs
 from rankwise.progress import Reporter
 from rankwise.recipes import Recipe
+from rankwise.statistics import HIDDEN_GB, Statistic, Sums
+
+MODES = ("whole", "blocks", "disk")
+
+_SHARE = 0.9
+"""Of the memory that is free, how much a run may be expected to take."""
+
+_LENGTH = 512
+_SEQUENCES = 128
+"""Taken where a recipe leaves them to the text, which is not read here."""
+
+_LIBRARIES = 0.37e9
+"""PyTorch and transformers, imported and run once."""
+
+_LOGITS_AT_ONCE = 7
+"""Tensors of the size of the logits of one part, in float32, while a loss and its gradient are taken."""
 
 
-def choose_memory(recipe: Recipe, reporter: Reporter) -> str:
-    return "whole" if recipe.memory == "auto" else recipe.memory
+@dataclass(frozen=True)
+class Need:
+    """What a run needs with its model held in one way, in bytes.
+
+    Attributes:
+        mode: `whole`, `blocks` or `disk`.
+        host: memory of the host that no file stands behind, at the worst moment.
+        device: memory of the GPU; 0 on a CPU.
+        disk: files of the run's directory and the checkpoint.
+        worst: the stage of that moment.
+    """
+
+    mode: str
+    host: int
+    device: int
+    disk: int
+    worst: str
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the estimate is made of: numbers, unless bytes are said.
+
+    Attributes:
+        sites: linear weights, those that share an input marked.
+        outside: numbers outside the blocks.
+        blocks: numbers of each block.
+        width: of hidden states.
+        stored: bytes of a number in the checkpoint.
+        computed: bytes of a number while it computes.
+        sums: by block, bytes that its statistics sum in.
+        largest_sum: bytes of the largest sum.
+        sequences: calibration sequences.
+        length: tokens of each.
+        batch: sequences a batch.
+        gradients: whether a backward pass is made.
+        keep: of the sites' bits, how many are kept.
+        on_gpu: whether it computes on a GPU.
+    """
+
+    sites: Sequence[Site]
+    outside: int
+    blocks: Sequence[int]
+    width: int
+    stored: int
+    computed: int
+    sums: Sequence[int]
+    largest_sum: int
+    sequences: int
+    length: int
+    batch: int
+    gradients: bool
+    keep: float
+    on_gpu: bool
+
+
+def _summed(sums: Sums) -> int:
+    """Bytes of what sums hold."""
+    return sum(v.numel() * v.itemsize for v in vars(sums).values() if isinstance(v, torch.Tensor))
+
+
+def model_from_config(recipe: Recipe) -> Any:
+    """The model of a recipe without its weights, on the meta device.
+
+    Raises:
+        ModelError: when there is no config, or transformers does not know it.
+    """
+    config = read_config(recipe.model, recipe.trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
+
+
+def shapes_of(recipe: Recipe) -> Shapes:
+    """What a recipe's estimate is made of; errors as for `model_from_config`."""
+    model = model_from_config(recipe)
+    sites = find_sites(model)
+    # Some forwards look at values, which are not there; then no site shares an input.
+    with contextlib.suppress(Exception):
+        sites = share_inputs(model, sites, torch.zeros(1, 8, dtype=torch.long, device="meta")) or sites
+    _, blocks = decoder_blocks(model)
+    inside = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    everything = sum(p.numel() for p in model.parameters())
+    sums: list[int] = [0] * len(blocks)
+    largest = 0
+    requests = recipe.method.requests()
+    if recipe.allocation.looks >= Looks.LOSSES:
+        requests += recipe.method.plan_requests()
+    block_of = {site.name: site.block for site in sites}
+    calibration = recipe.calibration
+    count = calibration.sequences or _SEQUENCES
+    made: dict[Any, int] = {}
+    for statistic in requests:
+        for key, size in _sizes(statistic, sites, count).items():
+            made[key] = size
+    for (*_, first), size in made.items():
+        sums[block_of[first]] += size
+        largest = max(largest, size)
+    stored = (getattr(model.config, "dtype", None) or torch.float32).itemsize
+    device = named_device(recipe.device)
+    widens = recipe.precision == "float32" or (recipe.precision == "auto" and device.type == "cpu")
+    context = getattr(model.config, "max_position_embeddings", None) or _LENGTH
+    weights = sum(site.parameters for site in sites)
+    budget = recipe.budget
+    keep = budget.keep if budget.keep is not None else 1.0
+    if budget.bits is not None:
+        keep = budget.bits / (8 * stored)
+    elif budget.size is not None:
+        keep = min(1.0, budget.size / (stored * max(1, weights)))
+    return Shapes(
+        sites=sites,
+        outside=everything - sum(inside),
+        blocks=inside,
+        width=model.get_input_embeddings().weight.shape[-1],
+        stored=stored,
+        computed=4 if widens else stored,
+        sums=sums,
+        largest_sum=largest,
+        sequences=count,
+        length=calibration.length or min(_LENGTH, context),
+        batch=calibration.batch_size,
+        gradients=any(statistic.labels is not None for statistic in requests),
+        keep=keep,
+        on_gpu=device.type != "cpu",
+    )
+
+
+def _sizes(statistic: Statistic, sites: Sequence[Site], sequences: int) -> Mapping[Any, int]:
+    """Bytes of each stream's sums in float32: by module, side, and the first site that it serves."""
+    streams = statistic.streams(sites)
+    start = statistic.sums(streams, sequences, Reporter(show=False))
+    nowhere = torch.device("meta")
+    return {(s.module, s.side, s.sites[0]): _summed(start(s.d, nowhere)) for s in streams}
+
+
+def needs(shapes: Shapes) -> dict[str, Need]:
+    """What every way to hold the model needs, the largest first."""
+    return {mode: _need(shapes, mode) for mode in MODES}
+
+
+def _need(s: Shapes, mode: str) -> Need:
+    tokens = s.batch * s.length
+    hidden = 4 * s.sequences * s.length * s.width * ((len(s.blocks) + 1) if s.gradients else 1)
+    in_memory = hidden if mode != "disk" and hidden <= HIDDEN_GB * 1e9 else 0
+    largest_block = max(s.blocks)
+    widened = s.computed != s.stored
+    whole = (s.outside + sum(s.blocks)) * s.computed
+    streamed = largest_block * s.computed if widened or s.on_gpu else 0
+    weights = {"whole": whole if widened or s.on_gpu else 0}.get(mode, streamed)
+    by_block: dict[int, list[Site]] = {}
+    for site in s.sites:
+        by_block.setdefault(site.block, []).append(site)
+    passing = max(sum(site.m + site.n for site in sites) for sites in by_block.values())
+    activations = s.computed * tokens * (passing + 6 * s.width if s.gradients else s.width * 6)
+    # Summed in float32, kept in float64; while a group's sum is added there is one more of it.
+    sums = 3 * max(s.sums) + 4 * s.largest_sum
+    logits = _LOGITS_AT_ONCE * 4 * LOGITS
+    looking = max(_looking(site) for site in s.sites)
+    made = int(s.keep * sum(site.parameters for site in s.sites)) * 4 if mode == "whole" and not widened else 0
+    stages = {
+        "statistics": activations + in_memory + max(sums, logits if s.gradients else 0),
+        "outlooks": looking,
+        "scores": s.computed * tokens * 6 * s.width + logits // 2,
+    }
+    worst = max(stages, key=lambda name: stages[name])
+    streams = 0 if not s.on_gpu else activations + sums
+    device = 0 if not s.on_gpu else streams + (whole if mode == "whole" else s.outside * s.computed + streamed)
+    host = int(_LIBRARIES + made + (0 if s.on_gpu else weights) + stages[worst] - (streams if s.on_gpu else 0))
+    return Need(mode, max(host, int(_LIBRARIES)), device, _disk(s, mode, hidden - in_memory), worst)
+
+
+def _looking(site: Site) -> int:
+    """Bytes that the decomposition of one weight takes: in float64, its side's eigenproblem and copies of it."""
+    k = min(site.m, site.n)
+    return 8 * (5 * k * k + 6 * site.m * site.n)
+
+
+def _disk(s: Shapes, mode: str, hidden: int) -> int:
+    """Totals in float64, bases in float32, hidden states that do not stay in memory, weights in files, the result."""
+    totals = 2 * sum(s.sums)
+    bases = sum(4 * min(site.m, site.n) * (site.m + site.n) for site in s.sites)
+    linear = sum(site.parameters for site in s.sites)
+    written = s.stored * (s.outside + sum(s.blocks) - linear) + int(s.keep * linear * s.stored)
+    held = 0 if mode == "whole" else s.computed * s.outside + int(s.keep * linear) * 4
+    return totals + bases + hidden + held + written
+
+
+def available_memory() -> int | None:
+    """Memory of the host that is free, in bytes: what the system says, or what the process's group may take."""
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        if limit != "max":
+            found.append(int(limit) - used)
+    except (OSError, ValueError):
+        pass
+    return min(found, default=None)
+
+
+def expected_need(recipe: Recipe, reporter: Reporter) -> Need | None:
+    """The way a recipe's model will be held and what that needs, said on the terminal; None for what cannot be known.
+
+    Args:
+        recipe: the whole run.
+        reporter: told about it.
+    """
+    try:
+        found = needs(shapes_of(recipe))
+    except (RankwiseError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError, OSError):
+        return None  # loading the model says what is wrong with it
+    free = available_memory()
+    free_on_device = math.inf
+    device = named_device(recipe.device)
+    if device.type == "cuda":
+        free_on_device = torch.cuda.mem_get_info(device)[0]
+    fitting = (
+        mode
+        for mode, need in found.items()
+        if (free is None or need.host <= _SHARE * free) and need.device <= _SHARE * free_on_device
+    )
+    need = found[next(fitting, "disk") if recipe.memory == "auto" else recipe.memory]
+    of_free = "" if free is None else f" of {free / 1e9:.1f} GB that are free"
+    reporter.say(f"memory: {need.mode}, about {need.host / 1e9:.1f} GB{of_free}, {need.disk / 1e9:.1f} GB of disk")
+    return need
+
+
+def chosen_memory(recipe: Recipe, need: Need | None) -> str:
+    """The way the model is held: the recipe's, else the estimate's, else whole."""
+    if recipe.memory != "auto":
+        return recipe.memory
+    return "whole" if need is None else need.mode
+
+
+def require_config(recipe: Recipe) -> dict[str, Need]:
+    """What every way needs, from a config.
+
+    Raises:
+        ModelError: when nothing can be said of this architecture without its weights.
+    """
+    try:
+        return needs(shapes_of(recipe))
+    except RankwiseError:
+        raise
+    except Exception as problem:
+        raise ModelError(
+            f"What this architecture needs cannot be told from its config ({type(problem).__name__}: {problem}).",
+            where=recipe.model,
+            remedy="compress it with --memory disk, which needs least",
+        ) from None

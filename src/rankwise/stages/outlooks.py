@@ -50,7 +50,7 @@ def collect_statistics(work: Work) -> Store:
             batch_size=work.recipe.calibration.batch_size,
             seed=work.recipe.seed,
             snapshot=snapshot.partial,
-            hidden_gb=0.0 if work.recipe.memory == "disk" else HIDDEN_GB,
+            hidden_gb=0.0 if work.memory == "disk" else HIDDEN_GB,
             known=lambda statistic, key: folders[statistic].has(f"{key}.safetensors"),
             reporter=work.reporter,
         )

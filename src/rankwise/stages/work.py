@@ -18,6 +18,7 @@ from rankwise.progress import Reporter
 from rankwise.recipes import Calibration, Evaluation, Recipe, Validation
 from rankwise.runs import Run, Stage
 from rankwise.sizes import Allowance
+from rankwise.stages.memory import Need
 
 _STAGE_FORMAT = 7
 """Raised when the contents or the arithmetic of a stage change, so that old stages are not taken for new ones."""
@@ -59,6 +60,8 @@ class Work:
         fingerprint: hash of its weights.
         reporter: told about progress.
         problem: what the allocation chooses from: candidates, how they are stored, and what is allowed.
+        memory: the way the model is held: `whole`, `blocks` or `disk`.
+        need: what that was expected to take, where an estimate was made.
     """
 
     recipe: Recipe
@@ -69,6 +72,8 @@ class Work:
     fingerprint: str
     reporter: Reporter
     problem: Problem
+    memory: str = "whole"
+    need: Need | None = None
 
     @property
     def looks(self) -> Looks:
@@ -177,8 +182,25 @@ def read_sequences(
     )
 
 
-def begin(recipe: Recipe, run: Run, loaded: LoadedModel, texts: Texts, reporter: Reporter) -> Work:
+def begin(
+    recipe: Recipe,
+    run: Run,
+    loaded: LoadedModel,
+    texts: Texts,
+    reporter: Reporter,
+    memory: str = "whole",
+    need: Need | None = None,
+) -> Work:
     """Find the sites and what they share, and say what is unusual about this run.
+
+    Args:
+        recipe: the whole run.
+        run: where finished stages are.
+        loaded: the model.
+        texts: its token sequences.
+        reporter: told about it.
+        memory: the way the model is held.
+        need: what that is expected to take.
 
     Raises:
         ModelError: when the model is compressed already or has no linear layers.
@@ -208,7 +230,8 @@ def begin(recipe: Recipe, run: Run, loaded: LoadedModel, texts: Texts, reporter:
     if calibration.cut:
         reporter.note("the calibration source is very large; its first 64 million characters were read")
     mark = fingerprint(loaded.model, loaded.stored_dtypes)
-    return Work(recipe, run, loaded, texts, sites, mark, reporter, _problem(recipe, loaded, sites))
+    problem = _problem(recipe, loaded, sites)
+    return Work(recipe, run, loaded, texts, sites, mark, reporter, problem, memory, need)
 
 
 def _problem(recipe: Recipe, loaded: LoadedModel, sites: list[Site]) -> Problem:

@@ -3,7 +3,7 @@
 A method imports the statistics it asks for from their files; nothing here lists them.
 """
 
-from rankwise.statistics.base import Collected, Labels, Statistic, Totals
+from rankwise.statistics.base import Collected, Labels, Statistic, Sums, Totals
 from rankwise.statistics.passes import HIDDEN_GB, collect, collecting
 from rankwise.statistics.store import SiteStatistics, Store, save_totals
 
@@ -14,6 +14,7 @@ __all__ = [
     "SiteStatistics",
     "Statistic",
     "Store",
+    "Sums",
     "Totals",
     "collect",
     "collecting",
