@@ -2,8 +2,8 @@
 
 python benchmarks/memory_modes.py [CASE ...]
 
-Cases: `smollm2` (the real model, every mode), `llama-1b` and `llama-7b-2` (shapes of these models with random weights
-in bfloat16, the latter with two blocks). Each run is a process of its own; a stage's memory is what no file stands
+Cases: `smollm2` (the real model, every mode), `llama-1b`, `llama-1b-4` and `llama-7b-2` (shapes of these models with
+random weights in bfloat16, the latter two with four and with two blocks). Each run is a process of its own; a stage's memory is what no file stands
 behind, sampled twenty times a second. Models and stages take up to 30 GB of disk under the system's temporary folder.
 """
 
@@ -47,6 +47,7 @@ LLAMA_7B = {
 CASES: dict[str, dict[str, Any]] = {
     "smollm2": {"modes": ("whole", "blocks", "disk"), "sequences": 64},
     "llama-1b": {"modes": ("disk",), "sequences": 8, "batch": 2, "shape": LLAMA_1B},
+    "llama-1b-4": {"modes": ("disk",), "sequences": 8, "batch": 2, "shape": LLAMA_1B | {"num_hidden_layers": 4}},
     "llama-7b-2": {"modes": ("disk",), "sequences": 8, "batch": 1, "shape": LLAMA_7B},
 }
 
@@ -106,7 +107,7 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     known = RESULTS / "memory_modes.json"
     figures = json.loads(known.read_text())["figures"] if known.exists() else []
-    for case in sys.argv[1:] or list(CASES):
+    for case in sys.argv[1:] or ["smollm2", "llama-1b", "llama-7b-2"]:
         figures = [each for each in figures if each["case"] != case]
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)

@@ -1,0 +1,139 @@
+"""What a run is expected to need comes from its config alone, and decides how a model is held."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, MixtralConfig
+
+from conftest import Run, make_site
+from rankwise import compress
+from rankwise.errors import ModelError
+from rankwise.models import BlockRunner
+from rankwise.progress import Reporter, anonymous_bytes
+from rankwise.recipes import recipe_from
+from rankwise.stages import memory
+from rankwise.stages.memory import expected_need, needs, require_config, shapes_of
+
+WIDE = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """The config of two blocks as wide as those of a model of 70 billion parameters; no weights."""
+    LlamaConfig(**WIDE, num_hidden_layers=2, vocab_size=128_256, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_config_is_all_that_is_read(wide: Path) -> None:
+    recipe = recipe_from({"model": str(wide), "calibration": {"sequences": 8}, "device": "cpu"})
+    shapes = shapes_of(recipe)
+    linear = 2 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    assert sum(site.parameters for site in shapes.sites) == linear
+    assert shapes.outside == 2 * 128_256 * 8192 + 8192
+    assert (shapes.stored, shapes.computed, shapes.gradients) == (2, 4, True)
+    # q, k and v read one input, gate and up another: 2 + 1 matrices of 8192^2, and the output of down.
+    inputs = 4 * (3 * 8192**2 + 8192**2 + 4 * 2 * 8192)
+    assert shapes.sums[0] > inputs
+    found = needs(shapes)
+    largest_block = max(shapes.blocks)
+    assert found["whole"].host - found["blocks"].host == 4 * (linear + shapes.outside + 4 * 8192 - largest_block)
+    assert found["blocks"].host >= found["disk"].host
+    assert found["whole"].disk < found["blocks"].disk <= found["disk"].disk
+    assert all(need.device == 0 for need in found.values())
+
+
+def test_hidden_states_beyond_what_memory_keeps_are_counted_as_files(wide: Path) -> None:
+    def need(sequences: int) -> tuple[int, int]:
+        values = {"model": str(wide), "calibration": {"sequences": sequences, "length": 512}, "device": "cpu"}
+        # No weight is large enough to hide it.
+        found = needs(replace(shapes_of(recipe_from(values)), sites=[make_site("0.q", 4, 4)]))
+        return found["blocks"].host - found["disk"].host, found["disk"].disk - found["blocks"].disk
+
+    hidden = 4 * 8 * 512 * 8192 * 3
+    assert need(8) == (hidden, hidden)
+    assert need(256) == (0, 0)
+
+
+@pytest.mark.parametrize(("free", "chosen"), [(10**15, "whole"), (12 * 10**9, "blocks"), (10**6, "disk")])
+def test_auto_takes_the_first_that_fits(
+    free: int, chosen: str, wide: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: free)
+    recipe = recipe_from({"model": str(wide), "calibration": {"sequences": 8}, "device": "cpu"})
+    need = expected_need(recipe, Reporter())
+    assert need is not None
+    assert memory.chosen_memory(recipe, need) == need.mode == chosen
+    assert f"memory: {chosen}, about" in capsys.readouterr().err
+    asked = recipe.model_copy(update={"memory": "whole"})
+    assert memory.chosen_memory(asked, expected_need(asked, Reporter(show=False))) == "whole"
+
+
+def test_fused_experts_and_other_statistics_have_an_estimate(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=100, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    for method in ("svd", "bolaco", "two_sided", "quantize", "caldera", "mixed"):
+        budget = {"bits": 3} if method in ("quantize", "mixed") else {}
+        recipe = recipe_from({"model": str(tmp_path), "method": method, "budget": budget, "device": "cpu"})
+        shapes = shapes_of(recipe)
+        assert shapes.gradients == (method in ("two_sided", "quantize", "caldera", "mixed") and any(shapes.sums))
+        assert all(need.host >= memory._LIBRARIES for need in needs(shapes).values())
+
+
+def test_what_cannot_be_told_is_said_by_the_command_alone(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_from({"model": str(wide / "nowhere"), "device": "cpu"})
+    assert expected_need(recipe, Reporter(show=False)) is None
+    assert memory.chosen_memory(recipe, None) == "whole"
+    with pytest.raises(ModelError):
+        require_config(recipe)
+
+    def fails(_recipe: Any) -> None:
+        raise IndexError("no such layer")
+
+    monkeypatch.setattr(memory, "shapes_of", fails)
+    with pytest.raises(ModelError, match="IndexError: no such layer"):
+        require_config(recipe_from({"model": str(wide), "device": "cpu"}))
+
+
+def test_the_command(rankwise: Run, wide: Path) -> None:
+    status, out, _ = rankwise("plan-memory", str(wide), "--sequences", "8", "--device", "cpu")
+    assert status == 0
+    assert all(mode in out for mode in memory.MODES)
+    status, out, _ = rankwise("plan-memory", str(wide), "--keep", "0.5", "--device", "cpu", "--json")
+    found = json.loads(out)["needs"]
+    assert status == 0
+    assert found["whole"]["host"] > found["disk"]["host"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "disk"])
+def test_the_report_says_what_was_expected_and_used(
+    mode: str, settings: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    found = compress(
+        recipe_from(settings(memory=mode, method="svd", allocation="uniform")), run_directory=tmp_path / "run"
+    )
+    used = found.report.memory
+    assert used is not None
+    assert used.mode == ("whole" if mode == "auto" else mode)
+    assert used.expected_bytes is not None
+    if anonymous_bytes() is not None:
+        assert used.used_bytes == max(stage.anonymous_bytes or 0 for stage in list(found.report.stages.values())[:-1])
+
+
+def test_blocks_that_need_each_other_are_no_reason_to_fail(
+    settings: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BlockRunner, "alone", lambda _self: False)
+    values = settings(memory="disk", budget={"keep": 0.6, "rank_multiple": 1})
+    found = compress(recipe_from(values), run_directory=tmp_path / "run")
+    monkeypatch.undo()
+    assert found.plan == compress(recipe_from({**values, "memory": "whole"}), run_directory=tmp_path / "other").plan
