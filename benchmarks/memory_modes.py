@@ -3,8 +3,9 @@
 python benchmarks/memory_modes.py [CASE ...]
 
 Cases: `smollm2` (the real model, every mode), `llama-1b`, `llama-1b-4` and `llama-7b-2` (shapes of these models with
-random weights in bfloat16, the latter two with four and with two blocks). Each run is a process of its own; a stage's memory is what no file stands
-behind, sampled twenty times a second. Models and stages take up to 30 GB of disk under the system's temporary folder.
+random weights in bfloat16, the latter two with four and with two blocks). Each run is a process of its own; a stage's
+memory is what no file stands behind, sampled twenty times a second. Models and stages take up to 30 GB of disk under
+the system's temporary folder.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from common import RESULTS, ROOT, ended, forked, markdown_table, write_result
 from rankwise import compress
 from rankwise.recipes import recipe_from
+from rankwise.statistics.curvature import DEFAULT_CURVATURE_GB
 
 LLAMA_1B = {
     "vocab_size": 128_256,
@@ -47,7 +49,14 @@ LLAMA_7B = {
 CASES: dict[str, dict[str, Any]] = {
     "smollm2": {"modes": ("whole", "blocks", "disk"), "sequences": 64},
     "llama-1b": {"modes": ("disk",), "sequences": 8, "batch": 2, "shape": LLAMA_1B},
-    "llama-1b-4": {"modes": ("disk",), "sequences": 8, "batch": 2, "shape": LLAMA_1B | {"num_hidden_layers": 4}},
+    "llama-1b-4": {
+        "modes": ("disk",),
+        "sequences": 8,
+        "batch": 2,
+        # What sixteen blocks get of the default, four get of a quarter.
+        "curvature_gb": 2.0,
+        "shape": LLAMA_1B | {"num_hidden_layers": 4},
+    },
     "llama-7b-2": {"modes": ("disk",), "sequences": 8, "batch": 1, "shape": LLAMA_7B},
 }
 
@@ -81,6 +90,7 @@ def run(case: str, mode: str, model: Path, folder: Path) -> dict[str, Any]:
         "model": str(model),
         "output": str(folder / mode),
         "memory": mode,
+        "method": {"name": "two_sided", "curvature_gb": settings.get("curvature_gb", DEFAULT_CURVATURE_GB)},
         "budget": {"keep": 0.8},
         "calibration": {
             "source": source,

@@ -262,6 +262,8 @@ def expected_need(recipe: Recipe, reporter: Reporter) -> Need | None:
     )
     need = found[next(fitting, "disk") if recipe.memory == "auto" else recipe.memory]
     of_free = "" if free is None else f" of {free / 1e9:.1f} GB that are free"
+    if free is not None and need.host > free:
+        of_free += " (more than is free: the system may end it)"
     reporter.say(f"memory: {need.mode}, about {need.host / 1e9:.1f} GB{of_free}, {need.disk / 1e9:.1f} GB of disk")
     return need
 
