@@ -34,6 +34,7 @@ DESCRIPTIONS = {
     ("docs/methods/caldera.md", "setting"),
     ("docs/quantisation.md", "`--allocation`"),
     ("docs/reliability.md", "exit status"),
+    ("docs/memory.md", "`--memory`"),
     ("docs/repair.md", "step"),
     ("docs/storage.md", "`--storage`"),
 }
