@@ -11,7 +11,7 @@ import typer
 
 from rankwise import __version__
 from rankwise.cli.boundary import run_guarded
-from rankwise.cli.common import Bos, Cache, Device, Json, Precision, Quiet, Trust, print_json, reporter_for
+from rankwise.cli.common import Bos, Cache, Device, Json, Overwrite, Precision, Quiet, Trust, print_json, reporter_for
 from rankwise.cli.files import plan_app, recipes_app
 from rankwise.cli.finetuning import finetune
 from rankwise.cli.options import read_fractions, recipe_of, require_trust, split_assignment
@@ -95,6 +95,7 @@ def compress(
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where finished stages are kept and looked for.")] = None,
+    overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -132,7 +133,7 @@ def compress(
 
     reporter = reporter_for(quiet)
     reporter.facts["model"] = valid.model
-    result = run(valid, run_directory=run_dir, reporter=reporter)
+    result = run(valid, run_directory=run_dir, overwrite=overwrite, reporter=reporter)
     if json:
         print_json(result.report.model_dump(mode="json"))
     elif not quiet:
@@ -161,6 +162,7 @@ def sensitivity(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override any key of a recipe.")] = None,
     device: Device = "auto",
     run_dir: Annotated[Path | None, typer.Option(help="Where finished stages are kept and looked for.")] = None,
+    overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -198,6 +200,7 @@ def sensitivity(
         fractions=FRACTIONS if fractions is None else read_fractions(fractions),
         site_fraction=site_fraction,
         run_directory=run_dir,
+        overwrite=overwrite,
         reporter=reporter,
     )
     if json:
@@ -310,12 +313,13 @@ def generate(
 def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")] = Path("quickstart-output"),
     keep: Annotated[float, typer.Option(help="Fraction of the decoder's linear weights to keep.")] = 0.8,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Compress the bundled model and show what was saved and lost. Needs no network."""
     from rankwise.quickstart import run
 
-    run(output, keep, reporter_for(quiet))
+    run(output, keep, reporter_for(quiet), overwrite=overwrite)
 
 
 def _quiet_libraries() -> None:

@@ -18,6 +18,9 @@ Cache = Annotated[
     bool,
     typer.Option("--dense-cache", help="Decode quantised weights once and keep them: faster, more memory."),
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the result of another model too, where --output holds one.")
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint ships.")]
 Bos = Annotated[
     str | None,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.common import Bos, Device, Json, Precision, Quiet, Trust, print_json, reporter_for
+from rankwise.cli.common import Bos, Device, Json, Overwrite, Precision, Quiet, Trust, print_json, reporter_for
 from rankwise.cli.options import split_assignment
 
 
@@ -31,6 +31,7 @@ def finetune(
     seed: Annotated[int, typer.Option(help="For everything drawn.")] = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method: --set rank=16")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew, whatever was begun for this output.")] = False,
+    overwrite: Overwrite = False,
     device: Device = "auto",
     precision: Precision = "auto",
     trust_remote_code: Trust = False,
@@ -66,7 +67,7 @@ def finetune(
     )
     reporter = reporter_for(quiet)
     reporter.facts["model"] = model
-    report = run(wanted, restart=restart, reporter=reporter)
+    report = run(wanted, restart=restart, overwrite=overwrite, reporter=reporter)
     if json:
         print_json(report.model_dump(mode="json"))
     elif not quiet:

@@ -19,13 +19,14 @@ MODEL = Path(__file__).parent / "pydoc-llama"
 _PROMPT = "Return a list of"
 
 
-def run(output: Path, keep: float, reporter: Reporter) -> None:
+def run(output: Path, keep: float, reporter: Reporter, *, overwrite: bool = False) -> None:
     """Compress, write to `output`, print.
 
     Args:
         output: directory to write.
         keep: fraction of the decoder's linear weights to keep.
         reporter: told about progress.
+        overwrite: replace the result of another model too, where `output` holds one.
     """
     recipe = recipe_from(
         {
@@ -37,7 +38,8 @@ def run(output: Path, keep: float, reporter: Reporter) -> None:
         },
         origin="quickstart",
     )
-    compressed = compress(recipe, run_directory=output.with_name(f".{output.name}.run"), reporter=reporter)
+    stages = output.with_name(f".{output.name}.run")
+    compressed = compress(recipe, run_directory=stages, overwrite=overwrite, reporter=reporter)
     dense = load_model(str(MODEL))
     small = load_model(str(output))
     console = Console(width=100)
