@@ -137,13 +137,9 @@ def compress(
     if json:
         print_json(result.report.model_dump(mode="json"))
     elif not quiet:
-        from rich.console import Console
+        from rankwise.reports import print_closing
 
-        from rankwise.reports import closing_table
-
-        # A file or a pipe has no width: let the table take what it needs.
-        console = Console(width=None if sys.stdout.isatty() else 100)
-        console.print(closing_table(result.report))
+        print_closing(result.report)
         print(f"written to {valid.output}")
 
 

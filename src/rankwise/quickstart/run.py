@@ -11,7 +11,7 @@ from rankwise.evaluation import generate
 from rankwise.flows.compress import compress
 from rankwise.progress import Reporter
 from rankwise.recipes import recipe_from
-from rankwise.reports import closing_table
+from rankwise.reports import print_closing
 
 MODEL = Path(__file__).parent / "pydoc-llama"
 """A Llama of 2.4 million parameters, trained by `examples/train_quickstart_model.py`."""
@@ -43,7 +43,7 @@ def run(output: Path, keep: float, reporter: Reporter, *, overwrite: bool = Fals
     dense = load_model(str(MODEL))
     small = load_model(str(output))
     console = Console(width=100)
-    console.print(closing_table(compressed.report))
+    print_closing(compressed.report)
     for label, loaded in (("before", dense), ("after", small)):
         text = generate(loaded.model, loaded.tokenizer, _PROMPT, new_tokens=40)
         console.print(f"\n[bold]a sample, {label}:[/bold] ", end="")

@@ -2,6 +2,7 @@
 
 from rankwise.reports.model_card import model_card
 from rankwise.reports.parts import (
+    Advice,
     Bits,
     BlockRepair,
     CalibrationText,
@@ -22,6 +23,7 @@ from rankwise.reports.parts import (
     SiteReport,
     TrainingStep,
     ValidationText,
+    Verdict,
     bits_of,
     in_words,
 )
@@ -36,10 +38,12 @@ from rankwise.reports.pictures import (
 )
 from rankwise.reports.plan_table import kept_grid, plan_difference, plan_facts, plan_table
 from rankwise.reports.report import REPORT_FORMAT, Report
-from rankwise.reports.table import closing_table
+from rankwise.reports.table import closing_table, print_closing
+from rankwise.reports.verdict import in_lines, verdict
 
 __all__ = [
     "REPORT_FORMAT",
+    "Advice",
     "Bits",
     "BlockRepair",
     "CalibrationText",
@@ -61,6 +65,7 @@ __all__ = [
     "SiteReport",
     "TrainingStep",
     "ValidationText",
+    "Verdict",
     "bits_of",
     "can_draw",
     "closing_table",
@@ -70,10 +75,13 @@ __all__ = [
     "draw_role_curves",
     "draw_site_map",
     "draw_trials",
+    "in_lines",
     "in_words",
     "kept_grid",
     "model_card",
     "plan_difference",
     "plan_facts",
     "plan_table",
+    "print_closing",
+    "verdict",
 ]

@@ -57,6 +57,19 @@ loss a token on {{ step.examples.held_out }} held out {{ step.loss_before | in_w
 {%- for note in notes %}
 - {{ note | text }}
 {%- endfor %}
+{%- if verdict %}
+
+## What was lost
+
+{{ verdict.lost | text }}
+{%- if verdict.next %}
+
+What to try next, in this order:
+{% for each in verdict.next %}
+{{ loop.index }}. {{ each.what | text }}: {{ each.cost | text }}
+{%- endfor %}
+{%- endif %}
+{%- endif %}
 
 ## Use
 

@@ -163,6 +163,34 @@ class Scores(Part):
     compressed: Score
 
 
+class Advice(Part):
+    """A thing to try next.
+
+    Attributes:
+        what: options of the command line, in words where there are several.
+        cost: time, size or both, in words.
+    """
+
+    what: str
+    cost: str
+
+
+class Verdict(Part):
+    """What a compression lost, in plain words.
+
+    Attributes:
+        ratio: perplexity after over before; None where it is not known or not finite.
+        usual: least and most that was measured at this size, None for no most; see `rankwise.reports.verdict`.
+        lost: the sentence.
+        next: what to try, in order.
+    """
+
+    ratio: float | None = None
+    usual: tuple[float, float | None] | None = None
+    lost: str
+    next: tuple[Advice, ...] = ()
+
+
 class CalibrationText(Part):
     """What the statistics were taken on.
 

@@ -24,6 +24,7 @@ from rankwise.reports.parts import (
     Scores,
     SearchSummary,
     SiteReport,
+    Verdict,
 )
 from rankwise.sizes import Storage
 
@@ -64,6 +65,7 @@ class Report(Part):
         run_directory: where finished stages are.
         bytes_on_disk: of all weight files; None when none was written.
         finetune: what each fine-tuning did, in order.
+        verdict: what was lost, and what to try next; None after a fine-tuning.
     """
 
     format: Literal["rankwise-report/1"] = REPORT_FORMAT
@@ -91,6 +93,7 @@ class Report(Part):
     run_directory: str
     bytes_on_disk: int | None = None
     finetune: tuple[FineTuneStep, ...] = ()
+    verdict: Verdict | None = None
 
     @classmethod
     def load(cls, path: Path | str) -> Report:

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+
+from rich.console import Console
 from rich.table import Table
 
 from rankwise.reports.escaping import cell
 from rankwise.reports.parts import in_words
 from rankwise.reports.report import Report
+from rankwise.reports.verdict import in_lines
 from rankwise.sizes import bytes_in_words
+
+
+def print_closing(report: Report) -> None:
+    """Print what a compression ends with on standard output: the table, what was lost, and what to try next."""
+    # A file or a pipe has no width: let the table take what it needs.
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(closing_table(report))
+    if report.verdict is not None:
+        console.print()
+        for line in in_lines(report.verdict):
+            console.print(line, markup=False, highlight=False)
+        console.print()
 
 
 def closing_table(report: Report) -> Table:

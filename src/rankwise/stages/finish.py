@@ -30,6 +30,7 @@ from rankwise.reports import (
     draw_plan,
     draw_trials,
     model_card,
+    verdict,
 )
 from rankwise.sizes import Plan
 from rankwise.stages.fitting import SiteFacts
@@ -151,6 +152,7 @@ def write(
     recipe, loaded = work.recipe, work.loaded
     loaded.to_stored_dtypes()
     report = _report(work, chosen, facts, repairing, costs, scores)
+    report = report.model_copy(update={"verdict": verdict(report)})
     if recipe.output is None:
         return report
     save = save_low_rank if recipe.format == "low_rank" else save_dense
