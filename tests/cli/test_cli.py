@@ -31,6 +31,8 @@ def test_compress_evaluate_generate(compress: Run, rankwise: Run, text: Path, tm
     assert status == 0
     assert "asked 0.7" in out
     assert "perplexity" in out
+    assert "tokens/s" in out
+    assert "tokens/s" not in compress("--keep", 0.7, "--evaluation", f"text:{text}", "--no-speed")[1]
     status, out, err = rankwise("evaluate", tmp_path / "out", "--text", f"text:{text}", "--length", 32, "--json")
     found = json.loads(out)
     assert (status, err) == (0, "")
@@ -140,7 +142,7 @@ def test_damaged_models(compress: Run, tiny: Path, tmp_path: Path) -> None:
     failed(compress(), "not JSON", "config.json")
     (tiny / "config.json").unlink()
     failed(compress(), "config.json", "missing")
-    failed(compress(model=tmp_path / "nowhere"), "no such model directory")
+    failed(compress("--overwrite", model=tmp_path / "nowhere"), "no such model directory")
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_not_filled_at_random(compress: Run, tiny: Path) -> None:

@@ -25,6 +25,7 @@ from rankwise.checkpoints.sources import (
 )
 from rankwise.checkpoints.verify import read_json, verify_checkpoint
 from rankwise.errors import ModelError, NotFiniteError
+from rankwise.layers import cache_dense
 from rankwise.layers.needs import unmet
 from rankwise.reading import one_line
 
@@ -32,7 +33,7 @@ CHECKPOINT_KEY = "rankwise"
 """The key in a config under which a compressed checkpoint describes its layers."""
 
 CACHE_KEY = "rankwise_cache_dense"
-"""The key in a config that lets quantised layers keep their weight dequantised."""
+"""The key in a config that says whether quantised layers keep their weight dequantised; `"auto"` where it fits."""
 
 
 _NOWHERE = ".no-adapter"
@@ -208,6 +209,9 @@ def load_model(
             where=source,
             remedy="config.json and the weights do not fit together; fetch the model again",
         ) from problem
+    if getattr(model.config, CACHE_KEY, None) == "auto":
+        # Here weights may be trained and compared: who wants them decoded once says so, with `keep_decoded`.
+        cache_dense(model, False)
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise ModelError(

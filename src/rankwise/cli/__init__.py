@@ -11,7 +11,19 @@ import typer
 
 from rankwise import __version__
 from rankwise.cli.boundary import run_guarded
-from rankwise.cli.common import Bos, Cache, Device, Json, Overwrite, Precision, Quiet, Trust, print_json, reporter_for
+from rankwise.cli.common import (
+    Bos,
+    Cache,
+    Device,
+    Json,
+    Overwrite,
+    Precision,
+    Quiet,
+    Trust,
+    decode_once,
+    print_json,
+    reporter_for,
+)
 from rankwise.cli.files import plan_app, recipes_app
 from rankwise.cli.finetuning import finetune
 from rankwise.cli.options import read_fractions, recipe_of, require_trust, split_assignment
@@ -79,6 +91,9 @@ def compress(
     ] = None,
     validation: Annotated[str | None, typer.Option(help="Text source on which a search judges its plans.")] = None,
     evaluation: Annotated[str | None, typer.Option(help="Text source to score before and after.")] = None,
+    speed: Annotated[
+        bool | None, typer.Option("--speed/--no-speed", help="Time a short decode too, where a text is scored.")
+    ] = None,
     sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a sequence, in every text.")] = None,
     bos: Bos = None,
@@ -125,7 +140,7 @@ def compress(
         "trust_remote_code": trust_remote_code or None,
     }
     # These are of the text to score, where there is one.
-    given |= {"evaluation.length?": length, "evaluation.bos?": bos}
+    given |= {"evaluation.length?": length, "evaluation.bos?": bos, "evaluation.speed?": speed}
     few = {"q_bits": q_bits, "rank": rank, "lr_bits": lr_bits, "codebook": codebook}
     valid = recipe_of(given, recipe=recipe, plan=plan, trials=trials, few=few, assignments=set_ or [])
 
@@ -227,7 +242,7 @@ def evaluate(
     bos: Bos = None,
     device: Device = "auto",
     precision: Precision = "auto",
-    dense_cache: Cache = False,
+    dense_cache: Cache = None,
     trust_remote_code: Trust = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -238,7 +253,6 @@ def evaluate(
     from rankwise.checkpoints import load_model
     from rankwise.device import named_device
     from rankwise.evaluation import perplexity
-    from rankwise.layers import cache_dense
     from rankwise.recipes import recipe_from
     from rankwise.stages import read_sequences
 
@@ -264,7 +278,7 @@ def evaluate(
             model, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
         )
         reporter.facts["architecture"] = type(loaded.model).__name__
-        cache_dense(loaded.model, dense_cache)
+        decode_once(loaded.model, dense_cache, quiet)
         read = read_sequences(recipe.evaluation, loaded, seed, skip)
     with reporter.stage("evaluate"):
         found = perplexity(
@@ -287,21 +301,20 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="For a temperature above 0.")] = 0,
     device: Device = "auto",
     precision: Precision = "auto",
-    dense_cache: Cache = False,
+    dense_cache: Cache = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Continue a prompt."""
     from rankwise.checkpoints import load_model
     from rankwise.device import named_device
     from rankwise.evaluation import generate as run
-    from rankwise.layers import cache_dense
     from rankwise.recipes import recipe_from
 
     recipe = recipe_from({"model": model, "device": device, "precision": precision}, origin="command line")
     loaded = load_model(
         model, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
     )
-    cache_dense(loaded.model, dense_cache)
+    decode_once(loaded.model, dense_cache)
     print(run(loaded.model, loaded.tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed))
 
 

@@ -89,7 +89,7 @@ def compress(
         dense_cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
         stages.check_budget(work)
         with reporter.stage("evaluate dense"):
-            dense_score = stages.score(work, "dense")
+            dense_score, dense_speed = stages.score(work, "dense"), stages.speed(work)
         with reporter.stage("statistics"):
             store = stages.collect_statistics(work)
         outlooks = stages.Outlooks(work, store)
@@ -109,7 +109,8 @@ def compress(
         cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
         with reporter.stage("evaluate compressed"):
             score = stages.score(work, "compressed", chosen.plan, repairing)
+            speeds = dense_speed, stages.speed(work)
         with reporter.stage("checkpoint"):
-            report = stages.write(work, chosen, facts, repairing, (dense_cost, cost), (dense_score, score))
+            report = stages.write(work, chosen, facts, repairing, (dense_cost, cost), (dense_score, score), speeds)
     report = report.model_copy(update={"stages": dict(reporter.stages)})
     return Compressed(loaded.model, loaded.tokenizer, chosen.plan, report)

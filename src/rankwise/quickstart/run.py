@@ -46,9 +46,9 @@ def run(output: Path, keep: float, reporter: Reporter, *, overwrite: bool = Fals
     print_closing(compressed.report)
     for label, loaded in (("before", dense), ("after", small)):
         text = generate(loaded.model, loaded.tokenizer, _PROMPT, new_tokens=40)
-        console.print(f"\n[bold]a sample, {label}:[/bold] ", end="")
-        console.print(" ".join(text.split()), markup=False, highlight=False)
-    console.print(f"\nwritten to {output}; the same for your own model:", markup=False, highlight=False)
+        console.print(f"[bold]a sample, {label}:[/bold] ", end="")
+        console.print(f"{' '.join(text.split())}\n", markup=False, highlight=False)
+    console.print(f"written to {output}; the same for your own model:", markup=False, highlight=False)
     console.print(
         f"  rankwise compress MODEL --output DIR --keep {keep:g} --calibration text:FILE", markup=False, highlight=False
     )

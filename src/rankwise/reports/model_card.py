@@ -83,8 +83,9 @@ tokenizer = AutoTokenizer.from_pretrained("DIR"{% if low_rank %}, trust_remote_c
 `trust_remote_code=True` runs `modeling_rankwise.py` from this directory: the new layers and three small subclasses
 of the original classes. Without it loading stops with an error. The tokenizer needs no code; `False` says so to
 transformers, which would ask otherwise.
-{%- if coded %} Weights are decoded in every forward pass;
-`from_pretrained(..., rankwise_cache_dense=True)` decodes them once and keeps them, as large as the original.{% endif %}
+{%- if coded %} On a CPU
+weights are decoded once and kept, as large as the original, where memory allows, and else in every forward pass;
+`from_pretrained(..., rankwise_cache_dense=True)` or `False` says which.{% endif %}
 {% else %}
 The weights are multiplied back: this checkpoint loads like the original and is as large as it. No size is saved.
 {% endif %}

@@ -163,6 +163,20 @@ class Scores(Part):
     compressed: Score
 
 
+class Speed(Part):
+    """How fast text is generated on the machine of the run, in tokens a second of one sequence.
+
+    Attributes:
+        before: of the original.
+        after: of the result.
+        decoded_once: whether quantised weights were decoded once and kept, as they are where memory allows.
+    """
+
+    before: float
+    after: float
+    decoded_once: bool = False
+
+
 class Advice(Part):
     """A thing to try next.
 

@@ -24,6 +24,7 @@ from rankwise.reports.parts import (
     Scores,
     SearchSummary,
     SiteReport,
+    Speed,
     Verdict,
 )
 from rankwise.sizes import Storage
@@ -65,6 +66,7 @@ class Report(Part):
         run_directory: where finished stages are.
         bytes_on_disk: of all weight files; None when none was written.
         finetune: what each fine-tuning did, in order.
+        speed: tokens a second before and after; None where they were not measured, and after a fine-tuning.
         verdict: what was lost, and what to try next; None after a fine-tuning.
     """
 
@@ -93,6 +95,7 @@ class Report(Part):
     run_directory: str
     bytes_on_disk: int | None = None
     finetune: tuple[FineTuneStep, ...] = ()
+    speed: Speed | None = None
     verdict: Verdict | None = None
 
     @classmethod

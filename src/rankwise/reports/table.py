@@ -54,6 +54,10 @@ def closing_table(report: Report) -> Table:
     if report.evaluation is not None:
         dense, small = report.evaluation.dense.perplexity, report.evaluation.compressed.perplexity
         table.add_row("perplexity", f"{dense:.3f}", f"{small:.3f}", _ratio(dense, small))
+    if report.speed is not None:
+        slow, fast = report.speed.before, report.speed.after
+        label = "tokens/s, decoded once" if report.speed.decoded_once else "tokens/s"
+        table.add_row(label, f"{slow:.1f}", f"{fast:.1f}", _ratio(slow, fast))
     if report.search is not None:
         value = in_words(report.search.objective.value, ".4g")
         best = f"in trial {report.search.best_trial + 1}"

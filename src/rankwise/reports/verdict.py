@@ -84,7 +84,7 @@ def verdict(report: Report) -> Verdict:
         return Verdict(lost="Everything was lost: perplexity is not finite.", next=_next(report, math.inf))
     named = next((words for limit, words in _WORDS if ratio < limit), "most of what it knew")
     low, high = usual(report.coded, _size(report))
-    lost = f"Perplexity on {report.evaluation.source} is {ratio:.3g} times the original's: {named} was lost. "
+    lost = f"Perplexity on {report.evaluation.source} is {_times(ratio)} times the original's: {named} was lost. "
     return Verdict(
         ratio=ratio,
         usual=(low, high),
@@ -124,6 +124,10 @@ def usual(coded: bool, size: float) -> tuple[float, float | None]:
     return least, most if math.isfinite(most) else None
 
 
+def _times(ratio: float) -> str:
+    return f"{ratio:.3f}" if ratio < HARDLY else f"{ratio:.3g}"
+
+
 def _size(report: Report) -> float:
     return report.bits.got if report.coded and report.bits is not None else report.keep.got
 
@@ -156,21 +160,11 @@ def _next(report: Report, ratio: float) -> tuple[Advice, ...]:
     return tuple(each for each in steps if each is not None)
 
 
-def _seconds(report: Report, *names: str) -> float:
-    """What stages took; those taken over took nothing that says anything."""
-    return sum(report.stages[name].seconds for name in names if name in report.stages)
-
-
-def _in_time(seconds: float) -> str:
-    return f"about {seconds:.0f} s" if seconds < 100 else f"about {seconds / 60:.0f} minutes"
-
-
 def _text(report: Report) -> Advice | None:
     used = max(1, report.calibration.sequences * report.calibration.length)
     what = f"more calibration text than the {used:,} tokens used"
     factor = max(2, math.ceil(ENOUGH_TOKENS / used))
-    seconds = factor * _seconds(report, "statistics")
-    cost = f"statistics take {factor} times as long" + (f", {_in_time(seconds)}" if seconds >= 1 else "")
+    cost = f"statistics take {factor} times as long"
     if report.calibration.source.startswith("bundled"):
         return Advice(
             what="--calibration text:FILE with text of the kind the model is for, where documentation of Python was "
@@ -249,8 +243,7 @@ def _codes(report: Report) -> Advice | None:
 
 def _smaller(report: Report) -> tuple[Advice, ...]:
     """Where hardly anything was lost, what is smaller still."""
-    seconds = _seconds(report, "plan", "fits", "storage", "checkpoint")
-    cost = f"{_in_time(max(1.0, seconds))}, as statistics are taken over"
+    cost = "plan, fits and checkpoint anew; statistics are taken over"
     if report.coded and report.bits is not None:
         fewer = math.ceil(report.bits.got) - 1
         return (Advice(what=f"smaller: --bits {fewer}", cost=cost),) if fewer >= 2 else ()

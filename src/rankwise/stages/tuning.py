@@ -377,6 +377,7 @@ def write_tuned(
         "bits": None if bits is None else bits.model_copy(update={"got": plan.bits_a_weight}),
         "after": cost,
         "evaluation": None,
+        "speed": None,
         "verdict": None,
         "sites": {name: site.with_cut(plan.cuts[name], **stored.get(name, {})) for name, site in report.sites.items()},
         "notes": (*report.notes, *reporter.notes),
