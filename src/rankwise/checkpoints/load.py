@@ -144,8 +144,13 @@ def _read_config(source: str, trust_remote_code: bool) -> Any:
     return config
 
 
-def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(source: str, trust_remote_code: bool = False, config: Any = None) -> Any:
     """The tokenizer, or None when the directory has none.
+
+    Args:
+        source: directory or hub name.
+        trust_remote_code: run code that it ships.
+        config: of the model, where it was read already; a compressed one that is read here is warned of.
 
     Raises:
         ModelError: when its files are there and cannot be read.
@@ -155,7 +160,8 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     if folder.is_dir() and not any((folder / name).exists() for name in files):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        given = {} if config is None else {"config": config}
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **given)
     except Exception as problem:
         raise ModelError(
             f"The tokenizer cannot be read ({type(problem).__name__}: {one_line(problem)}).",
@@ -248,7 +254,9 @@ def load_model(
                 where=name,
                 remedy="the checkpoint is damaged; fetch or make it again",
             )
-    loaded = LoadedModel(model, load_tokenizer(source, trust_remote_code), source, precision, {}, notes)
+    known = model.config if is_compressed(source) else None
+    tokenizer = load_tokenizer(source, trust_remote_code, known)
+    loaded = LoadedModel(model, tokenizer, source, precision, {}, notes)
     loaded.to_compute_dtypes()
     return loaded
 

@@ -77,12 +77,12 @@ What to try next, in this order:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("DIR"{% if low_rank %}, trust_remote_code=True{% endif %})
-tokenizer = AutoTokenizer.from_pretrained("DIR"{% if low_rank %}, trust_remote_code=False{% endif %})
+tokenizer = AutoTokenizer.from_pretrained("DIR"{% if low_rank %}, trust_remote_code=True{% endif %})
 ```
 {% if low_rank %}
 `trust_remote_code=True` runs `modeling_rankwise.py` from this directory: the new layers and three small subclasses
-of the original classes. Without it loading stops with an error. The tokenizer needs no code; `False` says so to
-transformers, which would ask otherwise.
+of the original classes. Without it loading stops with an error. The tokenizer is the original's; transformers reads the
+model's config for it all the same, and would ask otherwise.
 {%- if coded %} On a CPU
 weights are decoded once and kept, as large as the original, where memory allows, and else in every forward pass;
 `from_pretrained(..., rankwise_cache_dense=True)` or `False` says which.{% endif %}
