@@ -27,6 +27,7 @@ from rankwise.cli.common import (
 from rankwise.cli.files import plan_app, recipes_app
 from rankwise.cli.finetuning import finetune
 from rankwise.cli.options import read_fractions, recipe_of, require_trust, split_assignment
+from rankwise.cli.talking import chat
 
 app = typer.Typer(
     help="Make a Hugging Face causal language model smaller, and know what was lost.",
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(plan_app, name="plan")
 app.command()(finetune)
+app.command()(chat)
 
 
 def _version(wanted: bool) -> None:
@@ -299,15 +301,19 @@ def generate(
     new_tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="Most tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, max=1000, help="0 decodes greedily.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="For a temperature above 0.")] = 0,
+    no_template: Annotated[
+        bool, typer.Option("--no-template", help="Continue the prompt itself, where the model has a chat template.")
+    ] = False,
     device: Device = "auto",
     precision: Precision = "auto",
     dense_cache: Cache = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Continue a prompt."""
+    """Continue a prompt, or answer it where the model has a chat template."""
     from rankwise.checkpoints import load_model
     from rankwise.device import named_device
     from rankwise.evaluation import generate as run
+    from rankwise.evaluation import is_chat
     from rankwise.recipes import recipe_from
 
     recipe = recipe_from({"model": model, "device": device, "precision": precision}, origin="command line")
@@ -315,7 +321,9 @@ def generate(
         model, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
     )
     decode_once(loaded.model, dense_cache)
-    print(run(loaded.model, loaded.tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed))
+    options: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
+    template = is_chat(loaded.tokenizer) and not no_template
+    print(run(loaded.model, loaded.tokenizer, prompt, template=template, **options))
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """What was lost and what was saved: perplexity, parameters, bytes, generated text."""
 
+from rankwise.evaluation.chat import answer, chat_ids, is_chat
 from rankwise.evaluation.cost import Cost, measure_cost
 from rankwise.evaluation.generate import generate
 from rankwise.evaluation.objective import Objective, ObjectiveSettings
@@ -11,8 +12,11 @@ __all__ = [
     "Objective",
     "ObjectiveSettings",
     "Perplexity",
+    "answer",
+    "chat_ids",
     "decode_speed",
     "generate",
+    "is_chat",
     "measure_cost",
     "perplexity",
     "scored_windows",
