@@ -73,8 +73,15 @@ def finetune(
     elif not quiet:
         step = report.finetune[-1]
         before, after = (in_words(loss, ".4f") for loss in (step.loss_before, step.loss_after))
-        print(f"loss a token on {step.examples.held_out} examples held out: {before} before, {after} after")
+        measure = "KL to the original" if wanted.training.loss == "kl" else "of the text itself"
+        print(f"loss a token ({measure}) on {step.examples.held_out} examples held out: {before} before, {after} after")
+        if not step.accepted:
+            print("the loss did not fall: the training was undone, and what is written is what was read")
         if step.before is not None and step.after is not None:
             print(f"perplexity: {step.before.perplexity:.3f} before, {step.after.perplexity:.3f} after")
-        print(f"{step.trained_parameters:,} parameters trained on {step.examples.tokens:,} tokens")
+        trained = step.examples.trained_tokens or step.examples.tokens
+        print(
+            f"{step.trained_parameters:,} parameters trained on {trained:,} tokens, "
+            f"{trained / max(1, step.examples.tokens):.3g} passes over {step.examples.tokens:,}"
+        )
         print(f"written to {output}")

@@ -37,7 +37,7 @@ from rankwise.reports.pictures import (
     draw_site_map,
     draw_trials,
 )
-from rankwise.reports.plan_table import kept_grid, plan_difference, plan_facts, plan_table
+from rankwise.reports.plan_table import kept_grid, plan_difference, plan_facts, plan_table, plan_tables
 from rankwise.reports.report import REPORT_FORMAT, Report
 from rankwise.reports.table import closing_table, print_closing
 from rankwise.reports.verdict import in_lines, verdict
@@ -84,6 +84,7 @@ __all__ = [
     "plan_difference",
     "plan_facts",
     "plan_table",
+    "plan_tables",
     "print_closing",
     "verdict",
 ]

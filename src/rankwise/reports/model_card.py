@@ -33,8 +33,8 @@ Made by rankwise {{ machine.rankwise | text }} from {{ name | code }} ({{ archit
 {%- endif %}
 
 - method {{ recipe.method.name | code }}, allocation {{ recipe.allocation.name | code }}, \
-{% if bits %}{% if bits.asked is not none %}asked for {{ bits.asked }} bits a weight, {% endif %}\
-{{ "%.4f" | format(bits.got) }} bits a weight{% else %}\
+{% if bits %}{% if bits.asked is not none %}asked for {{ bits.asked }} bits a weight, got {% endif %}\
+{{ "%.4f" | format(bits.got) }}{% if bits.asked is none %} bits a weight{% endif %}{% else %}\
 {% if keep.asked is not none %}asked to keep {{ keep.asked }}, {% endif %}\
 kept {{ "%.4f" | format(keep.got) }}{% endif %}
 - calibration: {{ calibration.sequences }} sequences of {{ calibration.length }} tokens from \

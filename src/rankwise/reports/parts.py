@@ -478,11 +478,13 @@ class ExampleCounts(Part):
         count: examples.
         held_out: further ones, by which it was judged.
         tokens: of the examples learned from.
+        trained_tokens: that steps were taken on, those of every pass counted; None where it is not known.
     """
 
     count: Count
     held_out: Count
     tokens: Count
+    trained_tokens: Count | None = None
 
 
 class FineTuneStep(Part):

@@ -14,7 +14,7 @@ import transformers
 from rankwise.checkpoints import REPORT_FILE, check_reload, save_dense, save_low_rank, writing
 from rankwise.device import describe
 from rankwise.errors import RankwiseError
-from rankwise.evaluation import Cost, Perplexity, decode_speed, perplexity
+from rankwise.evaluation import Cost, Perplexity, decode_speed, measure_cost, perplexity
 from rankwise.layers import decoded_once
 from rankwise.reports import (
     CalibrationText,
@@ -181,7 +181,9 @@ def write(
             save(folder, loaded, work.sites, recipe.max_shard_size)
             own_code = recipe.format == "low_rank" or recipe.trust_remote_code
             check_reload(folder, loaded.model, work.texts.calibration.ids, own_code)
-            report = report.model_copy(update={"bytes_on_disk": bytes_of_weights(folder)})
+            # Multiplied back, the model in memory is what was written, and no longer what was planned.
+            after = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
+            report = report.model_copy(update={"after": after, "bytes_on_disk": bytes_of_weights(folder)})
             report.save(folder / REPORT_FILE)
             (folder / "plan.json").write_text(chosen.plan.model_dump_json(indent=2) + "\n")
             if chosen.trials:
