@@ -44,6 +44,23 @@ def test_compress_evaluate_generate(compress: Run, rankwise: Run, text: Path, tm
     assert out.startswith("Return a")
 
 
+def test_evaluate_without_options_scores_what_the_report_does(
+    compress: Run, rankwise: Run, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    more = ["--set", "evaluation.skip=3", "--set", "evaluation.sequences=5", "--set", "evaluation.stride=16"]
+    assert compress("--evaluation", f"text:{text}", *more)[0] == 0
+    report = Report.load(tmp_path / "out" / "rankwise_report.json")
+    assert report.evaluation is not None
+    for words in ((), ("--text", f"text:{text}")):
+        status, out, err = rankwise("evaluate", tmp_path / "out", *words, "--json")
+        assert (status, "those of the report" in err) == (0, True)
+        assert json.loads(out)["tokens"] == report.evaluation.compressed.tokens
+        assert json.loads(out)["perplexity"] == pytest.approx(report.evaluation.compressed.perplexity, rel=1e-5)
+    own = json.loads(rankwise("evaluate", tmp_path / "out", "--text", f"text:{text}", "--length", 32, "--json")[1])
+    assert own["tokens"] > report.evaluation.compressed.tokens
+    failed(rankwise("evaluate", tiny), "no report names one", "--text")
+
+
 def test_json_prints_the_report_and_nothing_else(compress: Run) -> None:
     status, out, _ = compress("--json", "--quiet")
     assert status == 0

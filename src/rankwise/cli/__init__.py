@@ -26,7 +26,7 @@ from rankwise.cli.common import (
 )
 from rankwise.cli.files import plan_app, recipes_app
 from rankwise.cli.finetuning import finetune
-from rankwise.cli.options import read_fractions, recipe_of, require_trust, split_assignment
+from rankwise.cli.options import read_fractions, recipe_of, require_trust, scored_as, split_assignment
 from rankwise.cli.talking import chat
 
 app = typer.Typer(
@@ -233,13 +233,19 @@ def sensitivity(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Directory or hub name, dense or compressed.")],
-    text: Annotated[str, typer.Option(help="Text source, e.g. text:FILE, tokens:FILE, bundled:heldout.")],
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Text source, e.g. text:FILE, tokens:FILE, bundled:heldout. "
+            "By default the one that a compressed model's report names, and its windows."
+        ),
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a window; 512 or the context if shorter.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens from window to window; the length by default.")] = None,
     sequences: Annotated[int | None, typer.Option(help="Sequences to score; all by default.")] = None,
-    skip: Annotated[int, typer.Option(help="Sequences skipped at the start.")] = 0,
-    sample: Annotated[str, typer.Option(help="first, or random (drawn by --seed).")] = "first",
-    seed: Annotated[int, typer.Option(help="For --sample random.")] = 0,
+    skip: Annotated[int | None, typer.Option(help="Sequences skipped at the start; none by default.")] = None,
+    sample: Annotated[str | None, typer.Option(help="first (the default), or random (drawn by --seed).")] = None,
+    seed: Annotated[int | None, typer.Option(help="For --sample random; 0 by default.")] = None,
     batch_size: Annotated[int, typer.Option(help="Windows a batch.")] = 8,
     bos: Bos = None,
     device: Device = "auto",
@@ -258,39 +264,42 @@ def evaluate(
     from rankwise.recipes import recipe_from
     from rankwise.stages import read_sequences
 
-    settings = {
-        "source": text,
+    reporter = reporter_for(quiet)
+    reporter.facts["model"] = model
+    given = {
         "length": length,
         "stride": stride,
         "sequences": sequences,
         "skip": skip,
         "sample": sample,
         "seed": seed,
-        "batch_size": batch_size,
-        "bos": bos or "auto",
+        "bos": bos,
     }
+    asked, from_report = scored_as(model, text, given)
+    settings: dict[str, Any] = {**asked, "batch_size": batch_size}
+    if from_report:
+        reporter.note(f"text and windows are those of the report: {settings['source']}")
     recipe = recipe_from(
         {"model": model, "evaluation": settings, "device": device, "precision": precision}, origin="command line"
     )
     assert recipe.evaluation is not None
-    reporter = reporter_for(quiet)
-    reporter.facts["model"] = model
+    scored = recipe.evaluation
     with reporter.stage("load"):
         loaded = load_model(
             model, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
         )
         reporter.facts["architecture"] = type(loaded.model).__name__
         decode_once(loaded.model, dense_cache, quiet)
-        read = read_sequences(recipe.evaluation, loaded, seed, skip)
+        read = read_sequences(scored, loaded, scored.seed, scored.skip)
     with reporter.stage("evaluate"):
         found = perplexity(
-            loaded.model, read.ids, stride=stride, batch_size=batch_size, reporter=reporter, bos=read.bos
+            loaded.model, read.ids, stride=scored.stride, batch_size=batch_size, reporter=reporter, bos=read.bos
         )
     if json:
-        print_json({**asdict(found), "source": text, "model": model, "available_sequences": read.available})
+        print_json({**asdict(found), "source": scored.source, "model": model, "available_sequences": read.available})
     else:
         begun = "" if found.bos is None else f", each begun by the start token {found.bos}"
-        print(f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens of {text}")
+        print(f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens of {scored.source}")
         print(f"({found.windows:,} windows of {found.length}, stride {found.stride}{begun})")
 
 
