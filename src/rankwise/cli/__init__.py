@@ -148,7 +148,7 @@ def compress(
 
     from rankwise.flows.compress import compress as run
 
-    reporter = reporter_for(quiet)
+    reporter = reporter_for(quiet, lines=True)
     reporter.facts["model"] = valid.model
     result = run(valid, run_directory=run_dir, overwrite=overwrite, reporter=reporter)
     if json:
@@ -205,7 +205,7 @@ def sensitivity(
     from rankwise.flows.sensitivity import FRACTIONS
     from rankwise.flows.sensitivity import sensitivity as run
 
-    reporter = reporter_for(quiet)
+    reporter = reporter_for(quiet, lines=True)
     reporter.facts["model"] = recipe.model
     found = run(
         recipe,
@@ -345,7 +345,7 @@ def quickstart(
     """Compress the bundled model and show what was saved and lost. Needs no network."""
     from rankwise.quickstart import run
 
-    run(output, keep, reporter_for(quiet), overwrite=overwrite)
+    run(output, keep, reporter_for(quiet, lines=True), overwrite=overwrite)
 
 
 def _quiet_libraries() -> None:

@@ -34,11 +34,11 @@ Bos = Annotated[
 _reporters: list[Reporter] = []
 
 
-def reporter_for(quiet: bool) -> Reporter:
-    """Progress and notes on standard error, unless quiet."""
+def reporter_for(quiet: bool, lines: bool = False) -> Reporter:
+    """Progress and notes on standard error, unless quiet; with `lines` a line a stage where that is no terminal."""
     from rankwise.progress import Reporter
 
-    _reporters[:] = [Reporter(show=False if quiet else None)]
+    _reporters[:] = [Reporter(show=False if quiet else None, lines=lines)]
     return _reporters[0]
 
 

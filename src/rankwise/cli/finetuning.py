@@ -65,7 +65,7 @@ def finetune(
         },
         settings,
     )
-    reporter = reporter_for(quiet)
+    reporter = reporter_for(quiet, lines=True)
     reporter.facts["model"] = model
     report = run(wanted, restart=restart, overwrite=overwrite, reporter=reporter)
     if json:

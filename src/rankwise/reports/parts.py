@@ -19,6 +19,7 @@ from pydantic import (
 from rankwise.allocation import Outcome, finite
 from rankwise.evaluation import Cost, Perplexity
 from rankwise.models import Site
+from rankwise.progress import StageTime
 from rankwise.sizes import Cut, Plan
 
 
@@ -40,6 +41,14 @@ def _without_no_bos(score: Perplexity, write: SerializerFunctionWrapHandler) -> 
 
 Score = Annotated[Perplexity, WrapSerializer(_without_no_bos)]
 """A perplexity; the file names the start token where there was one."""
+
+
+def _without_not_taken(stage: StageTime, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    return {key: value for key, value in write(stage).items() if key != "taken_over" or value}
+
+
+Timed = Annotated[StageTime, WrapSerializer(_without_not_taken)]
+"""Time and memory of a stage; the file says so where it was taken over."""
 
 Plain = Annotated[Any, AfterValidator(_plain)]
 """Anything that JSON can hold."""

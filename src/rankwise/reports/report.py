@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from rankwise.errors import ModelError
 from rankwise.evaluation import Cost
-from rankwise.progress import StageTime
 from rankwise.reading import UnreadableError, first_problem, parse_json, read_bytes, shown
 from rankwise.reports.parts import (
     Bits,
@@ -25,6 +24,7 @@ from rankwise.reports.parts import (
     SearchSummary,
     SiteReport,
     Speed,
+    Timed,
     Verdict,
 )
 from rankwise.sizes import Storage
@@ -89,7 +89,7 @@ class Report(Part):
     repair: tuple[RepairStep, ...]
     groups: dict[str, float]
     sites: dict[str, SiteReport]
-    stages: dict[str, StageTime]
+    stages: dict[str, Timed]
     machine: Machine
     notes: tuple[str, ...]
     run_directory: str

@@ -67,7 +67,8 @@ def closing_table(report: Report) -> Table:
         table.add_row(cell(f"objective, {step.step}"), *values, "" if step.accepted else "undone")
     table.add_section()
     for name, stage in report.stages.items():
-        table.add_row(cell(name), f"{stage.seconds:.1f} s", f"peak {bytes_in_words(stage.peak_memory_bytes)}", "")
+        took = "taken over" if stage.taken_over else f"{stage.seconds:.1f} s"
+        table.add_row(cell(name), took, f"peak {bytes_in_words(stage.peak_memory_bytes)}", "")
     return table
 
 
