@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rankwise.errors import OutputError, is_disk_full
-from rankwise.reading import UnreadableError, one_line, parse_json, read_bytes
+from rankwise.reading import UnreadableError, file_exists, one_line, parse_json, read_bytes
 from rankwise.runs import to_disk
 
 REPORT_FILE = "rankwise_report.json"
@@ -74,7 +74,7 @@ def check_model(report: Path, model: str) -> None:
     Raises:
         OutputError: naming the model of the result.
     """
-    if not report.exists():
+    if not file_exists(report):
         return
     named = made_from(report)
     if named is not None and same_model(named, model):

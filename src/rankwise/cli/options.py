@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import RecipeError
-from rankwise.reading import UnreadableError, parse_yaml, shown
+from rankwise.reading import UnreadableError, file_exists, parse_yaml, shown
 
 if TYPE_CHECKING:
     from rankwise.recipes import Recipe
@@ -195,7 +195,7 @@ def scored_as(model: str, text: str | None, given: Mapping[str, Any]) -> tuple[d
     asked = {key: value for key, value in given.items() if value is not None}
     file = Path(model) / REPORT_FILE
     before: Any = None
-    if not asked and file.is_file():
+    if not asked and file_exists(file):
         before = getattr(Report.load(file).recipe, "evaluation", None)
     if isinstance(before, Mapping) and text in (None, before.get("source")):
         known = ("source", *given)
