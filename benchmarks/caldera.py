@@ -18,10 +18,10 @@ from typing import Any
 from allocation import Kept, score
 from common import ROOT, markdown_table, shared_directory, write_result
 from rankwise import compress
-from rankwise.flows.finetune import FineTune, finetune
+from rankwise.flows.finetune import finetune
 from rankwise.layers import cache_dense
 from rankwise.progress import Reporter
-from rankwise.recipes import recipe_from
+from rankwise.recipes import FineTune, recipe_from
 from rankwise.repair import LowRankFactors
 
 MODEL = "wiki-llama-8m"

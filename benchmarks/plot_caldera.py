@@ -28,16 +28,21 @@ def main() -> None:
     dense = next(f["perplexity"] for f in steps if f["label"] == "dense")
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, text in zip(figure.subplots(1, len(TEXTS)), TEXTS, strict=True):
+        top, above = dense[text] * 1.08, []
         for label in STUDY:
             colour, line, marker = _STYLES[label]
             points = sorted((f["bits"], f["perplexity"][text]) for f in cells if f["label"] == label)
+            if min(perplexity for _, perplexity in points) > top:
+                above.append(f"{label}: {points[0][1]:.0f} to {points[-1][1]:.0f}, above this scale")
+                continue
             axes.plot(*zip(*points, strict=True), color=colour, linestyle=line, marker=marker, ms=4, label=label)
         axes.axhline(dense[text], color="black", linewidth=0.8)
         axes.annotate(
             "dense, 16 bits", (max(SIZES), dense[text]), xytext=(0, -11), textcoords="offset points", ha="right"
         )
-        # Low rank alone at 16 bits is off this scale at most sizes.
-        axes.set_ylim(dense[text] * 0.99, dense[text] * 1.08)
+        axes.annotate("\n".join(above), (1, 0.6), xycoords="axes fraction", ha="right", fontsize=9)
+        axes.set_ylim(dense[text] * 0.99, top)
+        axes.set_xticks(SIZES, [f"{size:g}" for size in SIZES])
         axes.set_title(text)
         axes.set_xlabel("bits a weight")
         axes.set_ylabel("perplexity")

@@ -30,13 +30,17 @@ ROOT = Path(__file__).resolve().parent.parent
 IDS = list(range(3, 27))
 
 ELSEWHERE = """
-import sys
+import functools, sys
 sys.modules["rankwise"] = None  # importing it fails, as where it is not installed
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 folder, again, logits = sys.argv[1:]
 expected = torch.load(logits, weights_only=True)
 ids = torch.arange(3, 27)[None]
+if hasattr(AutoConfig.from_pretrained(folder, trust_remote_code=True), "rankwise_cache_dense"):
+    # The logits to compare with were computed from codes.
+    load = AutoModelForCausalLM.from_pretrained
+    AutoModelForCausalLM.from_pretrained = functools.partial(load, rankwise_cache_dense=False)
 model, info = AutoModelForCausalLM.from_pretrained(
     folder, trust_remote_code=True, dtype="auto", output_loading_info=True
 )

@@ -20,6 +20,9 @@ T = TypeVar("T")
 _SHOW_AFTER_SECONDS = 2.0
 _SAMPLE_SECONDS = 0.05
 
+_LINE_EVERY_SECONDS = 30.0
+"""Between lines of progress where there is no terminal for a bar."""
+
 
 def _reset_peak_memory() -> bool:
     """Set this process's peak resident size back to its current size; True when the system allows it (Linux)."""
@@ -85,12 +88,14 @@ class StageTime:
         peak_is_of_this_stage: False where the system gives the peak since the start of the process alone.
         anonymous_bytes: most memory seen that no file stands behind: what mapped files take can be taken back at any
             time. None where the system does not say.
+        taken_over: whether all that it makes was there already, from an earlier run.
     """
 
     seconds: float
     peak_memory_bytes: int
     peak_is_of_this_stage: bool
     anonymous_bytes: int | None = None
+    taken_over: bool = False
 
 
 class Reporter:
@@ -101,9 +106,10 @@ class Reporter:
     Args:
         show: draw progress bars and print notes. None means: only when standard error is a terminal for bars; notes
             are always printed unless `show` is False.
+        lines: where there is no terminal, print a line a stage, and one now and then while it is worked on.
     """
 
-    def __init__(self, show: bool | None = None) -> None:
+    def __init__(self, show: bool | None = None, *, lines: bool = False) -> None:
         self.notes: list[str] = []
         self.stages: dict[str, StageTime] = {}
         self._keepers: list[Callable[[str], None]] = []
@@ -112,6 +118,8 @@ class Reporter:
         self._print_notes = show is not False
         self._text: str | None = None
         self._bars = sys.stderr.isatty() if show is None else show
+        self._lines = lines and show is None and not self._bars
+        self._taken = self._made = 0
 
     def note(self, text: str, *, passing: bool = False) -> None:
         """Say something the user should know, once, and keep it for the report.
@@ -143,21 +151,31 @@ class Reporter:
         finally:
             self._keepers.remove(keep)
 
+    def took_over(self) -> None:
+        """Count a result of the current stage that was there already."""
+        self._taken += 1
+
+    def makes(self) -> None:
+        """Count a result of the current stage that is made in this run."""
+        self._made += 1
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Name a stage on the terminal and time it; records seconds and peak resident memory under `name`."""
         resets = _reset_peak_memory()
         started, sampler = time.monotonic(), _Sampler()
-        if self._bars:
+        if self._bars or self._lines:
             print(f"{name} ...", file=sys.stderr, flush=True)
+        self._taken = self._made = 0
         outer, self.current = self.current, name
         try:
             yield
             # Where the block fails, the stage stays the current one, for the error to name.
             self.current = outer
         finally:
-            seconds = round(time.monotonic() - started, 2)
-            self.stages[name] = StageTime(seconds, peak_memory_bytes(), resets, sampler.stop())
+            took = round(time.monotonic() - started, 2)
+            taken_over = self._taken > 0 and self._made == 0
+            self.stages[name] = StageTime(took, peak_memory_bytes(), resets, sampler.stop(), taken_over)
 
     @contextmanager
     def counting(self, description: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
@@ -194,7 +212,7 @@ class Reporter:
             done: number of items finished by an earlier, interrupted run.
         """
         if not self._bars:
-            yield from items
+            yield from self._told(items, description, total, done) if self._lines else items
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -219,3 +237,12 @@ class Reporter:
         finally:
             if shown:
                 bar.stop()
+
+    def _told(self, items: Iterable[T], description: str, total: int, done: int) -> Generator[T]:
+        """Iterate, and print how far it is now and then."""
+        said = time.monotonic()
+        for number, item in enumerate(items, done + 1):
+            yield item
+            if number < total and time.monotonic() - said >= _LINE_EVERY_SECONDS:
+                print(f"{self._text or description}: {number} of {total}", file=sys.stderr, flush=True)
+                said = time.monotonic()

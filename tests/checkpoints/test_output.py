@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from conftest import Run, failed
 from rankwise import compress
 from rankwise.checkpoints import FILES_FILE, REPORT_FILE, check_output, reserved, writing
 from rankwise.errors import OutputError
@@ -54,6 +57,50 @@ def test_files_of_the_user_in_a_directory_of_ours_are_kept(tmp_path: Path, chang
         (output / ("notes.txt" if change == "added" else "0.txt")).write_text("my own words")
     with pytest.raises(OutputError, match=r"holds '(notes|notes\.txt|0\.txt)', which rankwise did not write so"):
         check_output(output, {})
+
+
+def test_the_result_of_another_model_is_replaced_only_when_told(
+    rankwise: Run, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    def run(command: str, model: Path, output: str, *more: Any) -> tuple[int, str, str]:
+        words = ["--length", 32, "--quiet", "--output", tmp_path / output, *more]
+        if command != "finetune":
+            words += ["--calibration", f"text:{text}", "--sequences", 8]
+        return rankwise(command, model, *words)
+
+    def whose(output: str, file: str = REPORT_FILE) -> str:
+        return str(json.loads((tmp_path / output / file).read_text())["recipe"]["model"])
+
+    other = Path(shutil.copytree(tiny, tmp_path / "other"))
+    assert run("compress", tiny, "out")[0] == 0
+    # The same model again, by another way to it.
+    (tmp_path / "way").symlink_to(tiny)
+    assert run("compress", tmp_path / "way", "out", "--keep", 0.6)[0] == 0
+    refused = run("compress", other, "out")
+    failed(refused, f"a result of another model, {tmp_path}/way;", "--overwrite")
+    assert whose("out") == str(tmp_path / "way")
+    assert not any("other" in path.name for path in Path(os.environ["RANKWISE_CACHE"]).iterdir())
+    assert run("compress", other, "out", "--overwrite")[0] == 0
+    assert whose("out") == str(other)
+
+    assert run("compress", tiny, "small")[0] == 0
+    tuning = ("--data", f"text:{text}", "--epochs", 0.1, "--held-out", 16)
+    failed(run("finetune", tmp_path / "small", "out", *tuning), "a result of another model", "--overwrite")
+    assert run("finetune", tmp_path / "small", "out", *tuning, "--overwrite")[0] == 0
+    assert whose("out") == str(tiny)
+
+    measuring = ("--fractions", "0.5", "--validation", f"text:{text}", "--method", "svd")
+    assert run("sensitivity", tiny, "seen", *measuring)[0] == 0
+    failed(run("sensitivity", other, "seen", *measuring), "a result of another model", "--overwrite")
+    assert run("sensitivity", other, "seen", *measuring, "--overwrite")[0] == 0
+    assert whose("seen", "sensitivity.json") == str(other)
+
+
+def test_a_result_of_nobody_knows_what_is_left_alone(tmp_path: Path) -> None:
+    fill(tmp_path / "out", "no JSON")
+    check_output(tmp_path / "out", {})
+    with pytest.raises(OutputError, match="whose report names no model"):
+        check_output(tmp_path / "out", {}, "a model")
 
 
 def test_a_link_is_kept_and_its_target_filled(tmp_path: Path) -> None:

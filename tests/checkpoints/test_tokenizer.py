@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +14,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from conftest import ROOT
 from rankwise import compress
+from rankwise.checkpoints import load_model
 from rankwise.recipes import recipe_from
 
 
@@ -36,8 +42,60 @@ def test_told_to_run_no_code_it_asks_nothing_and_runs_none(
     assert type(tokenizer) is type(plain)
     assert tokenizer("a list")["input_ids"] == plain("a list")["input_ids"]
     assert ran_code() == before
-    card = (compressed / "README.md").read_text()
-    assert 'AutoTokenizer.from_pretrained("DIR", trust_remote_code=False)' in card
+
+
+@pytest.mark.parametrize("page", ["README.md", "the card"])
+def test_the_snippet_as_printed_asks_nothing_and_warns_of_nothing(page: str, compressed: Path, tmp_path: Path) -> None:
+    """On a terminal, where a question would be asked, and in a process that cannot import rankwise."""
+    text = (ROOT / page if page == "README.md" else compressed / "README.md").read_text()
+    (snippet,) = [each for each in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "AutoTokenizer" in each]
+    assert snippet.count('"DIR"') == 2
+    script = tmp_path / "snippet.py"
+    absent = 'import sys\nsys.modules["rankwise"] = None\n'
+    script.write_text(
+        absent + snippet.replace('"DIR"', repr(str(compressed))) + 'print(tokenizer("a list"), "loaded")\n'
+    )
+    ours, theirs = pty.openpty()
+    environment = {key: value for key, value in os.environ.items() if key != "TRANSFORMERS_VERBOSITY"}
+    child = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**environment, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "TERM": "xterm"},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    shown = b""
+    # A question would wait for an answer for ever: it is answered by no.
+    while chunk := _read(ours):
+        shown += chunk
+        if b"[y/N]" in shown:
+            child.kill()
+            break
+    status = child.wait(timeout=60)
+    os.close(ours)
+    printed = shown.decode()
+    assert "[y/N]" not in printed
+    assert "model of type" not in printed
+    assert "rror" not in printed, printed
+    assert status == 0, printed
+    assert "loaded" in printed
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # the other end is closed
+        return b""
+
+
+def test_our_own_loading_warns_of_nothing(compressed: Path, tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = load_model(str(compressed)).tokenizer
+    assert "model of type" not in caplog.text
+    plain = AutoTokenizer.from_pretrained(tiny)
+    assert type(tokenizer) is type(plain)
+    assert tokenizer("a list")["input_ids"] == plain("a list")["input_ids"]
 
 
 def test_told_nothing_and_without_a_terminal_it_runs_none_either(

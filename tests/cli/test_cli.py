@@ -31,6 +31,8 @@ def test_compress_evaluate_generate(compress: Run, rankwise: Run, text: Path, tm
     assert status == 0
     assert "asked 0.7" in out
     assert "perplexity" in out
+    assert "tokens/s" in out
+    assert "tokens/s" not in compress("--keep", 0.7, "--evaluation", f"text:{text}", "--no-speed")[1]
     status, out, err = rankwise("evaluate", tmp_path / "out", "--text", f"text:{text}", "--length", 32, "--json")
     found = json.loads(out)
     assert (status, err) == (0, "")
@@ -40,6 +42,23 @@ def test_compress_evaluate_generate(compress: Run, rankwise: Run, text: Path, tm
     status, out, err = rankwise("generate", tmp_path / "out", "--prompt", "Return a", "--new-tokens", 4)
     assert (status, err) == (0, "")
     assert out.startswith("Return a")
+
+
+def test_evaluate_without_options_scores_what_the_report_does(
+    compress: Run, rankwise: Run, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    more = ["--set", "evaluation.skip=3", "--set", "evaluation.sequences=5", "--set", "evaluation.stride=16"]
+    assert compress("--evaluation", f"text:{text}", *more)[0] == 0
+    report = Report.load(tmp_path / "out" / "rankwise_report.json")
+    assert report.evaluation is not None
+    for words in ((), ("--text", f"text:{text}")):
+        status, out, err = rankwise("evaluate", tmp_path / "out", *words, "--json")
+        assert (status, "those of the report" in err) == (0, True)
+        assert json.loads(out)["tokens"] == report.evaluation.compressed.tokens
+        assert json.loads(out)["perplexity"] == pytest.approx(report.evaluation.compressed.perplexity, rel=1e-5)
+    own = json.loads(rankwise("evaluate", tmp_path / "out", "--text", f"text:{text}", "--length", 32, "--json")[1])
+    assert own["tokens"] > report.evaluation.compressed.tokens
+    failed(rankwise("evaluate", tiny), "no report names one", "--text")
 
 
 def test_json_prints_the_report_and_nothing_else(compress: Run) -> None:
@@ -140,7 +159,7 @@ def test_damaged_models(compress: Run, tiny: Path, tmp_path: Path) -> None:
     failed(compress(), "not JSON", "config.json")
     (tiny / "config.json").unlink()
     failed(compress(), "config.json", "missing")
-    failed(compress(model=tmp_path / "nowhere"), "no such model directory")
+    failed(compress("--overwrite", model=tmp_path / "nowhere"), "no such model directory")
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_not_filled_at_random(compress: Run, tiny: Path) -> None:

@@ -24,7 +24,7 @@ from rankwise.cli.options import recipe_of
 from rankwise.data import load_examples, parse_source, windows
 from rankwise.quickstart import MODEL
 from rankwise.recipes import FineTune, finetune_from, read_recipe, ready_recipes, recipe_from
-from rankwise.reports import Report, closing_table, model_card, plan_difference, plan_facts, plan_table
+from rankwise.reports import Report, closing_table, model_card, plan_difference, plan_facts, plan_table, verdict
 from rankwise.sizes import Plan
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures" / "written-by-0.1.0"
@@ -207,6 +207,7 @@ def reports(folder: Path) -> Kind:
     def read(content: bytes) -> None:
         report = Report.load(file(content))
         model_card(report)
+        verdict(report)
         _print(closing_table(report))
         report.save(folder / "again.json")
 

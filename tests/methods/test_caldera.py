@@ -115,7 +115,7 @@ def test_weights_may_be_decoded_once(small: Settings, tmp_path: Path) -> None:
     output = tmp_path / "out"
     compress(recipe_from(small(output=str(output))))
     options = {"trust_remote_code": True, "dtype": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(output, **options)
+    model = AutoModelForCausalLM.from_pretrained(output, rankwise_cache_dense=False, **options)
     cached = AutoModelForCausalLM.from_pretrained(output, rankwise_cache_dense=True, **options)
     assert cached.model.layers[0].mlp.up_proj.cache
     assert not model.model.layers[0].mlp.up_proj.cache
@@ -127,6 +127,37 @@ def test_weights_may_be_decoded_once(small: Settings, tmp_path: Path) -> None:
     assert logits(ours).equal(logits(ours))
     cache_dense(ours, False)
     assert torch.equal(logits(ours), before)
+
+
+def test_by_default_weights_are_decoded_once_where_memory_allows_and_that_is_said(
+    small: Settings, text: Path, rankwise: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    output = tmp_path / "out"
+    result = compress(recipe_from(small(output=str(output), evaluation={"source": f"text:{text}", "length": 32})))
+    assert result.report.speed is not None
+    assert result.report.speed.decoded_once
+    assert not result.model.model.layers[0].mlp.up_proj.cache
+
+    def kept(room: int) -> list[bool]:
+        model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
+        # The modelling file has functions of its own.
+        monkeypatch.setattr(sys.modules[type(model).__module__], "free_memory", lambda: room)
+        layers = [module for module in model.modules() if type(module).__name__ == "QuantizedLinear"]
+        logits(model)
+        found = [layer._kept is not None for layer in layers]
+        # Whatever is trained is decoded anew.
+        model(input_ids=torch.tensor([[3, 4]]))
+        assert all(layer._kept is None for layer in layers)
+        return found
+
+    assert all(kept(1 << 30))
+    assert not any(kept(1 << 10))
+    said = [each.getMessage() for each in caplog.records if "quantised weights" in each.getMessage()]
+    assert [("once" in each, "every pass" in each) for each in said] == [(True, False), (False, True)]
+    for words, named in (((), True), (("--dense-cache",), False), (("--no-dense-cache",), False)):
+        status, _, err = rankwise("generate", output, "--prompt", "Return a", "--new-tokens", 1, *words)
+        assert status == 0
+        assert ("quantised weights are decoded" in err) == named
 
 
 def test_dense_format_multiplies_codes_back(small: Settings, tmp_path: Path) -> None:
@@ -481,7 +512,9 @@ def test_training_lowers_the_loss_and_leaves_q_alone(
         assert torch.equal(after["packed_left.codes"][start:], before["packed_left.codes"][kept:])
         assert torch.equal(after["packed_right.scale"][start:], before["packed_right.scale"][kept:])
     ours = logits(load_model(str(output)).model)
-    elsewhere = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True, dtype=torch.float32)
+    elsewhere = AutoModelForCausalLM.from_pretrained(
+        output, trust_remote_code=True, dtype=torch.float32, rankwise_cache_dense=False
+    )
     torch.testing.assert_close(logits(elsewhere), ours, atol=1e-6, rtol=1e-6)
 
 

@@ -26,6 +26,7 @@ from rankwise.evaluation import Cost, Perplexity
 from rankwise.progress import StageTime
 from rankwise.recipes import recipe_from
 from rankwise.reports import (
+    Advice,
     Bits,
     BlockRepair,
     CalibrationText,
@@ -47,8 +48,10 @@ from rankwise.reports import (
     SiteReport,
     TrainingStep,
     ValidationText,
+    Verdict,
     closing_table,
     model_card,
+    verdict,
 )
 from rankwise.reports.parts import cut_facts
 from rankwise.sizes import DENSE, Cut, Plan
@@ -151,7 +154,9 @@ sites = st.builds(
 )  # fmt: skip
 reports = part(
     Report,
-    {"bytes_on_disk": count, "finetune": st.lists(tunings, max_size=2).map(tuple), "counted": words},
+    {"bytes_on_disk": count, "finetune": st.lists(tunings, max_size=2).map(tuple), "counted": words,
+     "verdict": st.none() | st.builds(lambda said, more: Verdict(lost=said, next=(Advice(what=more, cost=said),)),
+                                      words, words)},
     recipe=settings_of(
         RecipeSettings, model=words, format=st.sampled_from(["low_rank", "dense"]), max_shard_size=words,
         method=settings_of(Named, name=words), allocation=settings_of(Named, name=words),
@@ -180,6 +185,7 @@ def test_any_report_survives_its_file(report: Report, tmp_path_factory: pytest.T
     again = Report.load(path)
     assert again == report
     assert again.model_dump_json() == report.model_dump_json()
+    assert Verdict.model_validate(verdict(report).model_dump(mode="json")) == verdict(report)
 
 
 def test_what_a_run_returns_is_what_it_wrote(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -1,7 +1,15 @@
 """Reading and writing Hugging Face checkpoints."""
 
 from rankwise.checkpoints.load import LoadedModel, fingerprint, load_model, load_tokenizer, read_config
-from rankwise.checkpoints.output import FILES_FILE, REPORT_FILE, check_output, reserved, writing
+from rankwise.checkpoints.output import (
+    FILES_FILE,
+    REPORT_FILE,
+    check_model,
+    check_output,
+    made_from,
+    reserved,
+    writing,
+)
 from rankwise.checkpoints.reload import check_reload
 from rankwise.checkpoints.save import save_dense, save_low_rank
 
@@ -9,11 +17,13 @@ __all__ = [
     "FILES_FILE",
     "REPORT_FILE",
     "LoadedModel",
+    "check_model",
     "check_output",
     "check_reload",
     "fingerprint",
     "load_model",
     "load_tokenizer",
+    "made_from",
     "read_config",
     "reserved",
     "save_dense",

@@ -25,6 +25,7 @@ from rankwise.checkpoints.sources import (
 )
 from rankwise.checkpoints.verify import read_json, verify_checkpoint
 from rankwise.errors import ModelError, NotFiniteError
+from rankwise.layers import cache_dense
 from rankwise.layers.needs import unmet
 from rankwise.linalg import all_finite
 from rankwise.models import Streaming
@@ -34,7 +35,7 @@ CHECKPOINT_KEY = "rankwise"
 """The key in a config under which a compressed checkpoint describes its layers."""
 
 CACHE_KEY = "rankwise_cache_dense"
-"""The key in a config that lets quantised layers keep their weight dequantised."""
+"""The key in a config that says whether quantised layers keep their weight dequantised; `"auto"` where it fits."""
 
 
 _DIGESTED = 2**22
@@ -167,8 +168,13 @@ def read_config(source: str, trust_remote_code: bool) -> Any:
     return config
 
 
-def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(source: str, trust_remote_code: bool = False, config: Any = None) -> Any:
     """The tokenizer, or None when the directory has none.
+
+    Args:
+        source: directory or hub name.
+        trust_remote_code: run code that it ships.
+        config: of the model, where it was read already; a compressed one that is read here is warned of.
 
     Raises:
         ModelError: when its files are there and cannot be read.
@@ -178,7 +184,8 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     if folder.is_dir() and not any((folder / name).exists() for name in files):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        given = {} if config is None else {"config": config}
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **given)
     except Exception as problem:
         raise ModelError(
             f"The tokenizer cannot be read ({type(problem).__name__}: {one_line(problem)}).",
@@ -239,6 +246,9 @@ def load_model(
             where=source,
             remedy="config.json and the weights do not fit together; fetch the model again",
         ) from problem
+    if getattr(model.config, CACHE_KEY, None) == "auto":
+        # Here weights may be trained and compared: who wants them decoded once says so, with `keep_decoded`.
+        cache_dense(model, False)
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise ModelError(
@@ -275,7 +285,8 @@ def load_model(
                 where=name,
                 remedy="the checkpoint is damaged; fetch or make it again",
             )
-    tokenizer = load_tokenizer(source, trust_remote_code)
+    known = model.config if is_compressed(source) else None
+    tokenizer = load_tokenizer(source, trust_remote_code, known)
     streaming = Streaming(model, files, device, None) if files else None
     loaded = LoadedModel(model, tokenizer, source, precision, {}, notes, streaming)
     loaded.to_compute_dtypes()

@@ -48,7 +48,7 @@ class Rankwise{base}(FillsAsOriginal, {base}):
     def __init__(self, config):
         require(config.rankwise)
         super().__init__(config)
-        replace_linears(self, config.rankwise["layers"], getattr(config, "rankwise_cache_dense", False))
+        replace_linears(self, config.rankwise["layers"], getattr(config, "rankwise_cache_dense", "auto"))
         self.post_init()
 
 

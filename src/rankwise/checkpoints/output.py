@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rankwise.errors import OutputError, is_disk_full
+from rankwise.reading import UnreadableError, file_exists, one_line, parse_json, read_bytes
 from rankwise.runs import to_disk
 
 REPORT_FILE = "rankwise_report.json"
@@ -47,12 +48,53 @@ def _foreign(folder: Path) -> str | None:
     return None
 
 
-def check_output(output: Path, keep: Mapping[str, Path]) -> None:
+def made_from(report: Path) -> str | None:
+    """The model that a result was made from, as its report names it; None where that cannot be read."""
+    try:
+        values = parse_json(read_bytes(report), finite=False)
+    except UnreadableError:
+        return None
+    recipe = values.get("recipe") if isinstance(values, dict) else None
+    named = recipe.get("model") if isinstance(recipe, dict) else None
+    return named if isinstance(named, str) else None
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names of models mean one: the same hub name, or paths to the same directory."""
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def check_model(report: Path, model: str) -> None:
+    """Raise when a result that is there was made from another model, or nobody can say from which.
+
+    Args:
+        report: the file that names the model of a result; none needs to be there.
+        model: directory or hub name of the model whose result would take its place.
+
+    Raises:
+        OutputError: naming the model of the result.
+    """
+    if not file_exists(report):
+        return
+    named = made_from(report)
+    if named is not None and same_model(named, model):
+        return
+    whose = f"of another model, {one_line(named)}" if named is not None else "whose report names no model"
+    raise OutputError(
+        f"The output holds a result {whose}; it is left alone.",
+        where=str(report.parent),
+        remedy="give another --output, or --overwrite to replace it",
+    )
+
+
+def check_output(output: Path, keep: Mapping[str, Path], model: str | None = None) -> None:
     """Raise when `output` cannot become ours, before anything is computed.
 
     Args:
         output: a directory, there or not. A link stands for what it points to.
         keep: by what it is called, what must not lie in the output: the model, the finished stages.
+        model: directory or hub name that the result will be made from: a result of another one is not replaced. None
+            replaces the result of any.
 
     Raises:
         OutputError: saying what is there, what would be lost, or why nothing can be written there.
@@ -67,6 +109,8 @@ def check_output(output: Path, keep: Mapping[str, Path]) -> None:
                     remedy="give another --output",
                 )
         _check_what_is_there(output, target)
+        if model is not None:
+            check_model(target / REPORT_FILE, model)
         _check_place(output, target)
     except (OSError, RuntimeError, ValueError) as problem:  # a name too long, links in a circle, a zero byte
         raise OutputError(

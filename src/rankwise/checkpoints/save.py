@@ -97,7 +97,7 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
     )
     if any(hasattr(module, "cache") for module in model.modules()):
         # A key of its own, so that from_pretrained(..., rankwise_cache_dense=True) sets it.
-        config[CACHE_KEY] = False
+        config[CACHE_KEY] = "auto"
     _write_weights(model, folder, max_shard_size)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / f"{MODULE_NAME}.py").write_text(source)

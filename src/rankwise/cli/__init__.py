@@ -11,11 +11,24 @@ import typer
 
 from rankwise import __version__
 from rankwise.cli.boundary import run_guarded
-from rankwise.cli.common import Bos, Cache, Device, Json, Precision, Quiet, Trust, print_json, reporter_for
+from rankwise.cli.common import (
+    Bos,
+    Cache,
+    Device,
+    Json,
+    Overwrite,
+    Precision,
+    Quiet,
+    Trust,
+    decode_once,
+    print_json,
+    reporter_for,
+)
 from rankwise.cli.files import plan_app, recipes_app
 from rankwise.cli.finetuning import finetune
-from rankwise.cli.options import read_fractions, recipe_of, require_trust, split_assignment
+from rankwise.cli.options import read_fractions, recipe_of, require_trust, scored_as, split_assignment
 from rankwise.cli.planning_memory import plan_memory
+from rankwise.cli.talking import chat
 
 app = typer.Typer(
     help="Make a Hugging Face causal language model smaller, and know what was lost.",
@@ -27,6 +40,7 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(plan_app, name="plan")
 app.command()(finetune)
 app.command(name="plan-memory")(plan_memory)
+app.command()(chat)
 
 
 def _version(wanted: bool) -> None:
@@ -81,6 +95,9 @@ def compress(
     ] = None,
     validation: Annotated[str | None, typer.Option(help="Text source on which a search judges its plans.")] = None,
     evaluation: Annotated[str | None, typer.Option(help="Text source to score before and after.")] = None,
+    speed: Annotated[
+        bool | None, typer.Option("--speed/--no-speed", help="Time a short decode too, where a text is scored.")
+    ] = None,
     sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a sequence, in every text.")] = None,
     bos: Bos = None,
@@ -100,6 +117,7 @@ def compress(
         str | None, typer.Option(help="auto; whole, or blocks or disk for a model larger than memory.")
     ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where finished stages are kept and looked for.")] = None,
+    overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -130,25 +148,21 @@ def compress(
         "trust_remote_code": trust_remote_code or None,
     }
     # These are of the text to score, where there is one.
-    given |= {"evaluation.length?": length, "evaluation.bos?": bos}
+    given |= {"evaluation.length?": length, "evaluation.bos?": bos, "evaluation.speed?": speed}
     few = {"q_bits": q_bits, "rank": rank, "lr_bits": lr_bits, "codebook": codebook}
     valid = recipe_of(given, recipe=recipe, plan=plan, trials=trials, few=few, assignments=set_ or [])
 
     from rankwise.flows.compress import compress as run
 
-    reporter = reporter_for(quiet)
+    reporter = reporter_for(quiet, lines=True)
     reporter.facts["model"] = valid.model
-    result = run(valid, run_directory=run_dir, reporter=reporter)
+    result = run(valid, run_directory=run_dir, overwrite=overwrite, reporter=reporter)
     if json:
         print_json(result.report.model_dump(mode="json"))
     elif not quiet:
-        from rich.console import Console
+        from rankwise.reports import print_closing
 
-        from rankwise.reports import closing_table
-
-        # A file or a pipe has no width: let the table take what it needs.
-        console = Console(width=None if sys.stdout.isatty() else 100)
-        console.print(closing_table(result.report))
+        print_closing(result.report)
         print(f"written to {valid.output}")
 
 
@@ -167,6 +181,7 @@ def sensitivity(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override any key of a recipe.")] = None,
     device: Device = "auto",
     run_dir: Annotated[Path | None, typer.Option(help="Where finished stages are kept and looked for.")] = None,
+    overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -196,7 +211,7 @@ def sensitivity(
     from rankwise.flows.sensitivity import FRACTIONS
     from rankwise.flows.sensitivity import sensitivity as run
 
-    reporter = reporter_for(quiet)
+    reporter = reporter_for(quiet, lines=True)
     reporter.facts["model"] = recipe.model
     found = run(
         recipe,
@@ -204,6 +219,7 @@ def sensitivity(
         fractions=FRACTIONS if fractions is None else read_fractions(fractions),
         site_fraction=site_fraction,
         run_directory=run_dir,
+        overwrite=overwrite,
         reporter=reporter,
     )
     if json:
@@ -223,18 +239,24 @@ def sensitivity(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Directory or hub name, dense or compressed.")],
-    text: Annotated[str, typer.Option(help="Text source, e.g. text:FILE, tokens:FILE, bundled:heldout.")],
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Text source, e.g. text:FILE, tokens:FILE, bundled:heldout. "
+            "By default the one that a compressed model's report names, and its windows."
+        ),
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a window; 512 or the context if shorter.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens from window to window; the length by default.")] = None,
     sequences: Annotated[int | None, typer.Option(help="Sequences to score; all by default.")] = None,
-    skip: Annotated[int, typer.Option(help="Sequences skipped at the start.")] = 0,
-    sample: Annotated[str, typer.Option(help="first, or random (drawn by --seed).")] = "first",
-    seed: Annotated[int, typer.Option(help="For --sample random.")] = 0,
+    skip: Annotated[int | None, typer.Option(help="Sequences skipped at the start; none by default.")] = None,
+    sample: Annotated[str | None, typer.Option(help="first (the default), or random (drawn by --seed).")] = None,
+    seed: Annotated[int | None, typer.Option(help="For --sample random; 0 by default.")] = None,
     batch_size: Annotated[int, typer.Option(help="Windows a batch.")] = 8,
     bos: Bos = None,
     device: Device = "auto",
     precision: Precision = "auto",
-    dense_cache: Cache = False,
+    dense_cache: Cache = None,
     trust_remote_code: Trust = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -245,43 +267,45 @@ def evaluate(
     from rankwise.checkpoints import load_model
     from rankwise.device import named_device
     from rankwise.evaluation import perplexity
-    from rankwise.layers import cache_dense
     from rankwise.recipes import recipe_from
     from rankwise.stages import read_sequences
 
-    settings = {
-        "source": text,
+    reporter = reporter_for(quiet)
+    reporter.facts["model"] = model
+    given = {
         "length": length,
         "stride": stride,
         "sequences": sequences,
         "skip": skip,
         "sample": sample,
         "seed": seed,
-        "batch_size": batch_size,
-        "bos": bos or "auto",
+        "bos": bos,
     }
+    asked, from_report = scored_as(model, text, given)
+    settings: dict[str, Any] = {**asked, "batch_size": batch_size}
+    if from_report:
+        reporter.note(f"text and windows are those of the report: {settings['source']}")
     recipe = recipe_from(
         {"model": model, "evaluation": settings, "device": device, "precision": precision}, origin="command line"
     )
     assert recipe.evaluation is not None
-    reporter = reporter_for(quiet)
-    reporter.facts["model"] = model
+    scored = recipe.evaluation
     with reporter.stage("load"):
         loaded = load_model(
             model, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
         )
         reporter.facts["architecture"] = type(loaded.model).__name__
-        cache_dense(loaded.model, dense_cache)
-        read = read_sequences(recipe.evaluation, loaded, seed, skip)
+        decode_once(loaded.model, dense_cache, quiet)
+        read = read_sequences(scored, loaded, scored.seed, scored.skip)
     with reporter.stage("evaluate"):
         found = perplexity(
-            loaded.model, read.ids, stride=stride, batch_size=batch_size, reporter=reporter, bos=read.bos
+            loaded.model, read.ids, stride=scored.stride, batch_size=batch_size, reporter=reporter, bos=read.bos
         )
     if json:
-        print_json({**asdict(found), "source": text, "model": model, "available_sequences": read.available})
+        print_json({**asdict(found), "source": scored.source, "model": model, "available_sequences": read.available})
     else:
         begun = "" if found.bos is None else f", each begun by the start token {found.bos}"
-        print(f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens of {text}")
+        print(f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens of {scored.source}")
         print(f"({found.windows:,} windows of {found.length}, stride {found.stride}{begun})")
 
 
@@ -292,36 +316,42 @@ def generate(
     new_tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="Most tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, max=1000, help="0 decodes greedily.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="For a temperature above 0.")] = 0,
+    no_template: Annotated[
+        bool, typer.Option("--no-template", help="Continue the prompt itself, where the model has a chat template.")
+    ] = False,
     device: Device = "auto",
     precision: Precision = "auto",
-    dense_cache: Cache = False,
+    dense_cache: Cache = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Continue a prompt."""
+    """Continue a prompt, or answer it where the model has a chat template."""
     from rankwise.checkpoints import load_model
     from rankwise.device import named_device
     from rankwise.evaluation import generate as run
-    from rankwise.layers import cache_dense
+    from rankwise.evaluation import is_chat
     from rankwise.recipes import recipe_from
 
     recipe = recipe_from({"model": model, "device": device, "precision": precision}, origin="command line")
     loaded = load_model(
         model, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
     )
-    cache_dense(loaded.model, dense_cache)
-    print(run(loaded.model, loaded.tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed))
+    decode_once(loaded.model, dense_cache)
+    options: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
+    template = is_chat(loaded.tokenizer) and not no_template
+    print(run(loaded.model, loaded.tokenizer, prompt, template=template, **options))
 
 
 @app.command()
 def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")] = Path("quickstart-output"),
     keep: Annotated[float, typer.Option(help="Fraction of the decoder's linear weights to keep.")] = 0.8,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Compress the bundled model and show what was saved and lost. Needs no network."""
     from rankwise.quickstart import run
 
-    run(output, keep, reporter_for(quiet))
+    run(output, keep, reporter_for(quiet, lines=True), overwrite=overwrite)
 
 
 def _quiet_libraries() -> None:

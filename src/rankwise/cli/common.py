@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,8 +16,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Precision = Annotated[str, typer.Option(help="auto (float32 on a CPU), stored, or float32.")]
 Cache = Annotated[
-    bool,
-    typer.Option("--dense-cache", help="Decode quantised weights once and keep them: faster, more memory."),
+    bool | None,
+    typer.Option(
+        "--dense-cache/--no-dense-cache",
+        help="Decode quantised weights once and keep them, or in every pass; by default once where memory allows.",
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the result of another model too, where --output holds one.")
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint ships.")]
 Bos = Annotated[
@@ -27,17 +34,26 @@ Bos = Annotated[
 _reporters: list[Reporter] = []
 
 
-def reporter_for(quiet: bool) -> Reporter:
-    """Progress and notes on standard error, unless quiet."""
+def reporter_for(quiet: bool, lines: bool = False) -> Reporter:
+    """Progress and notes on standard error, unless quiet; with `lines` a line a stage where that is no terminal."""
     from rankwise.progress import Reporter
 
-    _reporters[:] = [Reporter(show=False if quiet else None)]
+    _reporters[:] = [Reporter(show=False if quiet else None, lines=lines)]
     return _reporters[0]
 
 
 def last_reporter() -> Reporter | None:
     """The one that was made last: it knows what a command that failed was doing."""
     return _reporters[0] if _reporters else None
+
+
+def decode_once(model: Any, wanted: bool | None, quiet: bool = False) -> None:
+    """Keep quantised weights decoded as the option says, and say what became of it on standard error."""
+    from rankwise.layers import keep_decoded
+
+    said = keep_decoded(model, wanted)
+    if said is not None and wanted is None and not quiet:
+        print(f"note: {said}", file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,13 +40,16 @@ def plan_show(
         return
     from rich.console import Console
 
-    from rankwise.reports import plan_facts, plan_table
+    from rankwise.reports import plan_facts, plan_tables
 
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
     for label, text in plan_facts(plan):
-        print(f"{label:<14} {text}")
+        print(textwrap.fill(f"{label:<14} {text}", width, subsequent_indent=" " * 15, break_on_hyphens=False))
     print()
-    table = plan_table(plan)
-    Console(width=None if sys.stdout.isatty() else 24 * len(table.columns)).print(table)
+    # A file or a pipe has no width: there one table takes what it needs.
+    console = Console(width=None if sys.stdout.isatty() else 1000)
+    for number, table in enumerate(plan_tables(plan, console)):
+        console.print(*([""] if number else []), table, sep="\n")
 
 
 @plan_app.command("diff")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.common import Bos, Device, Json, Precision, Quiet, Trust, print_json, reporter_for
+from rankwise.cli.common import Bos, Device, Json, Overwrite, Precision, Quiet, Trust, print_json, reporter_for
 from rankwise.cli.options import split_assignment
 
 
@@ -31,6 +31,7 @@ def finetune(
     seed: Annotated[int, typer.Option(help="For everything drawn.")] = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method: --set rank=16")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew, whatever was begun for this output.")] = False,
+    overwrite: Overwrite = False,
     device: Device = "auto",
     precision: Precision = "auto",
     trust_remote_code: Trust = False,
@@ -64,16 +65,23 @@ def finetune(
         },
         settings,
     )
-    reporter = reporter_for(quiet)
+    reporter = reporter_for(quiet, lines=True)
     reporter.facts["model"] = model
-    report = run(wanted, restart=restart, reporter=reporter)
+    report = run(wanted, restart=restart, overwrite=overwrite, reporter=reporter)
     if json:
         print_json(report.model_dump(mode="json"))
     elif not quiet:
         step = report.finetune[-1]
         before, after = (in_words(loss, ".4f") for loss in (step.loss_before, step.loss_after))
-        print(f"loss a token on {step.examples.held_out} examples held out: {before} before, {after} after")
+        measure = "KL to the original" if wanted.training.loss == "kl" else "of the text itself"
+        print(f"loss a token ({measure}) on {step.examples.held_out} examples held out: {before} before, {after} after")
+        if not step.accepted:
+            print("the loss did not fall: the training was undone, and what is written is what was read")
         if step.before is not None and step.after is not None:
             print(f"perplexity: {step.before.perplexity:.3f} before, {step.after.perplexity:.3f} after")
-        print(f"{step.trained_parameters:,} parameters trained on {step.examples.tokens:,} tokens")
+        trained = step.examples.trained_tokens or step.examples.tokens
+        print(
+            f"{step.trained_parameters:,} parameters trained on {trained:,} tokens, "
+            f"{trained / max(1, step.examples.tokens):.3g} passes over {step.examples.tokens:,}"
+        )
         print(f"written to {output}")

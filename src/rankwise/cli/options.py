@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import RecipeError
-from rankwise.reading import UnreadableError, parse_yaml, shown
+from rankwise.reading import UnreadableError, file_exists, parse_yaml, shown
 
 if TYPE_CHECKING:
     from rankwise.recipes import Recipe
@@ -172,6 +172,41 @@ def recipe_of(
     if values.get("output") is None:
         raise RecipeError("No output is given.", where="compress", remedy="add --output DIR")
     return recipe_from(values, origin=origin)
+
+
+def scored_as(model: str, text: str | None, given: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """What to score a model on: as options say, and as its report does where none says how.
+
+    Args:
+        model: directory or hub name.
+        text: the source, if one was given.
+        given: options on windows and sequences by their keys in a recipe; None for those that were not given.
+
+    Returns:
+        Keys of an evaluation, and whether they are the report's.
+
+    Raises:
+        RecipeError: when no text is given and no report names one.
+        ModelError: when there is a report that cannot be read.
+    """
+    from rankwise.checkpoints import REPORT_FILE
+    from rankwise.reports import Report
+
+    asked = {key: value for key, value in given.items() if value is not None}
+    file = Path(model) / REPORT_FILE
+    before: Any = None
+    if not asked and file_exists(file):
+        before = getattr(Report.load(file).recipe, "evaluation", None)
+    if isinstance(before, Mapping) and text in (None, before.get("source")):
+        known = ("source", *given)
+        return {key: before[key] for key in known if before.get(key) is not None}, True
+    if text is None:
+        raise RecipeError(
+            "No text is given to score on, and no report names one.",
+            where=model,
+            remedy="add --text text:FILE" if not asked else "add --text text:FILE to the options on it",
+        )
+    return {"source": text, **asked}, False
 
 
 def read_fractions(text: str) -> list[float]:

@@ -35,7 +35,11 @@ class Compressed:
 
 
 def compress(
-    recipe: Recipe, *, run_directory: Path | str | None = None, reporter: Reporter | None = None
+    recipe: Recipe,
+    *,
+    run_directory: Path | str | None = None,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
 ) -> Compressed:
     """Compress a causal language model.
 
@@ -44,6 +48,7 @@ def compress(
     Args:
         recipe: the whole run.
         run_directory: where finished stages are kept; by default a folder for this model in the user's cache.
+        overwrite: replace the result of another model too, where `recipe.output` holds one.
         reporter: told about stages, progress and notes; silent by default.
 
     Returns:
@@ -64,7 +69,11 @@ def compress(
     directory = Path(run_directory) if run_directory is not None else default_run_directory(recipe.model)
     output = None if recipe.output is None else Path(recipe.output)
     if output is not None:
-        check_output(output, {"the model": Path(recipe.model), "the finished stages": directory})
+        check_output(
+            output,
+            {"the model": Path(recipe.model), "the finished stages": directory},
+            None if overwrite else recipe.model,
+        )
     run = Run(directory, reporter)
     waiting = f"waiting for another process that works in {run.directory}"
     with run.locked(lambda: reporter.note(waiting, passing=True)), reserved(output):
@@ -83,7 +92,7 @@ def compress(
         dense_cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
         stages.check_budget(work)
         with reporter.stage("evaluate dense"):
-            dense_score = stages.score(work, "dense")
+            dense_score, dense_speed = stages.score(work, "dense"), stages.speed(work)
         with reporter.stage("statistics"):
             store = stages.collect_statistics(work)
         outlooks = stages.Outlooks(work, store)
@@ -103,7 +112,8 @@ def compress(
         cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
         with reporter.stage("evaluate compressed"):
             score = stages.score(work, "compressed", chosen.plan, repairing)
+            speeds = dense_speed, stages.speed(work)
         with reporter.stage("checkpoint"):
-            report = stages.write(work, chosen, facts, repairing, (dense_cost, cost), (dense_score, score))
+            report = stages.write(work, chosen, facts, repairing, (dense_cost, cost), (dense_score, score), speeds)
     report = report.model_copy(update={"stages": dict(reporter.stages)})
     return Compressed(loaded.model, loaded.tokenizer, chosen.plan, report)

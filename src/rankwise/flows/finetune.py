@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from rankwise.reports import Report
 
 
-def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | None = None) -> Report:
+def finetune(
+    wanted: FineTune, *, restart: bool = False, overwrite: bool = False, reporter: Reporter | None = None
+) -> Report:
     """Fine-tune a compressed model and write it as a checkpoint of the same kind.
 
     A killed training goes on from its last checkpoint when the same call is made again.
@@ -20,6 +22,7 @@ def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | No
     Args:
         wanted: the whole run.
         restart: throw away what an earlier training for this output left.
+        overwrite: replace the result of another model too, where `wanted.output` holds one.
         reporter: told about stages, progress and notes.
 
     Returns:
@@ -29,7 +32,7 @@ def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | No
         RankwiseError: for anything the user can mend.
     """
     # Imported here so that `import rankwise` stays light.
-    from rankwise.checkpoints import check_output, reserved
+    from rankwise.checkpoints import REPORT_FILE, check_output, made_from, reserved
     from rankwise.progress import Reporter
     from rankwise.stages.begun import training_folder
 
@@ -37,7 +40,8 @@ def finetune(wanted: FineTune, *, restart: bool = False, reporter: Reporter | No
     output = Path(wanted.output)
     source = Path(wanted.model)
     # A model may be trained in its own place: it is in memory whole before it is replaced.
-    check_output(output, {} if source.resolve() == output.resolve() else {"the model": source})
+    keep = {} if source.resolve() == output.resolve() else {"the model": source}
+    check_output(output, keep, None if overwrite else made_from(source / REPORT_FILE))
     with reserved(output), training_folder(output, reporter) as folder:
         report = _finetune(wanted, folder, restart, reporter)
         shutil.rmtree(folder, ignore_errors=True)

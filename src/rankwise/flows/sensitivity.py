@@ -62,6 +62,7 @@ def sensitivity(
     fractions: Sequence[float] = FRACTIONS,
     site_fraction: float = 0.5,
     run_directory: Path | str | None = None,
+    overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Measure, and write `sensitivity.json`, `sensitivity.csv` and (with matplotlib) two figures.
@@ -72,6 +73,7 @@ def sensitivity(
         fractions: kept fractions for the roles.
         site_fraction: kept fraction for single sites.
         run_directory: where finished stages and points are kept; as for `compress`.
+        overwrite: replace what was measured of another model too, where `output` holds that.
         reporter: told about progress.
 
     Returns:
@@ -82,7 +84,7 @@ def sensitivity(
     """
     from rankwise import stages
     from rankwise.allocation import TrialLog, finite, nearest_cuts
-    from rankwise.checkpoints import load_model
+    from rankwise.checkpoints import check_model, load_model
     from rankwise.device import named_device
     from rankwise.errors import RecipeError
     from rankwise.progress import Reporter
@@ -101,6 +103,8 @@ def sensitivity(
             where="method",
             remedy="use a method of low-rank factors, such as bolaco or two_sided",
         )
+    if not overwrite:
+        check_model(Path(output) / "sensitivity.json", recipe.model)
     reporter = reporter or Reporter(show=False)
     run = Run(Path(run_directory) if run_directory is not None else default_run_directory(recipe.model), reporter)
     folder = _output_folder(Path(output))

@@ -1,5 +1,6 @@
 """Modules that take the place of a linear layer."""
 
+from rankwise.layers.decoding import decoded_once, keep_decoded
 from rankwise.layers.fold import fold_orders
 from rankwise.layers.kinds import KINDS, Kind, dense_layer, is_linear, kind_of, substitute
 from rankwise.layers.low_rank import LowRankLinear
@@ -18,9 +19,11 @@ __all__ = [
     "QuantizedLinear",
     "SlicedLinear",
     "cache_dense",
+    "decoded_once",
     "dense_layer",
     "fold_orders",
     "is_linear",
+    "keep_decoded",
     "kind_of",
     "replace_linears",
     "sixteen",

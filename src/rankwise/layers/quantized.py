@@ -3,6 +3,9 @@
 Apart from the imports of rankwise's own files the source of this file goes into the modelling file of every checkpoint.
 """
 
+import logging
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,60 @@ from rankwise.quantizers.codes import BYTE, decode, tables_for, tile_of, unpack_
 from rankwise.quantizers.rotation import rotate
 
 _ROWS = 256
+
+
+def free_memory() -> int:
+    """Bytes of main memory that may still be taken; 0 where the system does not say."""
+    found = []
+    try:
+        facts = Path("/proc/meminfo").read_text().split()
+        found.append(int(facts[facts.index("MemAvailable:") + 1]) * 1024)
+    except (OSError, ValueError, IndexError):
+        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+            # Half of all there is, where nobody says what is free.
+            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, taken = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        facts = (group / "memory.stat").read_text().split()
+        # What files left in memory is given back.
+        found.append(limit - taken + int(facts[facts.index("inactive_file") + 1]))
+    except (OSError, ValueError, IndexError):
+        pass
+    return max(0, min(found, default=0))
+
+
+class KeptWhereItFits:
+    """Whether the quantised layers of a model keep their weights decoded: on a CPU, where memory allows; said once.
+
+    Args:
+        entries: of all those weights.
+    """
+
+    def __init__(self, entries: int) -> None:
+        self.entries = entries
+        self._decided: bool | None = None
+
+    def fits(self, width: int) -> bool:
+        """Whether memory holds them in numbers of so many bytes, and half of that beside them."""
+        return 1.5 * self.entries * width < free_memory()
+
+    def in_words(self, kept: bool, width: int) -> str:
+        """What becomes of them, and the memory that is of."""
+        size = f"{self.entries * width / 1e6:,.1f} MB"
+        return f"are decoded once and kept ({size})" if kept else f"are decoded in every pass (kept, they take {size})"
+
+    def allows(self, x: Tensor) -> bool:
+        """Whether a layer keeps its weight to map x."""
+        if x.device.type != "cpu":
+            return False
+        if self._decided is None:
+            self._decided = self.fits(x.element_size())
+            logging.getLogger(__name__).warning(
+                f"rankwise: quantised weights {self.in_words(self._decided, x.element_size())}; "
+                f"rankwise_cache_dense={not self._decided} changes that"
+            )
+        return self._decided
 
 
 class StoredLinear(nn.Linear):
@@ -65,7 +122,7 @@ class PackedMatrix(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """y = U^T (Q + L R) V x + b, Q dequantised in every forward; W once where `cache` is set and no gradient is taken.
+    """y = U^T (Q + L R) V x + b, Q dequantised in every forward; W once where `cache` says so and no gradient is taken.
 
     U and V are randomised Hadamard rotations (or nothing).
 
@@ -81,7 +138,7 @@ class QuantizedLinear(nn.Module):
 
     signs_in: Tensor | None
     signs_out: Tensor | None
-    cache = False
+    cache: bool | KeptWhereItFits = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool, form: dict) -> None:
         super().__init__()
@@ -127,7 +184,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., n]` to `[..., m]`."""
-        if self.cache and not torch.is_grad_enabled() and self._is_plain():
+        if not torch.is_grad_enabled() and self._keeps(x) and self._is_plain():
             if self._kept is None or self._kept.dtype != x.dtype or self._kept.device != x.device:
                 with torch.inference_mode(False):
                     eye = torch.eye(self.in_features, device=x.device)
@@ -137,6 +194,9 @@ class QuantizedLinear(nn.Module):
             self._kept = None
             y = self._product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _keeps(self, x: Tensor) -> bool:
+        return self.cache if isinstance(self.cache, bool) else self.cache.allows(x)
 
     def _is_plain(self) -> bool:
         """Whether nobody put something else in place of a part, whose values may change unseen."""
@@ -189,9 +249,16 @@ class QuantizedLinear(nn.Module):
         return self.bias
 
 
-def cache_dense(model: nn.Module, on: bool) -> None:
-    """Let every quantised layer keep its weight dequantised (faster, as large as the original), or not."""
-    for module in model.modules():
-        if hasattr(module, "cache"):
-            module.cache = on  # type: ignore[assignment]
-            module._kept = None  # type: ignore[assignment]
+def cache_dense(model: nn.Module, on: bool | str) -> None:
+    """Let every quantised layer keep its weight dequantised (faster, as large as the original), or not.
+
+    Args:
+        model: changed in place.
+        on: `"auto"` for where memory allows, on a CPU.
+    """
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "cache")]
+    entries = sum(layer.in_features * layer.out_features for layer in layers)
+    choice = KeptWhereItFits(entries) if on == "auto" else bool(on)
+    for layer in layers:
+        layer.cache = choice
+        layer._kept = None

@@ -16,14 +16,14 @@ LAYERS: dict = {"two_factor": LowRankLinear, "pivoted": PivotedLinear, "quantize
 """The layers that a checkpoint may hold in place of a linear one, by how they store it."""
 
 
-def replace_linears(model: nn.Module, layers: dict, cache: bool = False) -> None:
+def replace_linears(model: nn.Module, layers: dict, cache: bool | str = "auto") -> None:
     """Put an empty layer at every path named.
 
     Args:
         model: changed in place.
         layers: path -> `{"shape": [m, n], "storage": one of LAYERS, ...}`, the rest as the layer describes itself;
             without `"storage"` two factors are meant.
-        cache: whether quantised layers keep their weight dequantised.
+        cache: whether quantised layers keep their weight dequantised; `"auto"` for where memory allows, on a CPU.
     """
     parents = {}
     for path, form in layers.items():

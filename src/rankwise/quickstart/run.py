@@ -11,7 +11,7 @@ from rankwise.evaluation import generate
 from rankwise.flows.compress import compress
 from rankwise.progress import Reporter
 from rankwise.recipes import recipe_from
-from rankwise.reports import closing_table
+from rankwise.reports import print_closing
 
 MODEL = Path(__file__).parent / "pydoc-llama"
 """A Llama of 2.4 million parameters, trained by `examples/train_quickstart_model.py`."""
@@ -19,13 +19,14 @@ MODEL = Path(__file__).parent / "pydoc-llama"
 _PROMPT = "Return a list of"
 
 
-def run(output: Path, keep: float, reporter: Reporter) -> None:
+def run(output: Path, keep: float, reporter: Reporter, *, overwrite: bool = False) -> None:
     """Compress, write to `output`, print.
 
     Args:
         output: directory to write.
         keep: fraction of the decoder's linear weights to keep.
         reporter: told about progress.
+        overwrite: replace the result of another model too, where `output` holds one.
     """
     recipe = recipe_from(
         {
@@ -37,16 +38,17 @@ def run(output: Path, keep: float, reporter: Reporter) -> None:
         },
         origin="quickstart",
     )
-    compressed = compress(recipe, run_directory=output.with_name(f".{output.name}.run"), reporter=reporter)
+    stages = output.with_name(f".{output.name}.run")
+    compressed = compress(recipe, run_directory=stages, overwrite=overwrite, reporter=reporter)
     dense = load_model(str(MODEL))
     small = load_model(str(output))
     console = Console(width=100)
-    console.print(closing_table(compressed.report))
+    print_closing(compressed.report)
     for label, loaded in (("before", dense), ("after", small)):
         text = generate(loaded.model, loaded.tokenizer, _PROMPT, new_tokens=40)
-        console.print(f"\n[bold]a sample, {label}:[/bold] ", end="")
-        console.print(" ".join(text.split()), markup=False, highlight=False)
-    console.print(f"\nwritten to {output}; the same for your own model:", markup=False, highlight=False)
+        console.print(f"[bold]a sample, {label}:[/bold] ", end="")
+        console.print(f"{' '.join(text.split())}\n", markup=False, highlight=False)
+    console.print(f"written to {output}; the same for your own model:", markup=False, highlight=False)
     console.print(
         f"  rankwise compress MODEL --output DIR --keep {keep:g} --calibration text:FILE", markup=False, highlight=False
     )

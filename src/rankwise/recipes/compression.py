@@ -56,6 +56,7 @@ class Evaluation(_Node):
         stride: tokens from window to window; None for no overlap.
         batch_size: windows a batch.
         bos: as for calibration.
+        speed: whether a short decode is timed before and after, too.
     """
 
     source: SourceText
@@ -67,6 +68,7 @@ class Evaluation(_Node):
     stride: Count | None = None
     batch_size: Count = 8
     bos: Start = "auto"
+    speed: bool = True
 
 
 class Validation(_Node):

@@ -3,6 +3,7 @@
 from rankwise.reports.memory import MemoryUse
 from rankwise.reports.model_card import model_card
 from rankwise.reports.parts import (
+    Advice,
     Bits,
     BlockRepair,
     CalibrationText,
@@ -21,8 +22,10 @@ from rankwise.reports.parts import (
     SearchSummary,
     SearchTimes,
     SiteReport,
+    Speed,
     TrainingStep,
     ValidationText,
+    Verdict,
     bits_of,
     in_words,
 )
@@ -35,12 +38,14 @@ from rankwise.reports.pictures import (
     draw_site_map,
     draw_trials,
 )
-from rankwise.reports.plan_table import kept_grid, plan_difference, plan_facts, plan_table
+from rankwise.reports.plan_table import kept_grid, plan_difference, plan_facts, plan_table, plan_tables
 from rankwise.reports.report import REPORT_FORMAT, Report
-from rankwise.reports.table import closing_table
+from rankwise.reports.table import closing_table, print_closing
+from rankwise.reports.verdict import in_lines, verdict
 
 __all__ = [
     "REPORT_FORMAT",
+    "Advice",
     "Bits",
     "BlockRepair",
     "CalibrationText",
@@ -61,8 +66,10 @@ __all__ = [
     "SearchSummary",
     "SearchTimes",
     "SiteReport",
+    "Speed",
     "TrainingStep",
     "ValidationText",
+    "Verdict",
     "bits_of",
     "can_draw",
     "closing_table",
@@ -72,10 +79,14 @@ __all__ = [
     "draw_role_curves",
     "draw_site_map",
     "draw_trials",
+    "in_lines",
     "in_words",
     "kept_grid",
     "model_card",
     "plan_difference",
     "plan_facts",
     "plan_table",
+    "plan_tables",
+    "print_closing",
+    "verdict",
 ]

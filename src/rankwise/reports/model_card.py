@@ -33,8 +33,8 @@ Made by rankwise {{ machine.rankwise | text }} from {{ name | code }} ({{ archit
 {%- endif %}
 
 - method {{ recipe.method.name | code }}, allocation {{ recipe.allocation.name | code }}, \
-{% if bits %}{% if bits.asked is not none %}asked for {{ bits.asked }} bits a weight, {% endif %}\
-{{ "%.4f" | format(bits.got) }} bits a weight{% else %}\
+{% if bits %}{% if bits.asked is not none %}asked for {{ bits.asked }} bits a weight, got {% endif %}\
+{{ "%.4f" | format(bits.got) }}{% if bits.asked is none %} bits a weight{% endif %}{% else %}\
 {% if keep.asked is not none %}asked to keep {{ keep.asked }}, {% endif %}\
 kept {{ "%.4f" | format(keep.got) }}{% endif %}
 - calibration: {{ calibration.sequences }} sequences of {{ calibration.length }} tokens from \
@@ -57,6 +57,19 @@ loss a token on {{ step.examples.held_out }} held out {{ step.loss_before | in_w
 {%- for note in notes %}
 - {{ note | text }}
 {%- endfor %}
+{%- if verdict %}
+
+## What was lost
+
+{{ verdict.lost | text }}
+{%- if verdict.next %}
+
+What to try next, in this order:
+{% for each in verdict.next %}
+{{ loop.index }}. {{ each.what | text }}: {{ each.cost | text }}
+{%- endfor %}
+{%- endif %}
+{%- endif %}
 
 ## Use
 
@@ -64,14 +77,15 @@ loss a token on {{ step.examples.held_out }} held out {{ step.loss_before | in_w
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("DIR"{% if low_rank %}, trust_remote_code=True{% endif %})
-tokenizer = AutoTokenizer.from_pretrained("DIR"{% if low_rank %}, trust_remote_code=False{% endif %})
+tokenizer = AutoTokenizer.from_pretrained("DIR"{% if low_rank %}, trust_remote_code=True{% endif %})
 ```
 {% if low_rank %}
 `trust_remote_code=True` runs `modeling_rankwise.py` from this directory: the new layers and three small subclasses
-of the original classes. Without it loading stops with an error. The tokenizer needs no code; `False` says so to
-transformers, which would ask otherwise.
-{%- if coded %} Weights are decoded in every forward pass;
-`from_pretrained(..., rankwise_cache_dense=True)` decodes them once and keeps them, as large as the original.{% endif %}
+of the original classes. Without it loading stops with an error. The tokenizer is the original's; transformers reads the
+model's config for it all the same, and would ask otherwise.
+{%- if coded %} On a CPU
+weights are decoded once and kept, as large as the original, where memory allows, and else in every forward pass;
+`from_pretrained(..., rankwise_cache_dense=True)` or `False` says which.{% endif %}
 {% else %}
 The weights are multiplied back: this checkpoint loads like the original and is as large as it. No size is saved.
 {% endif %}

@@ -19,6 +19,7 @@ from pydantic import (
 from rankwise.allocation import Outcome, finite
 from rankwise.evaluation import Cost, Perplexity
 from rankwise.models import Site
+from rankwise.progress import StageTime
 from rankwise.sizes import Cut, Plan
 
 
@@ -40,6 +41,14 @@ def _without_no_bos(score: Perplexity, write: SerializerFunctionWrapHandler) -> 
 
 Score = Annotated[Perplexity, WrapSerializer(_without_no_bos)]
 """A perplexity; the file names the start token where there was one."""
+
+
+def _without_not_taken(stage: StageTime, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    return {key: value for key, value in write(stage).items() if key != "taken_over" or value}
+
+
+Timed = Annotated[StageTime, WrapSerializer(_without_not_taken)]
+"""Time and memory of a stage; the file says so where it was taken over."""
 
 Plain = Annotated[Any, AfterValidator(_plain)]
 """Anything that JSON can hold."""
@@ -161,6 +170,48 @@ class Scores(Part):
     source: str
     dense: Score
     compressed: Score
+
+
+class Speed(Part):
+    """How fast text is generated on the machine of the run, in tokens a second of one sequence.
+
+    Attributes:
+        before: of the original.
+        after: of the result.
+        decoded_once: whether quantised weights were decoded once and kept, as they are where memory allows.
+    """
+
+    before: float
+    after: float
+    decoded_once: bool = False
+
+
+class Advice(Part):
+    """A thing to try next.
+
+    Attributes:
+        what: options of the command line, in words where there are several.
+        cost: time, size or both, in words.
+    """
+
+    what: str
+    cost: str
+
+
+class Verdict(Part):
+    """What a compression lost, in plain words.
+
+    Attributes:
+        ratio: perplexity after over before; None where it is not known or not finite.
+        usual: least and most that was measured at this size, None for no most; see `rankwise.reports.verdict`.
+        lost: the sentence.
+        next: what to try, in order.
+    """
+
+    ratio: float | None = None
+    usual: tuple[float, float | None] | None = None
+    lost: str
+    next: tuple[Advice, ...] = ()
 
 
 class CalibrationText(Part):
@@ -436,11 +487,13 @@ class ExampleCounts(Part):
         count: examples.
         held_out: further ones, by which it was judged.
         tokens: of the examples learned from.
+        trained_tokens: that steps were taken on, those of every pass counted; None where it is not known.
     """
 
     count: Count
     held_out: Count
     tokens: Count
+    trained_tokens: Count | None = None
 
 
 class FineTuneStep(Part):

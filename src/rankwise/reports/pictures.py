@@ -131,8 +131,10 @@ def draw_plan(path: Path, plan: Plan) -> None:
     axes.set_xticks(range(len(blocks)), [str(block) for block in blocks])
     axes.set_yticks(range(len(roles)), [in_picture(role) for role in roles])
     axes.set_xlabel("block")
-    size = f"bits a weight: {plan.bits_a_weight:.3f}" if plan.coded else f"fraction kept: {plan.kept:.3f}"
-    axes.set_title(f"{size} of the whole\n({in_picture(plan.method)}, {in_picture(plan.allocation)})", fontsize=9)
+    size = (
+        f"{plan.bits_a_weight:.3f} bits a weight on the average" if plan.coded else f"{plan.kept:.3f} of the whole kept"
+    )
+    axes.set_title(f"{size}\n({in_picture(plan.method)}, {in_picture(plan.allocation)})", fontsize=9)
     if len(blocks) <= 40:
         for row, role in enumerate(roles):
             for column, block in enumerate(blocks):
@@ -180,9 +182,21 @@ def draw_trials(path: Path, trials: Sequence[Mapping[str, Any]]) -> None:
                 fontsize=8,
             )
     axes.set_yscale("log")
+    _plain_numbers(axes)
     axes.set_xlabel("trial (gray: spread out; blue: proposed by the surrogate; line: best so far)")
-    axes.set_ylabel("validation objective")
+    axes.set_ylabel("validation objective, lower is better")
     _save(figure, path)
+
+
+def _plain_numbers(axes: Any) -> None:
+    """Whole trials below, and on a logarithmic axis numbers as people write them, some even within one power of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_role_curves(path: Path, rows: Sequence[Mapping[str, Any]], dense: float) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from rich.console import Console
 from rich.table import Table
 
 from rankwise.models import place_of
@@ -29,12 +32,31 @@ def kept_grid(plan: Plan) -> tuple[list[int], list[str], Grid]:
     return blocks, roles, {place: kept[place] / whole[place] for place in whole}
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_tables(plan: Plan, console: Console) -> list[Table]:
+    """The table of a plan, in as many tables of some roles each as fit the width of a console."""
+    tables: list[Table] = []
+    left = kept_grid(plan)[1]
+    boundless = console.options.update(max_width=1 << 14)
+    while left:
+        count = len(left)
+        while count > 1 and console.measure(plan_table(plan, left[:count]), options=boundless).maximum > console.width:
+            count -= 1
+        tables.append(plan_table(plan, left[:count]))
+        left = left[count:]
+    return tables
+
+
+def plan_table(plan: Plan, some: Sequence[str] | None = None) -> Table:
     """Ranks by block (rows) and role (columns), with the fraction kept; a dense site says so.
 
     Of a quantised site: bits of Q, rank beside it if any, and bits a weight in all.
+
+    Args:
+        plan: what to show.
+        some: roles to show; all by default.
     """
     blocks, roles, grid = kept_grid(plan)
+    roles = roles if some is None else list(some)
     cuts: dict[tuple[int, str], list[Cut]] = {}
     for name, cut in plan.cuts.items():
         cuts.setdefault(place_of(name), []).append(cut)

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from rankwise.errors import ModelError
 from rankwise.evaluation import Cost
-from rankwise.progress import StageTime
 from rankwise.reading import UnreadableError, first_problem, parse_json, read_bytes, shown
 from rankwise.reports.memory import MemoryUse
 from rankwise.reports.parts import (
@@ -25,6 +24,9 @@ from rankwise.reports.parts import (
     Scores,
     SearchSummary,
     SiteReport,
+    Speed,
+    Timed,
+    Verdict,
 )
 from rankwise.sizes import Storage
 
@@ -66,6 +68,8 @@ class Report(Part):
         bytes_on_disk: of all weight files; None when none was written.
         finetune: what each fine-tuning did, in order.
         memory: how the model was held; None in a report of 0.1.0.
+        speed: tokens a second before and after; None where they were not measured, and after a fine-tuning.
+        verdict: what was lost, and what to try next; None after a fine-tuning.
     """
 
     format: Literal["rankwise-report/1"] = REPORT_FORMAT
@@ -87,13 +91,15 @@ class Report(Part):
     repair: tuple[RepairStep, ...]
     groups: dict[str, float]
     sites: dict[str, SiteReport]
-    stages: dict[str, StageTime]
+    stages: dict[str, Timed]
     machine: Machine
     notes: tuple[str, ...]
     run_directory: str
     bytes_on_disk: int | None = None
     finetune: tuple[FineTuneStep, ...] = ()
     memory: MemoryUse | None = None
+    speed: Speed | None = None
+    verdict: Verdict | None = None
 
     @classmethod
     def load(cls, path: Path | str) -> Report:

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+
+from rich.console import Console
 from rich.table import Table
 
 from rankwise.reports.escaping import cell
 from rankwise.reports.parts import in_words
 from rankwise.reports.report import Report
+from rankwise.reports.verdict import in_lines
 from rankwise.sizes import bytes_in_words
+
+
+def print_closing(report: Report) -> None:
+    """Print what a compression ends with on standard output: the table, what was lost, and what to try next."""
+    # A file or a pipe has no width: let the table take what it needs.
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(closing_table(report))
+    if report.verdict is not None:
+        console.print()
+        for line in in_lines(report.verdict):
+            console.print(line, markup=False, highlight=False)
+        console.print()
 
 
 def closing_table(report: Report) -> Table:
@@ -38,6 +54,10 @@ def closing_table(report: Report) -> Table:
     if report.evaluation is not None:
         dense, small = report.evaluation.dense.perplexity, report.evaluation.compressed.perplexity
         table.add_row("perplexity", f"{dense:.3f}", f"{small:.3f}", _ratio(dense, small))
+    if report.speed is not None:
+        slow, fast = report.speed.before, report.speed.after
+        label = "tokens/s, decoded once" if report.speed.decoded_once else "tokens/s"
+        table.add_row(label, f"{slow:.1f}", f"{fast:.1f}", _ratio(slow, fast))
     if report.search is not None:
         value = in_words(report.search.objective.value, ".4g")
         best = f"in trial {report.search.best_trial + 1}"
@@ -47,7 +67,8 @@ def closing_table(report: Report) -> Table:
         table.add_row(cell(f"objective, {step.step}"), *values, "" if step.accepted else "undone")
     table.add_section()
     for name, stage in report.stages.items():
-        table.add_row(cell(name), f"{stage.seconds:.1f} s", f"peak {bytes_in_words(stage.peak_memory_bytes)}", "")
+        took = "taken over" if stage.taken_over else f"{stage.seconds:.1f} s"
+        table.add_row(cell(name), took, f"peak {bytes_in_words(stage.peak_memory_bytes)}", "")
     return table
 
 

@@ -79,6 +79,7 @@ class Stage:
             return False
         for note in found.notes:
             self.reporter.note(note)
+        self.reporter.took_over()
         return True
 
     @contextmanager
@@ -87,6 +88,7 @@ class Stage:
 
         Notes made inside the block are kept with it.
         """
+        self.reporter.makes()
         folder = _opened(self.partial, self.label, self.reporter)
         for note in folder.notes:
             self.reporter.note(note)

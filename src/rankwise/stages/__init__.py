@@ -1,6 +1,6 @@
 """What each line of the flows does, in the same order. Every stage is keyed by all that its result depends on."""
 
-from rankwise.stages.finish import score, write
+from rankwise.stages.finish import score, speed, write
 from rankwise.stages.fitting import fit_sites, store_layers, store_sites
 from rankwise.stages.memory import Need, available_memory, chosen_memory, expected_need, require_config
 from rankwise.stages.outlooks import Outlooks, collect_statistics, draw_for, weight_and_statistics
@@ -34,6 +34,7 @@ __all__ = [
     "require_config",
     "score",
     "select_samples",
+    "speed",
     "store_layers",
     "store_sites",
     "weight_and_statistics",

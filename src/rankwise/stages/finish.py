@@ -14,7 +14,8 @@ import transformers
 from rankwise.checkpoints import REPORT_FILE, check_reload, save_dense, save_low_rank, writing
 from rankwise.device import describe
 from rankwise.errors import RankwiseError
-from rankwise.evaluation import Cost, Perplexity, perplexity
+from rankwise.evaluation import Cost, Perplexity, decode_speed, measure_cost, perplexity
+from rankwise.layers import decoded_once
 from rankwise.reports import (
     CalibrationText,
     Kept,
@@ -24,6 +25,7 @@ from rankwise.reports import (
     Report,
     Scores,
     SiteReport,
+    Speed,
     bits_of,
     can_draw,
     draw_iterations,
@@ -31,6 +33,7 @@ from rankwise.reports import (
     draw_plan,
     draw_trials,
     model_card,
+    verdict,
 )
 from rankwise.sizes import Plan
 from rankwise.stages.fitting import SiteFacts
@@ -75,6 +78,18 @@ def score(work: Work, what: str, plan: Plan | None = None, repairing: Repairing 
     return Perplexity(**json.loads((stage.folder / "perplexity.json").read_text()))
 
 
+def speed(work: Work) -> tuple[float, bool] | None:
+    """Tokens a second of the model as it stands, and whether weights were kept decoded; None where none are asked for.
+
+    It is of this machine and this moment, and no stage keeps it.
+    """
+    settings = work.recipe.evaluation
+    if settings is None or not settings.speed:
+        return None
+    with decoded_once(work.loaded.model) as kept:
+        return decode_speed(work.loaded.model, work.texts.calibration.ids[0]), kept
+
+
 def _machine(device: torch.device) -> Machine:
     return Machine(
         device=describe(device),
@@ -99,6 +114,7 @@ def _report(
     repairing: Repairing | None,
     costs: tuple[Cost, Cost],
     scores: tuple[Perplexity | None, Perplexity | None],
+    speeds: tuple[tuple[float, bool] | None, tuple[float, bool] | None],
 ) -> Report:
     """What is known when the checkpoint is about to be written."""
     recipe, plan, calibration = work.recipe, chosen.plan, work.texts.calibration
@@ -106,6 +122,9 @@ def _report(
     evaluation = None
     if recipe.evaluation is not None and dense is not None and compressed is not None:
         evaluation = Scores(source=recipe.evaluation.source, dense=dense, compressed=compressed)
+    timed = None
+    if speeds[0] is not None and speeds[1] is not None:
+        timed = Speed(before=speeds[0][0], after=speeds[1][0], decoded_once=speeds[1][1])
     return Report(
         recipe=RecipeSettings(**recipe.model_dump(mode="json")),
         model_fingerprint=work.fingerprint,
@@ -119,6 +138,7 @@ def _report(
         after=after,
         biases_added=after.linear_biases - before.linear_biases,
         evaluation=evaluation,
+        speed=timed,
         calibration=CalibrationText(
             source=calibration.source,
             sequences=calibration.ids.shape[0],
@@ -146,6 +166,7 @@ def write(
     repairing: Repairing | None,
     costs: tuple[Cost, Cost],
     scores: tuple[Perplexity | None, Perplexity | None],
+    speeds: tuple[tuple[float, bool] | None, tuple[float, bool] | None],
 ) -> Report:
     """Save the checkpoint with its report and model card, tried in a fresh process; whole or not at all.
 
@@ -158,7 +179,8 @@ def write(
     """
     recipe, loaded = work.recipe, work.loaded
     loaded.to_stored_dtypes()
-    report = _report(work, chosen, facts, repairing, costs, scores)
+    report = _report(work, chosen, facts, repairing, costs, scores, speeds)
+    report = report.model_copy(update={"verdict": verdict(report)})
     if recipe.output is None:
         return report
     save = save_low_rank if recipe.format == "low_rank" else save_dense
@@ -167,7 +189,9 @@ def write(
             save(folder, loaded, work.sites, recipe.max_shard_size)
             own_code = recipe.format == "low_rank" or recipe.trust_remote_code
             check_reload(folder, loaded.model, work.texts.calibration.ids, own_code)
-            report = report.model_copy(update={"bytes_on_disk": bytes_of_weights(folder)})
+            # Multiplied back, the model in memory is what was written, and no longer what was planned.
+            after = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
+            report = report.model_copy(update={"after": after, "bytes_on_disk": bytes_of_weights(folder)})
             report.save(folder / REPORT_FILE)
             (folder / "plan.json").write_text(chosen.plan.model_dump_json(indent=2) + "\n")
             if chosen.trials:

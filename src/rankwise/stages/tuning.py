@@ -341,11 +341,16 @@ def step_of(
         before: size before.
         facts: what the training said of itself, and how it was judged.
     """
+    training, count = wanted.training, len(examples.learned)
+    passes = steps_of(training, count) / steps_of(training.model_copy(update={"epochs": 1.0}), count)
     settings = {**wanted.model_dump(mode="json"), "settings": wanted.training.model_dump(mode="json")}
     return FineTuneStep(
         settings=FineTuneSettings(**settings),
         examples=ExampleCounts(
-            count=len(examples.learned), held_out=len(examples.judged), tokens=examples.learned.tokens
+            count=count,
+            held_out=len(examples.judged),
+            tokens=examples.learned.tokens,
+            trained_tokens=round(passes * examples.learned.tokens),
         ),
         before=scores[0],
         after=scores[1],
@@ -377,6 +382,8 @@ def write_tuned(
         "bits": None if bits is None else bits.model_copy(update={"got": plan.bits_a_weight}),
         "after": cost,
         "evaluation": None,
+        "speed": None,
+        "verdict": None,
         "sites": {name: site.with_cut(plan.cuts[name], **stored.get(name, {})) for name, site in report.sites.items()},
         "notes": (*report.notes, *reporter.notes),
         "finetune": (*report.finetune, step),
