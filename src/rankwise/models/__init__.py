@@ -1,6 +1,7 @@
 """What a model is made of: linear weights, blocks run one at a time, a head, and the original beside its successor."""
 
 from rankwise.models.blocks import BlockRunner, allocate
+from rankwise.models.experts import UnfusedExperts, fuse
 from rankwise.models.head import Head, Logits
 from rankwise.models.original import Original
 from rankwise.models.recompute import recomputed
@@ -12,6 +13,7 @@ from rankwise.models.sites import (
     place_of,
     share_inputs,
 )
+from rankwise.models.unfusing import Unfused, unfuse_experts
 
 __all__ = [
     "BlockRunner",
@@ -19,11 +21,15 @@ __all__ = [
     "Logits",
     "Original",
     "Site",
+    "Unfused",
+    "UnfusedExperts",
     "allocate",
     "decoder_blocks",
     "find_sites",
+    "fuse",
     "fused_expert_parameters",
     "place_of",
     "recomputed",
     "share_inputs",
+    "unfuse_experts",
 ]
