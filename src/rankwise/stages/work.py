@@ -202,7 +202,10 @@ def begin(recipe: Recipe, run: Run, loaded: LoadedModel, texts: Texts, reporter:
         reporter.note(f"{idle} linear layers took no token of the first calibration sequence and stay dense, uncounted")
     fused = fused_expert_parameters(loaded.model)
     if fused:
-        reporter.note(f"{fused} parameters of fused experts (3-D tensors) stay dense and are not counted in the budget")
+        reporter.note(
+            f"{fused} parameters of fused experts (3-D tensors) stay dense and are not counted in the budget: their "
+            "layout is none of those that are known"
+        )
     calibration = texts.calibration
     asked = recipe.calibration.sequences
     if asked is not None and len(calibration.ids) < asked:
