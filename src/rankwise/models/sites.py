@@ -147,13 +147,17 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 
 def _experts_in(block: nn.Module) -> dict[str, int]:
-    """Paths of the modules in a block that hold experts as children with numbers, and how many each holds."""
+    """Paths of the modules in a block that hold experts, fused or as children with numbers, and how many each holds."""
     found = {}
     for path, module in block.named_modules():
         if isinstance(module, UnfusedExperts):
             found[path] = module.num_experts
         elif isinstance(module, nn.ModuleList) and path.rpartition(".")[2] == "experts":
             found[path] = len(module)
+        elif any(p.ndim == 3 for p in module.parameters(recurse=False)):
+            count = getattr(module, "num_experts", None)
+            if isinstance(count, int):
+                found[path] = count
     return found
 
 
