@@ -27,7 +27,7 @@ from common import ended, forked, markdown_table, write_result
 from rankwise import compress
 from rankwise.checkpoints import load_model, reload
 from rankwise.errors import RankwiseError
-from rankwise.models import decoder_blocks, find_sites
+from rankwise.models import decoder_blocks, find_sites, unfuse_experts
 from rankwise.recipes import recipe_from
 
 SMALL: dict[str, Any] = {
@@ -93,6 +93,7 @@ def try_family(family: str, folder: Path) -> dict[str, Any]:
     }
     try:
         loaded = load_model(str(folder / "float32"))
+        unfuse_experts(loaded.model)
         sites = find_sites(loaded.model)
         blocks = decoder_blocks(loaded.model)[1]
         matrices = sum(p.numel() for p in blocks.parameters() if p.ndim >= 2)

@@ -59,6 +59,41 @@ OWN_METRIC = "methods/test_own_metric.py"
 
 MUTANTS = (
     Mutant(
+        "what an expert saw is never mixed with its peers",
+        "statistics/pools.py",
+        "    if count is None or count >= d:\n        return own\n    return",
+        "    if count is None or count >= 0:\n        return own\n    return",
+        ("statistics/test_pools.py",),
+    ),
+    Mutant(
+        "what an expert saw is lost when it takes no token of the batch a group ends with",
+        "statistics/watch.py",
+        "        if self._grouping.ended:\n            self._take(kept)",
+        "        return",
+        ("statistics/test_pools.py",),
+    ),
+    Mutant(
+        "losses count as if all tokens came to every expert",
+        "stages/outlooks.py",
+        "return 1.0 if reach is None else reach.counted",
+        "return 1.0 if reach is not None else 1.0",
+        ("statistics/test_pools.py::test_a_run_says_which_experts_saw_little_and_spends_less_on_them",),
+    ),
+    Mutant(
+        "an expert that no token of the first sequence reached is no site",
+        "models/sites.py",
+        "if site.name not in group_of and site.pool in of_pool:",
+        "if site.name not in group_of and site.pool not in of_pool:",
+        ("models/test_experts.py::test_an_expert_without_a_token_stays_a_site_and_shares_inputs_as_its_peers",),
+    ),
+    Mutant(
+        "rows of gate and up are taken as halves where they take turns",
+        "models/experts.py",
+        '    return {"gate_proj": slice(0, rows, 2), "up_proj": slice(1, rows, 2)}',
+        '    return {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, rows)}',
+        ("models/test_experts.py::test_every_weight_of_every_expert_is_one_site",),
+    ),
+    Mutant(
         "mixed ignores the curvature when it fits L R",
         "methods/mixed.py",
         "        return rotation.curvature(curvature)",

@@ -5,11 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from conftest import tiny_llama
 from rankwise.errors import ModelError, NotFiniteError
-from rankwise.models import find_sites, fused_expert_parameters, share_inputs
+from rankwise.models import find_sites, fused_expert_parameters, share_inputs, unfuse_experts
 
 
 def test_llama_sites_roles_shapes_and_shared_inputs() -> None:
@@ -44,6 +51,19 @@ def test_experts_in_fused_tensors_are_counted_as_no_sites() -> None:
     assert {site.role for site in find_sites(model)} >= {"q", "k", "v", "o"}
     assert fused_expert_parameters(model) == 2 * 3 * 16 * 32
     assert fused_expert_parameters(tiny_llama()) == 0
+
+
+def test_a_router_beside_experts_of_an_unknown_layout_is_no_site() -> None:
+    """Llama 4's is a linear layer that gives two things."""
+    config = Llama4TextConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_local_experts=4, interleave_moe_layer_step=1,
+    )  # fmt: skip
+    model = Llama4ForCausalLM(config)
+    assert unfuse_experts(model).parts == {}
+    assert fused_expert_parameters(model) == 4 * 3 * 16 * 32
+    names = [site.name.partition("feed_forward.")[2] for site in find_sites(model)]
+    assert [name for name in names if name] == [f"shared_expert.{each}_proj" for each in ("gate", "up", "down")]
 
 
 def test_a_weight_that_is_not_finite_is_named() -> None:

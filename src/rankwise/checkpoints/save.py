@@ -16,9 +16,9 @@ from rankwise.checkpoints.load import CACHE_KEY, CHECKPOINT_KEY, LoadedModel
 from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, base_classes, model_type_for, modeling_source
 from rankwise.errors import ModelError, NotFiniteError
 from rankwise.layers import dense_layer, kind_of
-from rankwise.layers.needs import FORMAT_VERSION, MINIMUM_TRANSFORMERS
+from rankwise.layers.needs import FORMAT_VERSION, MINIMUM_TRANSFORMERS, WITHOUT_EXPERTS
 from rankwise.linalg import all_finite
-from rankwise.models import Site
+from rankwise.models import Site, UnfusedExperts, fuse
 
 
 def low_rank_layers(model: Any, sites: Sequence[Site]) -> dict[str, dict[str, Any]]:
@@ -35,9 +35,14 @@ def low_rank_layers(model: Any, sites: Sequence[Site]) -> dict[str, dict[str, An
 def _write_weights(model: Any, folder: Path, max_shard_size: str) -> None:
     # Tied weights are left out here: the library would name them in the header, in an order that changes.
     tied = getattr(model, "all_tied_weights_keys", {})
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    state = {name: _alone(tensor) for name, tensor in model.state_dict().items() if name not in tied}
     check_finite(state)
     save_torch_state_dict(state, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor in memory of its own: a view of one (an expert's weight) counts in a file as what it is a part of."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:
@@ -81,17 +86,20 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
     source = modeling_source(*classes)
     config = json.loads(model.config.to_json_string(use_diff=False))
     base_type = classes[0].model_type  # type: ignore[attr-defined]
+    prefix = model.base_model_prefix + "."
+    experts = [name.removeprefix(prefix) for name, each in model.named_modules() if isinstance(each, UnfusedExperts)]
     config.update(
         model_type=model_type_for(base_type),
         architectures=[f"Rankwise{classes[2].__name__}"],
         auto_map=auto_map(*classes),
         **{
             CHECKPOINT_KEY: {
-                "format": FORMAT_VERSION,
+                "format": FORMAT_VERSION if experts else WITHOUT_EXPERTS,
                 "needs": {"transformers": f">={MINIMUM_TRANSFORMERS}"},
                 "base_model_type": base_type,
                 "base_architecture": classes[2].__name__,
                 "layers": low_rank_layers(model, sites),
+                **({"experts": experts} if experts else {}),
             }
         },
     )
@@ -109,8 +117,16 @@ def _parameter_names(config: Any) -> set[str]:
         return {name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()}
 
 
+def _no_place(model: Any, where: str) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} has no place for the bias that compression added.",
+        where=where,
+        remedy="compress with --set method.bias=false, or without --format dense",
+    )
+
+
 def densify(loaded: LoadedModel, sites: Sequence[Site]) -> None:
-    """Multiply the factors back, in place, and let the config admit the biases that compression added.
+    """Multiply the factors back, in place, fuse experts, and let the config admit the biases that compression added.
 
     Raises:
         ModelError: when the original architecture has no place for an added bias.
@@ -124,6 +140,10 @@ def densify(loaded: LoadedModel, sites: Sequence[Site]) -> None:
             own = next(module.parameters()) if kind.in_numbers else model.get_input_embeddings().weight
             dense = dense_layer(module.dense_weight(), module.dense_bias(), site.transposed, own.dtype, own.device)
             model.set_submodule(site.name, dense)
+    try:
+        fuse(model)
+    except ValueError as problem:
+        raise _no_place(model, str(problem)) from None
     have = {name for name, _ in model.named_parameters()}
     if not have <= _parameter_names(model.config):
         for flag in ("attention_bias", "mlp_bias", "use_bias", "bias"):
@@ -131,11 +151,7 @@ def densify(loaded: LoadedModel, sites: Sequence[Site]) -> None:
                 setattr(model.config, flag, True)
     wanted = _parameter_names(model.config)
     if have - wanted:
-        raise ModelError(
-            f"{type(model).__name__} has no place for the bias that compression added.",
-            where=min(have - wanted),
-            remedy="compress with --set method.bias=false, or without --format dense",
-        )
+        raise _no_place(model, min(have - wanted))
     for name in sorted(wanted - have):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)

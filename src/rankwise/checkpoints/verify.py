@@ -109,6 +109,13 @@ def _check_own(entry: dict[str, Any], path: Path) -> None:
             where=str(path),
             remedy="fetch the model's config.json again",
         )
+    experts = entry.get("experts", [])
+    if not isinstance(experts, list) or not all(isinstance(each, str) for each in experts):
+        raise ModelError(
+            "The config's rankwise entry does not say by name which experts are taken apart.",
+            where=str(path),
+            remedy="fetch the model's config.json again",
+        )
     for key in ("base_model_type", "base_architecture"):
         if not isinstance(entry.get(key, ""), str):
             raise ModelError(

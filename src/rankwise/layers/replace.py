@@ -104,6 +104,9 @@ class FillsAsOriginal:
         Args:
             module: one of the model's.
         """
+        if hasattr(module, "num_experts") and hasattr(module, "_fused"):
+            # Its parameters are those of its layers, which are filled by themselves.
+            return
         stood = {path: child for path, child in module.named_modules() if path and type(child) in LAYERS.values()}
         for path, child in stood.items():
             bias = child.description()["bias"]

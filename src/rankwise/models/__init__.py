@@ -1,6 +1,7 @@
 """What a model is made of: linear weights, blocks run one at a time, a head, and the original beside its successor."""
 
 from rankwise.models.blocks import BlockRunner, allocate
+from rankwise.models.experts import UnfusedExperts, fuse
 from rankwise.models.head import LOGITS, Head, Logits
 from rankwise.models.original import Original
 from rankwise.models.recompute import recomputed
@@ -13,6 +14,7 @@ from rankwise.models.sites import (
     share_inputs,
 )
 from rankwise.models.streaming import Streaming, empty_in_file, into_file
+from rankwise.models.unfusing import Unfused, unfuse_experts
 
 __all__ = [
     "LOGITS",
@@ -22,13 +24,17 @@ __all__ = [
     "Original",
     "Site",
     "Streaming",
+    "Unfused",
+    "UnfusedExperts",
     "allocate",
     "decoder_blocks",
     "empty_in_file",
     "find_sites",
+    "fuse",
     "fused_expert_parameters",
     "into_file",
     "place_of",
     "recomputed",
     "share_inputs",
+    "unfuse_experts",
 ]

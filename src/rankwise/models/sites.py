@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import ModelError, NotFiniteError
 from rankwise.linalg import all_finite
+from rankwise.models.experts import UnfusedExperts
 
 _ROLES = {
     "q_proj": "q",
@@ -38,6 +39,8 @@ class Site:
         transposed: True when the module keeps W as `[n, m]` (GPT-2's Conv1D).
         has_bias: True when the module adds a bias of its own.
         group: name of the first site that reads the same input.
+        pool: of one expert among others, its name with a star for the expert: what its peers have in common. Empty
+            for all other sites.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Site:
     transposed: bool
     has_bias: bool
     group: str
+    pool: str = ""
 
     @property
     def parameters(self) -> int:
@@ -104,7 +108,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def find_sites(model: nn.Module) -> list[Site]:
     """Every linear weight in the decoder's blocks, in forward order of definition.
 
-    Embeddings, the head and everything outside the blocks are no sites.
+    Embeddings, the head and everything outside the blocks are no sites, nor is what routes tokens to experts. Experts
+    that are fused in one tensor have none; `unfuse_experts` takes them apart.
 
     Raises:
         ModelError: when the model has no blocks or no linear weight in them.
@@ -112,7 +117,10 @@ def find_sites(model: nn.Module) -> list[Site]:
     prefix, blocks = decoder_blocks(model)
     sites = []
     for index, block in enumerate(blocks):
+        experts = _experts_in(block)
         for path, module in block.named_modules():
+            if _routes(path, module, experts):
+                continue
             if isinstance(module, nn.Linear):
                 m, n = module.weight.shape
             elif isinstance(module, Conv1D):
@@ -131,6 +139,7 @@ def find_sites(model: nn.Module) -> list[Site]:
                     transposed=isinstance(module, Conv1D),
                     has_bias=module.bias is not None,
                     group=name,
+                    pool=_pool_of(name, [f"{prefix}.{index}.{where}" for where in experts]),
                 )
             )
     if not sites:
@@ -138,10 +147,48 @@ def find_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
+def _experts_in(block: nn.Module) -> dict[str, int]:
+    """Paths of the modules in a block that hold experts, fused or as children with numbers, and how many each holds."""
+    found = {}
+    for path, module in block.named_modules():
+        if isinstance(module, UnfusedExperts):
+            found[path] = module.num_experts
+        elif isinstance(module, nn.ModuleList) and path.rpartition(".")[2] == "experts":
+            found[path] = len(module)
+        elif any(p.ndim == 3 for p in module.parameters(recurse=False)):
+            count = getattr(module, "num_experts", None)
+            if isinstance(count, int):
+                found[path] = count
+    return found
+
+
+def _pool_of(name: str, experts: Sequence[str]) -> str:
+    for path in experts:
+        number, _, rest = name.removeprefix(f"{path}.").partition(".")
+        if name.startswith(f"{path}.") and number.isdecimal():
+            return f"{path}.*.{rest}"
+    return ""
+
+
+def _routes(path: str, module: nn.Module, experts: Mapping[str, int]) -> bool:
+    """Whether a layer beside experts scores them, one output an expert, or says how far the shared one counts."""
+    if not isinstance(module, nn.Linear):
+        return False
+    parts = path.split(".")
+    for where, count in experts.items():
+        beside = where.rpartition(".")[0]
+        if (not beside or path.startswith(f"{beside}.")) and not path.startswith(f"{where}."):
+            named = any("gate" in part or "router" in part for part in parts)
+            if named and module.out_features in (1, count):
+                return True
+    return False
+
+
 def fused_expert_parameters(model: nn.Module) -> int:
     """Parameters in the blocks that are kept as 3-D tensors (mixtures of experts), which are no sites."""
     _, blocks = decoder_blocks(model)
-    return sum(p.numel() for p in blocks.parameters() if p.ndim == 3)
+    owners = (module for module in blocks.modules() if not isinstance(module, nn.Conv1d))
+    return sum(p.numel() for module in owners for p in module.parameters(recurse=False) if p.ndim == 3)
 
 
 def share_inputs(model: nn.Module, sites: Sequence[Site], input_ids: Tensor) -> list[Site]:
@@ -153,7 +200,8 @@ def share_inputs(model: nn.Module, sites: Sequence[Site], input_ids: Tensor) -> 
         input_ids: a short sequence, shape `[1, tokens]`.
 
     Returns:
-        The sites that ran, with `group` set. A site that no token reached (an idle expert) is left out.
+        The sites that ran, with `group` set. An expert that no token reached shares inputs as its peers do. Any other
+        site that no token reached is left out, and so are experts of whose peers none was reached.
     """
     first_reader: dict[int, str] = {}
     group_of: dict[str, str] = {}
@@ -173,4 +221,21 @@ def share_inputs(model: nn.Module, sites: Sequence[Site], input_ids: Tensor) -> 
     finally:
         for handle in handles:
             handle.remove()
+    of_pool: dict[str, str] = {}
+    for site in sites:
+        if site.pool and site.name in group_of:
+            of_pool.setdefault(site.pool, _among_peers(site, group_of[site.name]))
+    for site in sites:
+        if site.name not in group_of and site.pool in of_pool:
+            where, _, rest = site.pool.partition("*")
+            number = site.name[len(where) : len(site.name) - len(rest)]
+            group_of[site.name] = of_pool[site.pool].replace("*", number)
     return [replace(site, group=group_of[site.name]) for site in sites if site.name in group_of]
+
+
+def _among_peers(site: Site, group: str) -> str:
+    """The name of a group with a star for the expert; that of the site itself where its leader is no part of it."""
+    where, _, rest = site.pool.partition("*")
+    number = site.name[len(where) : len(site.name) - len(rest)]
+    start = f"{where}{number}."
+    return f"{where}*.{group.removeprefix(start)}" if group.startswith(start) else site.pool

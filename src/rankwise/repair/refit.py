@@ -196,6 +196,8 @@ def refit_block(
 ) -> None:
     """Refit every factored site of a block in the order they run.
 
+    Experts are left as they are: the compressed model routes other tokens to them than the original does.
+
     Args:
         runner: of the compressed model, changed in place.
         index: which block.
@@ -212,9 +214,11 @@ def refit_block(
     """
     groups = [
         factored
-        for group in input_groups(runner, index, compressed[:1], sites)
+        for group in input_groups(runner, index, compressed[:1], [site for site in sites if not site.pool])
         if (factored := [site for site in group if kind_of(site.module(runner.model)).trains])
     ]
+    if not groups:
+        return
     firsts = [group[0] for group in groups]
     per_row = dense.shape[1]
     known = [

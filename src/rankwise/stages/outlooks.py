@@ -18,6 +18,7 @@ from rankwise.factors import Basis
 from rankwise.methods import Looking, Outlook, estimated_losses
 from rankwise.models import Site
 from rankwise.quantizers import Packed, Rotation
+from rankwise.stages.routed import note_experts
 from rankwise.stages.work import Work, calibration_key, model_key
 from rankwise.statistics import HIDDEN_GB, SiteStatistics, Statistic, Store, collecting, save_totals
 
@@ -61,7 +62,9 @@ def collect_statistics(work: Work) -> Store:
             with stages[statistic].making():
                 _note(work, statistic)
         snapshot.discard()
-    return Store({statistic: stage.folder for statistic, stage in stages.items()}, work.sites)
+    store = Store({statistic: stage.folder for statistic, stage in stages.items()}, work.sites)
+    note_experts(work.sites, store, work.reporter)
+    return store
 
 
 def _note(work: Work, statistic: Statistic) -> None:
@@ -219,6 +222,11 @@ class Outlooks:
         for site, q_bits in work.reporter.track(left, "looking at weights", total=len(wanted), done=done):
             self._make(site, q_bits, with_basis=work.looks >= Looks.OBJECTIVE)
 
+    def _share(self, site: Site) -> float:
+        """The share of the text's tokens that come to a site: losses are estimated a token seen, and spent a token."""
+        reach = self._store.reach(site)
+        return 1.0 if reach is None else reach.counted / self._work.texts.calibration.ids.numel()
+
     def problem(self) -> Problem:
         """The run's problem with losses, where the allocation looks at them."""
         work = self._work
@@ -232,5 +240,6 @@ class Outlooks:
             for q_bits in table.choices:
                 with safe_open(self.folder.path / self._file(site, q_bits), framework="pt") as file:
                     energies[q_bits], noise[q_bits] = file.get_tensor("energy"), _noise_of(file.get_tensor("noise"))
-            candidates[site.name] = table.with_losses(estimated_losses(table, energies, noise))
+            losses = estimated_losses(table, energies, noise) * self._share(site)
+            candidates[site.name] = table.with_losses(losses)
         return Problem(work.sites, candidates, work.problem.form, work.problem.allowance)

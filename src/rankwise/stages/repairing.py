@@ -205,6 +205,8 @@ def _by_block(work: Work, repairing: Repairing, step: str, settings: Any, folder
             runner.forward_all(index, compressed, compressed)
             dense, output = output, dense
             advance(f"repair, {step}: objective {before:.5g}, at the start {start:.5g}")
+    if step == "refit" and any(site.pool for site in work.sites):
+        work.reporter.note("repair refit: experts are left as they are; blocks, subspace and factors train them")
     refused = [row["block"] for row in rows if not row["accepted"]]
     if refused:
         work.reporter.note(

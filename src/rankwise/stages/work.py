@@ -13,14 +13,14 @@ from rankwise.allocation import Looks, Problem
 from rankwise.checkpoints import LoadedModel, fingerprint
 from rankwise.data import Sequences, choose, load_sequences, parse_source
 from rankwise.errors import DataError, ModelError
-from rankwise.models import Site, find_sites, fused_expert_parameters, share_inputs
+from rankwise.models import Site, find_sites, fused_expert_parameters, share_inputs, unfuse_experts
 from rankwise.progress import Reporter
 from rankwise.recipes import Calibration, Evaluation, Recipe, Validation
 from rankwise.runs import Run, Stage
 from rankwise.sizes import Allowance
 from rankwise.stages.memory import Need
 
-_STAGE_FORMAT = 7
+_STAGE_FORMAT = 8
 """Raised when the contents or the arithmetic of a stage change, so that old stages are not taken for new ones."""
 
 _DEFAULT_LENGTH = 512
@@ -210,6 +210,10 @@ def begin(
     for note in loaded.notes:
         reporter.note(note)
     reporter.facts |= {"architecture": type(loaded.model).__name__, "run directory": str(run.directory)}
+    # Of the weights as they are loaded, so that the same source is known again.
+    mark = fingerprint(loaded.model, loaded.stored_dtypes)
+    parts = unfuse_experts(loaded.model).parts
+    loaded.stored_dtypes |= {part: loaded.stored_dtypes[whole] for part, whole in parts.items()}
     found = find_sites(loaded.model)
     for site in found:
         site.weight(loaded.model)
@@ -220,7 +224,10 @@ def begin(
         reporter.note(f"{idle} linear layers took no token of the first calibration sequence and stay dense, uncounted")
     fused = fused_expert_parameters(loaded.model)
     if fused:
-        reporter.note(f"{fused} parameters of fused experts (3-D tensors) stay dense and are not counted in the budget")
+        reporter.note(
+            f"{fused} parameters of fused experts (3-D tensors) stay dense and are not counted in the budget: their "
+            "layout is none of those that are known"
+        )
     calibration = texts.calibration
     asked = recipe.calibration.sequences
     if asked is not None and len(calibration.ids) < asked:
@@ -229,7 +236,6 @@ def begin(
         )
     if calibration.cut:
         reporter.note("the calibration source is very large; its first 64 million characters were read")
-    mark = fingerprint(loaded.model, loaded.stored_dtypes)
     problem = _problem(recipe, loaded, sites)
     return Work(recipe, run, loaded, texts, sites, mark, reporter, problem, memory, need)
 

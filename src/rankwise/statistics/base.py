@@ -27,9 +27,15 @@ DEFAULT_GROUPS = 32
 class Totals(ABC):
     """What was summed, in float64 on the CPU. Every field is a tensor or an integer; a file holds the fields.
 
+    Attributes:
+        vectors_in: name of the field that counts the vectors that were added; empty for totals that do not know, which
+            are never mixed with those of others.
+
     Raises:
         TypeError: when a tensor is of another precision, or elsewhere.
     """
+
+    vectors_in: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -41,6 +47,15 @@ class Totals(ABC):
     @abstractmethod
     def merge(self, other: Self) -> Self:
         """The totals of both sets together."""
+
+    @property
+    def seen_vectors(self) -> int | None:
+        """Vectors that were added; None when these totals do not know."""
+        return getattr(self, self.vectors_in) if self.vectors_in else None
+
+    def weighing(self, vectors: int) -> Self:
+        """Totals with the same means, of which a merge takes as many vectors to have been seen as this says."""
+        return self
 
     def is_finite(self) -> bool:
         """Whether nothing that was added held NaN or an infinity."""

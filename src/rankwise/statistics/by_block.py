@@ -135,6 +135,7 @@ class ByBlock:
             for part in self.runner.batches():
                 collector.begin(part.start, part.stop)
                 yield part
+                collector.end()
 
     def _down(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -27,11 +27,16 @@ class CurvatureTotals(Totals):
         blocks: shape `[k, b, b]`, k b = m, float64.
     """
 
+    vectors_in: ClassVar[str] = "count"
+
     count: int
     blocks: Tensor
 
     def merge(self, other: Self) -> Self:
         return replace(self, count=self.count + other.count, blocks=self.blocks + other.blocks)
+
+    def weighing(self, vectors: int) -> Self:
+        return replace(self, count=vectors, blocks=self.blocks * (vectors / self.count))
 
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.blocks.diagonal(dim1=1, dim2=2)).all())

@@ -46,6 +46,11 @@ class Grouping:
         for start, stop, ends in self._segments:
             yield x[start:stop], inputs[start:stop], ends
 
+    @property
+    def ended(self) -> bool:
+        """Whether a group ends with the batch that began last."""
+        return self._segments[-1][2]
+
     def ends_at(self, stop: int) -> bool:
         """Whether a group ends after `stop` sequences."""
         return self._ends is None or stop in self._ends

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -23,13 +23,25 @@ class MeanTotals(Totals):
     Attributes:
         count: what was counted.
         total: float64.
+        vectors: vectors it was measured on, be they what is counted or not.
     """
+
+    vectors_in: ClassVar[str] = "vectors"
 
     count: int
     total: Tensor
+    vectors: int = 0
 
     def merge(self, other: Self) -> Self:
-        return replace(self, count=self.count + other.count, total=self.total + other.total)
+        return replace(
+            self,
+            count=self.count + other.count,
+            total=self.total + other.total,
+            vectors=self.vectors + other.vectors,
+        )
+
+    def weighing(self, vectors: int) -> Self:
+        return replace(self, count=vectors, total=self.value() * vectors, vectors=vectors)
 
     def value(self) -> Tensor:
         """The mean, in the shape of `total`."""
@@ -50,7 +62,7 @@ class MeasuredSums(Sums):
 
     def __init__(self, measure: Callable[[Tensor, Tensor], tuple[int, Tensor]], d: int, device: torch.device) -> None:
         self._measure = measure
-        self._count, self._total = 0, torch.zeros((), device=device)
+        self._count, self._vectors, self._total = 0, 0, torch.zeros((), device=device)
 
     @property
     def empty(self) -> bool:
@@ -62,10 +74,11 @@ class MeasuredSums(Sums):
             raise TypeError(f"what is measured was summed in {total.dtype}: sums are float32")
         self._total = self._total + total if self._count else total
         self._count += count
+        self._vectors += x.numel() // x.shape[-1]
 
     def take(self) -> MeanTotals:
-        taken = MeanTotals(self._count, self._total.cpu().double())
-        self._count = 0
+        taken = MeanTotals(self._count, self._total.cpu().double(), self._vectors)
+        self._count = self._vectors = 0
         return taken
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ class MomentTotals(Totals):
         mean: shape `[d]`, float64.
         scatter: sum of (x - mean)(x - mean)^T, shape `[d, d]`, float64.
     """
+
+    vectors_in: ClassVar[str] = "count"
 
     count: int
     mean: Tensor
@@ -39,6 +41,9 @@ class MomentTotals(Totals):
         scatter = self.scatter + other.scatter
         scatter.addr_(delta, delta, alpha=self.count * other.count / count)
         return replace(self, count=count, mean=self.mean + delta * (other.count / count), scatter=scatter)
+
+    def weighing(self, vectors: int) -> Self:
+        return replace(self, count=vectors, scatter=self.scatter * (vectors / self.count))
 
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.scatter.diagonal()).all())

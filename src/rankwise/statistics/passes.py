@@ -151,6 +151,7 @@ def _run_batches(
         stop = start + len(batch)
         collector.begin(start, stop)
         step(batch.to(collector.device), start)
+        collector.end()
         due = time.monotonic() - saved >= _SNAPSHOT_SECONDS
         if folder is not None and due and collector.sums_are_empty_after(stop) and stop < len(tokens):
             save_snapshot(folder, collector.kept, stop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -24,15 +24,19 @@ class PooledTotals(Totals):
         groups: groups seen.
         mean_sum: shape `[d]`, float64.
         covariance_sum: shape `[d, d]`, float64.
+        vectors: vectors in all groups.
     """
+
+    vectors_in: ClassVar[str] = "vectors"
 
     groups: int
     mean_sum: Tensor
     covariance_sum: Tensor
+    vectors: int = 0
 
     @classmethod
     def of_group(cls, moments: MomentTotals) -> Self:
-        return cls(1, moments.mean, moments.covariance())
+        return cls(1, moments.mean, moments.covariance(), moments.count)
 
     def merge(self, other: Self) -> Self:
         return replace(
@@ -40,6 +44,16 @@ class PooledTotals(Totals):
             groups=self.groups + other.groups,
             mean_sum=self.mean_sum + other.mean_sum,
             covariance_sum=self.covariance_sum + other.covariance_sum,
+            vectors=self.vectors + other.vectors,
+        )
+
+    def weighing(self, vectors: int) -> Self:
+        return replace(
+            self,
+            groups=vectors,
+            mean_sum=self.mean() * vectors,
+            covariance_sum=self.covariance() * vectors,
+            vectors=vectors,
         )
 
     def mean(self) -> Tensor:

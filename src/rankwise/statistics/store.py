@@ -7,25 +7,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankwise.models import Site
 from rankwise.progress import Reporter
 from rankwise.runs import Folder
-from rankwise.statistics.base import Collected, Latest, Place, Statistic, T, Totals, V
+from rankwise.statistics.base import Collected, Latest, Place, Statistic, T, V
+from rankwise.statistics.files import load_totals, save_totals
+from rankwise.statistics.pools import Pools, Reach
 from rankwise.statistics.streams import Stream
-
-
-def save_totals(path: Path, totals: Totals) -> None:
-    """Write the totals of one stream as safetensors."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(totals.tensors(), path)
-
-
-def load_totals(path: Path, kind: type[T]) -> T:
-    """Read what `save_totals` wrote of totals of this kind."""
-    return kind.of_tensors(load_file(path))
 
 
 def _label(folder: Path) -> str:
@@ -96,14 +86,20 @@ class Store:
 
     def __init__(self, folders: Mapping[Statistic, Path], sites: Sequence[Site]) -> None:
         self._folders = folders
+        streams = {statistic: statistic.streams(sites) for statistic in folders}
         self._streams = {
-            statistic: {name: stream for stream in statistic.streams(sites) for name in stream.sites}
-            for statistic in folders
+            statistic: {name: stream for stream in found for name in stream.sites}
+            for statistic, found in streams.items()
         }
+        self._pools = Pools(folders, streams, sites)
         self.latest = Latest()
 
+    def reach(self, site: Site) -> Reach | None:
+        """How much of the text comes to an expert; None where the site is none, or nothing was measured that tells."""
+        return self._pools.reach(site)
+
     def totals(self, statistic: Statistic[T, V], site: Site) -> tuple[Stream, T]:
-        """The stream that serves a site, and its totals.
+        """The stream that serves a site, and its totals; those of an expert that saw little as `Pools` mixes them.
 
         Raises:
             KeyError: when the statistic was not collected with these settings.
@@ -111,6 +107,8 @@ class Store:
         if statistic not in self._folders:
             raise KeyError(f"{statistic} was not collected: the method has to request it, with the same settings")
         stream = self._streams[statistic][site.name]
+        if site.pool:
+            return stream, self._pools.totals(statistic, stream)
         return stream, load_totals(self._folders[statistic] / f"{stream.key}.safetensors", statistic.totals)
 
 

@@ -28,20 +28,29 @@ class _Watch:
         """Add what was seen of a batch, and to `kept` what the groups give that end in it."""
         for part, part_inputs, ends in self._grouping.parts(x, inputs):
             self._sums.add(part, part_inputs)
-            if not ends or self._sums.empty:
-                continue
-            taken = self._sums.take()
-            if not taken.is_finite():
-                raise NotFiniteError(
-                    f"{self.stream.vectors} hold NaN or an infinity.",
-                    where=self.stream.module,
-                    remedy="--set precision=float32 if the model overflows in half precision; "
-                    "else the checkpoint is damaged",
-                )
-            for statistic in self._statistics:
-                totals, by_stream = statistic.totals_of(taken), kept[statistic]
-                before = by_stream.get(self.stream.key)
-                by_stream[self.stream.key] = totals if before is None else before.merge(totals)
+            if ends:
+                self._take(kept)
+
+    def end(self, kept: Collected) -> None:
+        """A batch is over: where a group ended in it, add to `kept` what an expert saw that took none of its tokens."""
+        if self._grouping.ended:
+            self._take(kept)
+
+    def _take(self, kept: Collected) -> None:
+        if self._sums.empty:
+            return
+        taken = self._sums.take()
+        if not taken.is_finite():
+            raise NotFiniteError(
+                f"{self.stream.vectors} hold NaN or an infinity.",
+                where=self.stream.module,
+                remedy="--set precision=float32 if the model overflows in half precision; "
+                "else the checkpoint is damaged",
+            )
+        for statistic in self._statistics:
+            totals, by_stream = statistic.totals_of(taken), kept[statistic]
+            before = by_stream.get(self.stream.key)
+            by_stream[self.stream.key] = totals if before is None else before.merge(totals)
 
 
 class Collector:
@@ -97,6 +106,12 @@ class Collector:
         """A batch of the sequences `start..stop` comes next."""
         for grouping in self._groupings.values():
             grouping.begin(start, stop)
+
+    def end(self) -> None:
+        """The batch that began last is over: all hooks have run."""
+        for watches in self._watches.values():
+            for watch in watches:
+                watch.end(self.kept)
 
     def sums_are_empty_after(self, stop: int) -> bool:
         """Whether all groups that have begun end after `stop` sequences, so that `kept` is all there is."""
