@@ -179,17 +179,20 @@ def sliced(
     """
     layers: dict[str, SlicedLinear] = {}
     originals = {site.name: site.module(model) for site in sites}
+    computed = model.get_input_embeddings().weight.dtype
     try:
         for site in sites:
             if all(cut.dense for cut in candidates[site.name].cuts):
                 continue
             weight = originals[site.name].weight
+            # Weights that lie in files are widened with their block, which knows nothing of these.
+            compute = max(weight.dtype, computed, key=lambda dtype: dtype.itemsize)
             layers[site.name] = SlicedLinear(
                 originals[site.name],
                 load(site),
                 candidates[site.name],
                 site.bias(model),
-                (stored_dtypes.get(f"{site.name}.weight", weight.dtype), weight.dtype),
+                (stored_dtypes.get(f"{site.name}.weight", weight.dtype), compute),
             )
         for name, layer in layers.items():
             model.set_submodule(name, layer)

@@ -189,8 +189,10 @@ def write(
             save(folder, loaded, work.sites, recipe.max_shard_size)
             own_code = recipe.format == "low_rank" or recipe.trust_remote_code
             check_reload(folder, loaded.model, work.texts.calibration.ids, own_code)
-            # Multiplied back, the model in memory is what was written, and no longer what was planned.
-            after = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
+            # Multiplied back, the model in memory is what was written, and no longer what was planned. Where experts
+            # are fused again, as in the original, their sites are gone and its size is that of the original.
+            fused = recipe.format == "dense" and any(".experts." in site.name for site in work.sites)
+            after = costs[0] if fused else measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
             report = report.model_copy(update={"after": after, "bytes_on_disk": bytes_of_weights(folder)})
             report.save(folder / REPORT_FILE)
             (folder / "plan.json").write_text(chosen.plan.model_dump_json(indent=2) + "\n")
