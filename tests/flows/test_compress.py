@@ -82,13 +82,13 @@ def test_another_keep_or_method_reuses_what_is_still_valid(
 ) -> None:
     collected: list[list[str]] = []
     decomposed: list[str] = []
-    real = stages.collect
+    real = stages.collecting
 
     def counting(model: Any, sites: Any, tokens: Any, requests: Any, **options: Any) -> Any:
         collected.append([request.name for request in requests])
         return real(model, sites, tokens, requests, **options)
 
-    monkeypatch.setattr(stages, "collect", counting)
+    monkeypatch.setattr(stages, "collecting", counting)
     save = stages.save_outlook
     monkeypatch.setattr(stages, "save_outlook", lambda path, *rest: (decomposed.append(path.name), save(path, *rest)))
 

@@ -94,6 +94,14 @@ def test_blocks_that_exchange_more_than_hidden_states_are_run_whole() -> None:
     assert not BlockRunner(shared, IDS, 3, autocast=False).alone()
 
 
+def test_a_model_without_a_list_of_blocks_is_run_whole() -> None:
+    model = tiny_llama()
+    only = model.model.layers[0]
+    del model.model.layers
+    model.model.add_module("layers", only)
+    assert not BlockRunner(model, IDS, 3, autocast=False).alone()
+
+
 def finished(found: Iterator[tuple[Statistic, str, Totals]], kept: Collected, most: int) -> None:
     """Keep what comes, and die after so many."""
     for number, (statistic, key, totals) in enumerate(found):

@@ -220,10 +220,10 @@ class BlockRunner:
 
         Blocks that share parameters do not count as that, nor do models in float64.
         """
-        owned = [id(p) for block in self.blocks for p in block.parameters()]
-        if len(owned) != len(set(owned)) or self.dtype.itemsize > 4:
-            return False
         try:
+            owned = [id(p) for block in self.blocks for p in block.parameters()]
+            if len(owned) != len(set(owned)) or self.dtype.itemsize > 4:
+                return False
             self.check()
             return self._agrees_above()
         except Exception:  # whatever a model of an unforeseen shape raises: it is then run whole
