@@ -242,14 +242,14 @@ MUTANTS = (
     ),
     Mutant(
         "labels are sampled the same whatever the seed",
-        "statistics/passes.py",
+        "statistics/labels.py",
         "seed * 1_000_003 + start",
         "start",
         ("statistics/test_statistics.py",),
     ),
     Mutant(
         "sampled labels are the text's",
-        "statistics/passes.py",
+        "statistics/labels.py",
         'draws = None if labels == "text" else',
         "draws = None if labels else",
         ("statistics/test_statistics.py",),
@@ -368,14 +368,14 @@ MUTANTS = (
     ),
     Mutant(
         "labels are not drawn, but the likeliest are taken",
-        "statistics/passes.py",
+        "statistics/labels.py",
         "return torch.searchsorted(sums, wanted, right=True).squeeze(-1).clamp_max_(logits.shape[-1] - 1)",
         "return logits.argmax(-1)",
         ("statistics/test_statistics.py",),
     ),
     Mutant(
         "every batch draws the same labels",
-        "statistics/passes.py",
+        "statistics/labels.py",
         "seed * 1_000_003 + start",
         "seed * 1_000_003",
         ("statistics/test_statistics.py",),

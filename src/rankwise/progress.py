@@ -33,27 +33,29 @@ def _reset_peak_memory() -> bool:
     return True
 
 
-def peak_memory_bytes() -> int:
-    """Peak resident memory in bytes, since the last reset where the system allows one, else since the start."""
+def _status_bytes(key: str) -> int | None:
+    """A size that Linux tells of this process, in bytes; None elsewhere."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{key}:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
+    return None
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory in bytes, since the last reset where the system allows one, else since the start."""
+    known = _status_bytes("VmHWM")
+    if known is not None:
+        return known
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def anonymous_bytes() -> int | None:
     """Resident memory of this process that no file stands behind, in bytes; None where the system does not say."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    return _status_bytes("RssAnon")
 
 
 class _Sampler:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from conftest import tiny_llama
 from rankwise import compress
@@ -18,6 +19,7 @@ from rankwise.checkpoints.load import fingerprint
 from rankwise.errors import RunError
 from rankwise.models import decoder_blocks, empty_in_file, into_file, streaming
 from rankwise.recipes import recipe_from
+from rankwise.statistics import by_block
 
 IDS = torch.randint(3, 2000, (2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -135,6 +137,15 @@ def test_a_copy_in_a_file(dtype: torch.dtype, tmp_path: Path) -> None:
     assert empty_in_file((2, 3), dtype, tmp_path).shape == (2, 3)
 
 
+def tiny_mixtral() -> Any:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=128,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rankwise.runs.files.os.posix_fallocate", _no_room)
     with pytest.raises(RunError, match="The disk is full"):
@@ -146,6 +157,23 @@ def _no_room(*_: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
+def test_disk_leaves_no_hidden_states_in_memory(
+    settings: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    real = by_block.allocate
+
+    def allocate(shape: tuple[int, ...], folder: Path | None, name: str, most_bytes: int) -> Tensor:
+        kept.append(most_bytes)
+        return real(shape, folder, name, most_bytes)
+
+    monkeypatch.setattr(by_block, "allocate", allocate)
+    for memory in ("blocks", "disk"):
+        compress(recipe_from(settings(memory=memory)), run_directory=tmp_path / memory)
+        assert (set(kept) == {0}) == (memory == "disk")
+        kept.clear()
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "default": {"budget": {"keep": 0.6, "rank_multiple": 1}},
     "codes": {"method": {"name": "caldera", "outer": 1}, "budget": {"bits": 3, "rank_multiple": 1}},
@@ -154,6 +182,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "repair": {"steps": ["refit", "blocks", "subspace"], "blocks": {"epochs": 1, "norms": True}},
         "validation": {"sequences": 4, "select": "all"},
     },
+    "experts": {"budget": {"keep": 0.6, "rank_multiple": 1}},
     "search": {
         "method": "bolaco",
         "allocation": {"name": "bayesian", "trials": 3},
@@ -168,11 +197,16 @@ def test_all_ways_to_hold_a_model_give_the_same_bytes(
     kind: str, memory: str, settings: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     values = settings(**KINDS[kind])
-    tiny_llama().to(torch.bfloat16).save_pretrained(values["model"])
+    model = tiny_mixtral() if kind == "experts" else tiny_llama()
+    model.to(torch.bfloat16).save_pretrained(values["model"])
     found = {}
     for each in ("whole", memory):
         output = tmp_path / each
-        compress(recipe_from({**values, "memory": each, "output": str(output)}), run_directory=tmp_path / f"run-{each}")
+        recipe = recipe_from({**values, "memory": each, "output": str(output)})
+        result = compress(recipe, run_directory=tmp_path / f"run-{each}")
+        assert any(in_file(parameter) for parameter in result.model.parameters()) == (each != "whole")
+        assert result.report.memory is not None
+        assert result.report.memory.mode == each
         found[each] = [
             hashlib.sha256((output / name).read_bytes()).hexdigest() for name in ("model.safetensors", "plan.json")
         ]

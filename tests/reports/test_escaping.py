@@ -16,7 +16,7 @@ from rich.console import Console
 from conftest import ROOT
 from rankwise.reports import Report, draw_losses, draw_plan, model_card, plan_facts, plan_table
 from rankwise.reports.escaping import cell, in_code, in_markdown, in_picture, printable
-from rankwise.reports.parts import TrainingStep
+from rankwise.reports.trained import TrainingStep
 from rankwise.sizes import Plan
 
 OLD = ROOT / "tests" / "fixtures" / "written-by-0.1.0"

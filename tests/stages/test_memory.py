@@ -89,6 +89,7 @@ def test_fused_experts_and_other_statistics_have_an_estimate(tmp_path: Path) -> 
         shapes = shapes_of(recipe)
         assert shapes.gradients == (method in ("two_sided", "quantize", "caldera", "mixed"))
         assert all(shapes.sums) == (method != "svd")
+        assert sum(".experts." in site.name for site in shapes.sites) == 2 * 4 * 3
         assert all(need.host >= memory._LIBRARIES for need in needs(shapes).values())
 
 

@@ -85,7 +85,7 @@ def compress(
                 precision=recipe.precision,
                 device=named_device(recipe.device),
                 trust_remote_code=recipe.trust_remote_code,
-                files=None if memory == "whole" else run.directory,
+                files=run.directory if memory in ("blocks", "disk") else None,
             )
             texts = stages.read_texts(recipe, loaded, reporter, validate=recipe.judges)
             work = stages.begin(recipe, run, loaded, texts, reporter, memory, need)

@@ -109,15 +109,17 @@ def sensitivity(
     run = Run(Path(run_directory) if run_directory is not None else default_run_directory(recipe.model), reporter)
     folder = _output_folder(Path(output))
     with run.locked(lambda: reporter.note(f"waiting for another process that works in {run.directory}", passing=True)):
+        memory = stages.chosen_memory(recipe, None)
         with reporter.stage("load"):
             loaded = load_model(
                 recipe.model,
                 precision=recipe.precision,
                 device=named_device(recipe.device),
                 trust_remote_code=recipe.trust_remote_code,
+                files=run.directory if memory in ("blocks", "disk") else None,
             )
             texts = stages.read_texts(recipe, loaded, reporter, validate=True)
-            work = stages.begin(recipe, run, loaded, texts, reporter)
+            work = stages.begin(recipe, run, loaded, texts, reporter, memory)
         with reporter.stage("statistics"):
             store = stages.collect_statistics(work)
         outlooks = stages.Outlooks(work, store)

@@ -1,31 +1,21 @@
 """What a run tells after it ended: a report for machines, a card, tables and pictures for people."""
 
-from rankwise.reports.memory import MemoryUse
 from rankwise.reports.model_card import model_card
+from rankwise.reports.outcome import Advice, MemoryUse, Speed, Verdict
 from rankwise.reports.parts import (
-    Advice,
     Bits,
-    BlockRepair,
     CalibrationText,
-    ExampleCounts,
-    FineTuneSettings,
-    FineTuneStep,
     Kept,
     KeptPredictions,
-    LearnedText,
     Machine,
     Named,
     Part,
     RecipeSettings,
-    RepairStep,
     Scores,
     SearchSummary,
     SearchTimes,
     SiteReport,
-    Speed,
-    TrainingStep,
     ValidationText,
-    Verdict,
     bits_of,
     in_words,
 )
@@ -41,6 +31,15 @@ from rankwise.reports.pictures import (
 from rankwise.reports.plan_table import kept_grid, plan_difference, plan_facts, plan_table, plan_tables
 from rankwise.reports.report import REPORT_FORMAT, Report
 from rankwise.reports.table import closing_table, print_closing
+from rankwise.reports.trained import (
+    BlockRepair,
+    ExampleCounts,
+    FineTuneSettings,
+    FineTuneStep,
+    LearnedText,
+    RepairStep,
+    TrainingStep,
+)
 from rankwise.reports.verdict import in_lines, verdict
 
 __all__ = [

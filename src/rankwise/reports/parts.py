@@ -43,12 +43,13 @@ Score = Annotated[Perplexity, WrapSerializer(_without_no_bos)]
 """A perplexity; the file names the start token where there was one."""
 
 
-def _without_not_taken(stage: StageTime, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-    return {key: value for key, value in write(stage).items() if key != "taken_over" or value}
+def _without_defaults(stage: StageTime, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    silent = {"taken_over": False, "anonymous_bytes": None}
+    return {key: value for key, value in write(stage).items() if key not in silent or value != silent[key]}
 
 
-Timed = Annotated[StageTime, WrapSerializer(_without_not_taken)]
-"""Time and memory of a stage; the file says so where it was taken over."""
+Timed = Annotated[StageTime, WrapSerializer(_without_defaults)]
+"""Time and memory of a stage; the file has what 0.1.0 did not know only where it is told."""
 
 Plain = Annotated[Any, AfterValidator(_plain)]
 """Anything that JSON can hold."""
@@ -111,20 +112,6 @@ class RecipeSettings(Settings):
     max_shard_size: str
 
 
-class FineTuneSettings(Settings):
-    """What was asked of a fine-tuning.
-
-    Attributes:
-        method: `subspace`, `lora`, `full-factors` or `lowrank`.
-        data: text source it learned from.
-        settings: of the method, as they held.
-    """
-
-    method: str
-    data: str
-    settings: dict[str, Plain]
-
-
 class Kept(Part):
     """The fraction of the decoder's linear weights that is kept, counted in numbers of the checkpoint's own type.
 
@@ -170,48 +157,6 @@ class Scores(Part):
     source: str
     dense: Score
     compressed: Score
-
-
-class Speed(Part):
-    """How fast text is generated on the machine of the run, in tokens a second of one sequence.
-
-    Attributes:
-        before: of the original.
-        after: of the result.
-        decoded_once: whether quantised weights were decoded once and kept, as they are where memory allows.
-    """
-
-    before: float
-    after: float
-    decoded_once: bool = False
-
-
-class Advice(Part):
-    """A thing to try next.
-
-    Attributes:
-        what: options of the command line, in words where there are several.
-        cost: time, size or both, in words.
-    """
-
-    what: str
-    cost: str
-
-
-class Verdict(Part):
-    """What a compression lost, in plain words.
-
-    Attributes:
-        ratio: perplexity after over before; None where it is not known or not finite.
-        usual: least and most that was measured at this size, None for no most; see `rankwise.reports.verdict`.
-        lost: the sentence.
-        next: what to try, in order.
-    """
-
-    ratio: float | None = None
-    usual: tuple[float, float | None] | None = None
-    lost: str
-    next: tuple[Advice, ...] = ()
 
 
 class CalibrationText(Part):
@@ -305,82 +250,6 @@ class SearchSummary(Part):
     validation: ValidationText
     predictions: KeptPredictions
     seconds: SearchTimes
-
-
-class TrainingStep(Part):
-    """A point of a loss curve.
-
-    Attributes:
-        step: of the optimiser, from 1.
-        loss: a token, in nats.
-        lr: step size.
-    """
-
-    step: Count
-    loss: Measured
-    lr: float
-
-
-class LearnedText(Part):
-    """What a repair learned from.
-
-    Attributes:
-        source: of the text.
-        count: examples.
-        tokens: of all examples that were learned from.
-    """
-
-    source: str
-    count: Count
-    tokens: Count
-
-
-class BlockRepair(Part):
-    """What a repair did to one block.
-
-    Attributes:
-        block: its index.
-        objective_before: validation objective before.
-        objective_after: and after, undone or not.
-        accepted: whether it stayed; where the objective did not fall it was undone.
-        loss_first: of the training, at its first step.
-        loss_last: at its last.
-        steps: of the optimiser.
-    """
-
-    block: Count
-    objective_before: Measured
-    objective_after: Measured
-    accepted: bool
-    loss_first: Measured = None
-    loss_last: Measured = None
-    steps: Count | None = None
-
-
-class RepairStep(Part):
-    """What one step of the repair did.
-
-    Attributes:
-        step: `refit`, `blocks`, `subspace` or `factors`.
-        objective_before: validation objective before.
-        objective_after: and after.
-        accepted: whether anything of it stayed.
-        blocks: block by block, of `refit` and `blocks`.
-        examples: what `subspace` and `factors` learned from.
-        trained_parameters: how many these trained.
-        history: their loss curve.
-        seconds: it took.
-    """
-
-    step: str
-    objective_before: Measured
-    objective_after: Measured
-    accepted: bool
-    blocks: tuple[BlockRepair, ...] = ()
-    examples: LearnedText | None = None
-    trained_parameters: Count | None = None
-    history: tuple[TrainingStep, ...] = ()
-    seconds: float
 
 
 class SiteReport(Part):
@@ -478,50 +347,3 @@ class Machine(Part):
     torch: str | None = None
     transformers: str | None = None
     rankwise: str
-
-
-class ExampleCounts(Part):
-    """What a fine-tuning learned from.
-
-    Attributes:
-        count: examples.
-        held_out: further ones, by which it was judged.
-        tokens: of the examples learned from.
-        trained_tokens: that steps were taken on, those of every pass counted; None where it is not known.
-    """
-
-    count: Count
-    held_out: Count
-    tokens: Count
-    trained_tokens: Count | None = None
-
-
-class FineTuneStep(Part):
-    """What one fine-tuning of the compressed checkpoint did.
-
-    Attributes:
-        settings: what was asked.
-        examples: what it learned from.
-        before: perplexity before; None when no text was given.
-        after: and after.
-        trained_parameters: how many were trained.
-        history: the loss curve.
-        norm_lost_in_merging: by site, the share of its squared norm that was lost when adapters were merged, in 0..1;
-            None where there were none.
-        loss_before: a token of the examples held out, in nats, before.
-        loss_after: and after, undone or not.
-        accepted: whether the training stayed; where the loss did not fall it was undone.
-        cost_before: size before.
-    """
-
-    settings: FineTuneSettings
-    examples: ExampleCounts
-    before: Score | None
-    after: Score | None
-    trained_parameters: Count
-    history: tuple[TrainingStep, ...]
-    norm_lost_in_merging: dict[str, Measured] | None = None
-    loss_before: Measured
-    loss_after: Measured
-    accepted: bool
-    cost_before: Cost

@@ -11,8 +11,8 @@ from typing import Any
 from rankwise.errors import MissingPackageError, OutputError
 from rankwise.reading import one_line
 from rankwise.reports.escaping import in_picture
-from rankwise.reports.parts import TrainingStep
 from rankwise.reports.plan_table import kept_grid
+from rankwise.reports.trained import TrainingStep
 from rankwise.sizes import Plan
 
 _MARKERS = {"proposed": "o", "spread": "s"}

@@ -11,23 +11,20 @@ from pydantic import ValidationError
 from rankwise.errors import ModelError
 from rankwise.evaluation import Cost
 from rankwise.reading import UnreadableError, first_problem, parse_json, read_bytes, shown
-from rankwise.reports.memory import MemoryUse
+from rankwise.reports.outcome import MemoryUse, Speed, Verdict
 from rankwise.reports.parts import (
     Bits,
     CalibrationText,
-    FineTuneStep,
     Kept,
     Machine,
     Part,
     RecipeSettings,
-    RepairStep,
     Scores,
     SearchSummary,
     SiteReport,
-    Speed,
     Timed,
-    Verdict,
 )
+from rankwise.reports.trained import FineTuneStep, RepairStep
 from rankwise.sizes import Storage
 
 REPORT_FORMAT: Final = "rankwise-report/1"

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from rankwise.reports.escaping import printable
-from rankwise.reports.parts import Advice, Verdict
+from rankwise.reports.outcome import Advice, Verdict
 from rankwise.reports.report import Report
 from rankwise.sizes import bytes_in_words
 

@@ -105,8 +105,9 @@ def take_space(path: Path, size: int) -> None:
         if not is_disk_full(problem):
             raise
         raise RunError(
-            f"The disk is full: {size / 1e9:.3g} GB are needed for activations that do not fit in memory.",
+            f"The disk is full: {size / 1e9:.3g} GB are needed for what does not stay in memory.",
             where=str(path.parent),
-            remedy="make room, give a --run-dir elsewhere, or let more stay in memory (repair.refit.memory, "
-            "repair.blocks.memory); finished stages and blocks are kept, and the same command goes on from them",
+            remedy="make room, give a --run-dir elsewhere, or let more stay in memory (--memory whole, "
+            "repair.refit.memory, repair.blocks.memory); finished stages and blocks are kept, and the same command "
+            "goes on from them",
         ) from None

@@ -16,7 +16,7 @@ from rankwise.allocation import Looks
 from rankwise.checkpoints import read_config
 from rankwise.device import named_device
 from rankwise.errors import ModelError, RankwiseError
-from rankwise.models import LOGITS, Site, decoder_blocks, find_sites, share_inputs
+from rankwise.models import LOGITS, Site, decoder_blocks, find_sites, share_inputs, unfuse_experts
 from rankwise.progress import Reporter
 from rankwise.recipes import Recipe
 from rankwise.statistics import HIDDEN_GB, Statistic, Sums
@@ -112,6 +112,7 @@ def model_from_config(recipe: Recipe) -> Any:
 def shapes_of(recipe: Recipe) -> Shapes:
     """What a recipe's estimate is made of; errors as for `model_from_config`."""
     model = model_from_config(recipe)
+    unfuse_experts(model)
     sites = find_sites(model)
     # Some forwards look at values, which are not there; then no site shares an input.
     with contextlib.suppress(Exception):
