@@ -66,6 +66,27 @@ MUTANTS = (
         ("statistics/test_pools.py",),
     ),
     Mutant(
+        "weights stay cast after their block has run",
+        "models/streaming.py",
+        "            held[name] = tensor\n",
+        "            pass\n",
+        ("models/test_streaming.py",),
+    ),
+    Mutant(
+        "hidden states stay in memory whatever the mode",
+        "stages/outlooks.py",
+        'hidden_gb=0.0 if work.memory == "disk" else HIDDEN_GB',
+        "hidden_gb=HIDDEN_GB",
+        ("models/test_streaming.py::test_disk_leaves_no_hidden_states_in_memory",),
+    ),
+    Mutant(
+        "a gradient that was left behind is gone on with though more is wanted above it",
+        "statistics/by_block.py",
+        "        if any(wanted[int(index) :]):\n            return top, None\n",
+        "",
+        ("statistics/test_by_block.py",),
+    ),
+    Mutant(
         "what an expert saw is lost when it takes no token of the batch a group ends with",
         "statistics/watch.py",
         "        if self._grouping.ended:\n            self._take(kept)",
