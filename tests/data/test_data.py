@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from rankwise.data import choose, load_sequences, parse_source, python_text, windows
+from rankwise.data.named import NAMED_TEXTS
 from rankwise.errors import DataError
 
 
@@ -148,3 +150,43 @@ def test_the_bundled_splits_share_no_document() -> None:
     assert sum(map(len, held_out)) > 50_000
     with pytest.raises(ValueError, match="split"):
         next(python_text.documents("test"))
+
+
+@pytest.mark.parametrize(("name", "joint", "count"), [("wikitext2", "\n\n", 3), ("ptb", " ", 3), ("c4", " ", 1100)])
+def test_named_texts_are_joined_as_their_papers_do(
+    name: str, joint: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which file at which revision is asked for, and the one document that its rows become."""
+    import huggingface_hub
+    import pyarrow
+    import pyarrow.parquet
+
+    entry = NAMED_TEXTS[name]
+    rows = [f"row {i}" for i in range(1200 if name == "c4" else 3)]
+    path = tmp_path / Path(entry.file).name
+    if path.suffix == ".gz":
+        with gzip.open(path, "wt") as file:
+            file.writelines(json.dumps({"text": row, "url": "u"}) + "\n" for row in rows)
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({entry.field: rows}), path)
+    asked: list[Any] = []
+
+    def download(repository: str, file: str, **options: Any) -> str:
+        asked.append((repository, file, options))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    for source in (name, f"named:{name}"):
+        assert list(parse_source(source).documents()) == [joint.join(rows[:count])]
+    assert asked[0] == (entry.repository, entry.file, {"repo_type": "dataset", "revision": entry.revision})
+
+
+def test_a_named_text_without_a_network_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def download(*_: Any, **__: Any) -> str:
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(DataError, match=r"(?s)ptb cannot be had.*no route.*text:FILE"):
+        list(parse_source("ptb").documents())

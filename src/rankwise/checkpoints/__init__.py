@@ -1,5 +1,6 @@
 """Reading and writing Hugging Face checkpoints."""
 
+from rankwise.checkpoints.empty import empty_model
 from rankwise.checkpoints.load import LoadedModel, fingerprint, load_model, load_tokenizer, read_config
 from rankwise.checkpoints.output import (
     FILES_FILE,
@@ -20,6 +21,7 @@ __all__ = [
     "check_model",
     "check_output",
     "check_reload",
+    "empty_model",
     "fingerprint",
     "load_model",
     "load_tokenizer",

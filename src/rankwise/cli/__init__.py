@@ -13,22 +13,21 @@ from rankwise import __version__
 from rankwise.cli.boundary import run_guarded
 from rankwise.cli.common import (
     Bos,
-    Cache,
     Device,
     Json,
     Overwrite,
-    Precision,
     Quiet,
     Trust,
-    decode_once,
     print_json,
     reporter_for,
 )
+from rankwise.cli.evaluating import evaluate
 from rankwise.cli.files import plan_app, recipes_app
 from rankwise.cli.finetuning import finetune
-from rankwise.cli.options import read_fractions, recipe_of, require_trust, scored_as, split_assignment
+from rankwise.cli.measuring import cost, speed
+from rankwise.cli.options import read_fractions, recipe_of, require_trust, split_assignment
 from rankwise.cli.planning_memory import plan_memory
-from rankwise.cli.talking import chat
+from rankwise.cli.talking import chat, generate
 
 app = typer.Typer(
     help="Make a Hugging Face causal language model smaller, and know what was lost.",
@@ -41,6 +40,10 @@ app.add_typer(plan_app, name="plan")
 app.command()(finetune)
 app.command(name="plan-memory")(plan_memory)
 app.command()(chat)
+app.command()(evaluate)
+app.command()(generate)
+app.command()(cost)
+app.command()(speed)
 
 
 def _version(wanted: bool) -> None:
@@ -237,111 +240,6 @@ def sensitivity(
 
 
 @app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Directory or hub name, dense or compressed.")],
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help="Text source, e.g. text:FILE, tokens:FILE, bundled:heldout. "
-            "By default the one that a compressed model's report names, and its windows."
-        ),
-    ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens a window; 512 or the context if shorter.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens from window to window; the length by default.")] = None,
-    sequences: Annotated[int | None, typer.Option(help="Sequences to score; all by default.")] = None,
-    skip: Annotated[int | None, typer.Option(help="Sequences skipped at the start; none by default.")] = None,
-    sample: Annotated[str | None, typer.Option(help="first (the default), or random (drawn by --seed).")] = None,
-    seed: Annotated[int | None, typer.Option(help="For --sample random; 0 by default.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows a batch.")] = 8,
-    bos: Bos = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    dense_cache: Cache = None,
-    trust_remote_code: Trust = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Perplexity of a model on a text: exp of the mean loss over every scored token."""
-    from dataclasses import asdict
-
-    from rankwise.checkpoints import load_model
-    from rankwise.device import named_device
-    from rankwise.evaluation import perplexity
-    from rankwise.recipes import recipe_from
-    from rankwise.stages import read_sequences
-
-    reporter = reporter_for(quiet)
-    reporter.facts["model"] = model
-    given = {
-        "length": length,
-        "stride": stride,
-        "sequences": sequences,
-        "skip": skip,
-        "sample": sample,
-        "seed": seed,
-        "bos": bos,
-    }
-    asked, from_report = scored_as(model, text, given)
-    settings: dict[str, Any] = {**asked, "batch_size": batch_size}
-    if from_report:
-        reporter.note(f"text and windows are those of the report: {settings['source']}")
-    recipe = recipe_from(
-        {"model": model, "evaluation": settings, "device": device, "precision": precision}, origin="command line"
-    )
-    assert recipe.evaluation is not None
-    scored = recipe.evaluation
-    with reporter.stage("load"):
-        loaded = load_model(
-            model, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
-        )
-        reporter.facts["architecture"] = type(loaded.model).__name__
-        decode_once(loaded.model, dense_cache, quiet)
-        read = read_sequences(scored, loaded, scored.seed, scored.skip)
-    with reporter.stage("evaluate"):
-        found = perplexity(
-            loaded.model, read.ids, stride=scored.stride, batch_size=batch_size, reporter=reporter, bos=read.bos
-        )
-    if json:
-        print_json({**asdict(found), "source": scored.source, "model": model, "available_sequences": read.available})
-    else:
-        begun = "" if found.bos is None else f", each begun by the start token {found.bos}"
-        print(f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens of {scored.source}")
-        print(f"({found.windows:,} windows of {found.length}, stride {found.stride}{begun})")
-
-
-@app.command()
-def generate(
-    model: Annotated[str, typer.Argument(help="Directory or hub name, dense or compressed.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    new_tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="Most tokens to add.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, max=1000, help="0 decodes greedily.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="For a temperature above 0.")] = 0,
-    no_template: Annotated[
-        bool, typer.Option("--no-template", help="Continue the prompt itself, where the model has a chat template.")
-    ] = False,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    dense_cache: Cache = None,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Continue a prompt, or answer it where the model has a chat template."""
-    from rankwise.checkpoints import load_model
-    from rankwise.device import named_device
-    from rankwise.evaluation import generate as run
-    from rankwise.evaluation import is_chat
-    from rankwise.recipes import recipe_from
-
-    recipe = recipe_from({"model": model, "device": device, "precision": precision}, origin="command line")
-    loaded = load_model(
-        model, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
-    )
-    decode_once(loaded.model, dense_cache)
-    options: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
-    template = is_chat(loaded.tokenizer) and not no_template
-    print(run(loaded.model, loaded.tokenizer, prompt, template=template, **options))
-
-
-@app.command()
 def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")] = Path("quickstart-output"),
     keep: Annotated[float, typer.Option(help="Fraction of the decoder's linear weights to keep.")] = 0.8,
@@ -358,6 +256,7 @@ def _quiet_libraries() -> None:
     """Keep the libraries' own progress bars and advice off the screen."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

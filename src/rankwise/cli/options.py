@@ -209,6 +209,11 @@ def scored_as(model: str, text: str | None, given: Mapping[str, Any]) -> tuple[d
     return {"source": text, **asked}, False
 
 
+def separated(text: str | None) -> list[str]:
+    """Parts joined by commas, without spaces around them and without empty ones."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
 def read_fractions(text: str) -> list[float]:
     """Read `0.2,0.5,0.8`.
 

@@ -1,4 +1,4 @@
-"""The command that talks to a model, or to two side by side."""
+"""The commands that make a model speak, or two side by side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.common import Cache, Device, Precision, Trust, decode_once
+from rankwise.cli.common import Cache, Device, Json, Precision, Trust, decode_once, print_json
 
 _HELP = "Say something; /new begins anew, an empty line or ^D ends."
 
@@ -59,6 +59,79 @@ def chat(
             )
             turns.append({"role": "assistant", "content": found})
             print(flush=True)
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Directory or hub name, dense or compressed.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="File with a prompt a line instead.")] = None,
+    against: Annotated[str | None, typer.Option(help="A second model that continues the same.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="Most tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, max=1000, help="0 decodes greedily.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="For a temperature above 0.")] = 0,
+    no_template: Annotated[
+        bool, typer.Option("--no-template", help="Continue the prompt itself, where the model has a chat template.")
+    ] = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    dense_cache: Cache = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Continue a prompt, or answer it where the model has a chat template; several, and two models side by side."""
+    from rankwise.checkpoints import load_model
+    from rankwise.device import named_device
+    from rankwise.evaluation import generate as run
+    from rankwise.evaluation import is_chat
+    from rankwise.recipes import recipe_from
+
+    asked = _prompts(prompt, prompts)
+    said: dict[str, list[str]] = {}
+    for name in filter(None, (model, against)):
+        recipe = recipe_from({"model": name, "device": device, "precision": precision}, origin="command line")
+        loaded = load_model(
+            name, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
+        )
+        decode_once(loaded.model, dense_cache)
+        options: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
+        template = is_chat(loaded.tokenizer) and not no_template
+        said[name] = [run(loaded.model, loaded.tokenizer, each, template=template, **options) for each in asked]
+    if json:
+        rows = [{"prompt": each, **{name: texts[i] for name, texts in said.items()}} for i, each in enumerate(asked)]
+        print_json(rows)
+        return
+    if len(asked) == 1 and against is None:
+        print(said[model][0])
+        return
+    for i, each in enumerate(asked):
+        print(f"{'' if i == 0 else chr(10)}> {each}")
+        for name, texts in said.items():
+            print(f"[{name}]\n{texts[i]}")
+
+
+def _prompts(prompt: str | None, file: str | None) -> list[str]:
+    """The prompts that were given.
+
+    Raises:
+        RecipeError: when none is given, or both ways are taken.
+        DataError: when the file cannot be read or holds none.
+    """
+    from rankwise.errors import DataError, RecipeError
+    from rankwise.reading import UnreadableError, read_text
+
+    if (prompt is None) == (file is None):
+        raise RecipeError(
+            "One prompt is needed, or a file of them.", where="generate", remedy="give --prompt TEXT or --prompts FILE"
+        )
+    if prompt is not None:
+        return [prompt]
+    try:
+        found = [line for line in read_text(str(file)).splitlines() if line.strip()]
+    except UnreadableError as problem:
+        raise DataError("The prompts cannot be read.", where=str(file), remedy=str(problem)) from None
+    if not found:
+        raise DataError("The file holds no prompt.", where=str(file), remedy="write a prompt a line")
+    return found
 
 
 def _line(asks: bool) -> str | None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from rankwise.data import alpaca, python_text
+from rankwise.data.columns import parquet_column
 from rankwise.data.lines import cannot_read, existing, json_lines, known_keys
+from rankwise.data.named import named_document
 from rankwise.errors import DataError, MissingPackageError
 from rankwise.reading import UnreadableError, decoded, one_line
 
@@ -20,6 +22,7 @@ FORMS = {
     "alpaca": "alpaca:PATH.jsonl",
     "tokens": "tokens:PATH.safetensors",
     "hub": "hub:NAME[/config][:split]#field",
+    "named": "named:wikitext2, named:ptb or named:c4",
     "bundled": "bundled[:train|:heldout]",
 }
 
@@ -41,39 +44,6 @@ def _jsonl(target: str, field: str | None) -> Iterator[str]:
                 f"A line has no text field {field!r}.", where=where, remedy=f"this line has: {known_keys(row)}"
             )
         yield text
-
-
-def _parquet(target: str, field: str | None) -> Iterator[str]:
-    path = existing(target)
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingPackageError("Reading parquet needs pyarrow.", remedy="pip install 'rankwise[data]'") from None
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        names = list(table.schema_arrow.names)
-        if names.count(field) != 1:
-            raise DataError(
-                f"The file has no column {field!r}." if field not in names else f"Two columns are named {field!r}.",
-                where=target,
-                remedy=f"its columns: {known_keys(dict.fromkeys(names))}",
-            )
-        kind = table.schema_arrow.field(field).type
-        kind = getattr(kind, "value_type", kind) if pyarrow.types.is_dictionary(kind) else kind
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise DataError(
-                f"The column {field!r} holds {one_line(kind, 60)}, not text.",
-                where=target,
-                remedy="name a column of strings",
-            )
-        for batch in table.iter_batches(columns=[field]):
-            for text in batch.column(0).to_pylist():
-                if text is not None:
-                    yield text
-    # What a damaged file makes pyarrow raise has many types, a plain OSError among them.
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError, MemoryError) as problem:
-        raise DataError("The file is not parquet, or it is damaged.", where=target, remedy=one_line(problem)) from None
 
 
 def _alpaca(target: str, _field: str | None) -> Iterator[str]:
@@ -112,6 +82,10 @@ def _hub(target: str, field: str | None) -> Iterator[str]:
         ) from None
 
 
+def _named(target: str, _field: str | None) -> Iterator[str]:
+    return named_document(target)
+
+
 def _bundled(target: str, _field: str | None) -> Iterator[str]:
     return python_text.documents(target)
 
@@ -119,9 +93,10 @@ def _bundled(target: str, _field: str | None) -> Iterator[str]:
 DOCUMENTS: dict[str, Callable[[str, str | None], Iterator[str]]] = {
     "text": _text,
     "jsonl": _jsonl,
-    "parquet": _parquet,
+    "parquet": parquet_column,
     "alpaca": _alpaca,
     "hub": _hub,
+    "named": _named,
     "bundled": _bundled,
 }
 """Readers of documents by kind; each takes a source's target and field."""

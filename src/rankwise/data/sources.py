@@ -6,6 +6,7 @@ parquet:PATH#field                     one document a row
 alpaca:PATH.jsonl                      instructions in Alpaca's form; each with its output is one document
 tokens:PATH.safetensors                token ids, ready made: one tensor [sequences, tokens] or [tokens]
 hub:NAME[/config][:split]#field        a data set on the Hugging Face hub
+named:wikitext2, named:ptb, named:c4   what published perplexities are of; the names alone will do
 bundled[:train|:heldout]               text that every CPython carries
 """
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rankwise.data.named import NAMED_TEXTS
 from rankwise.data.python_text import SPLITS
 from rankwise.data.readers import DOCUMENTS, FORMS, read_token_ids
 from rankwise.errors import DataError, nearest
@@ -67,6 +69,8 @@ def parse_source(text: str) -> Source:
     """
     if not is_text(text):
         raise DataError("The source is no valid text (UTF-8).", where=shown(text), remedy="rename the file")
+    if text in NAMED_TEXTS:
+        return Source("named", text)
     kind, _, rest = text.partition(":")
     if kind not in FORMS:
         remedy = f"write it as text:{text}" if os.path.exists(text) else nearest(kind[:80], FORMS)
@@ -78,6 +82,10 @@ def parse_source(text: str) -> Source:
                 f"The bundled text has no split {shown(split)}.", where=text, remedy=nearest(split[:80], SPLITS)
             )
         return Source(kind, split)
+    if kind == "named" and rest not in NAMED_TEXTS:
+        raise DataError(
+            f"There is no text named {shown(rest)}.", where=text[:200], remedy=nearest(rest[:80], NAMED_TEXTS)
+        )
     target, field = rest, None
     if kind in ("jsonl", "parquet", "hub"):
         target, mark, field = rest.rpartition("#")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rankwise.errors import DataError, NotFiniteError
+from rankwise.evaluation.not_finite import not_finite
 from rankwise.models import Head
 from rankwise.progress import Reporter
 
@@ -94,7 +95,7 @@ def perplexity(
         bos: the start token that each sequence begins with, if any; see `scored_windows`.
 
     Raises:
-        NotFiniteError: when the loss of a window is not finite, naming the window.
+        NotFiniteError: when the loss of a window is not finite, naming the windows, the layer and the token.
         DataError: when windows are shorter than two tokens.
     """
     reporter = reporter or Reporter(show=False)
@@ -119,11 +120,7 @@ def perplexity(
             losses = losses[fresh]
         batch_total = float(losses.double().sum())
         if not math.isfinite(batch_total):
-            raise NotFiniteError(
-                "The model's loss is NaN or infinite.",
-                where=f"windows {start} to {start + len(batch) - 1}",
-                remedy="load it with --precision float32; if that fails too the model is damaged",
-            )
+            raise not_finite(model, batch, "loss", f"windows {start} to {start + len(batch) - 1}")
         total += batch_total
         tokens += losses.numel()
     mean = total / tokens

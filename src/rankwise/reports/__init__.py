@@ -30,6 +30,7 @@ from rankwise.reports.pictures import (
 )
 from rankwise.reports.plan_table import kept_grid, plan_difference, plan_facts, plan_table, plan_tables
 from rankwise.reports.report import REPORT_FORMAT, Report
+from rankwise.reports.scores_table import print_operations, print_scores, print_speeds
 from rankwise.reports.table import closing_table, print_closing
 from rankwise.reports.trained import (
     BlockRepair,
@@ -87,5 +88,8 @@ __all__ = [
     "plan_table",
     "plan_tables",
     "print_closing",
+    "print_operations",
+    "print_scores",
+    "print_speeds",
     "verdict",
 ]

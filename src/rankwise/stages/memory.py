@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from rankwise.allocation import Looks
-from rankwise.checkpoints import read_config
+from rankwise.checkpoints import empty_model
 from rankwise.device import named_device
 from rankwise.errors import ModelError, RankwiseError
 from rankwise.models import LOGITS, Site, decoder_blocks, find_sites, share_inputs, unfuse_experts
@@ -98,20 +97,9 @@ def _summed(sums: Sums) -> int:
     return sum(v.numel() * v.itemsize for v in vars(sums).values() if isinstance(v, torch.Tensor))
 
 
-def model_from_config(recipe: Recipe) -> Any:
-    """The model of a recipe without its weights, on the meta device.
-
-    Raises:
-        ModelError: when there is no config, or transformers does not know it.
-    """
-    config = read_config(recipe.model, recipe.trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
-
-
 def shapes_of(recipe: Recipe) -> Shapes:
-    """What a recipe's estimate is made of; errors as for `model_from_config`."""
-    model = model_from_config(recipe)
+    """What a recipe's estimate is made of; errors as for `empty_model`."""
+    model = empty_model(recipe.model, recipe.trust_remote_code)
     unfuse_experts(model)
     sites = find_sites(model)
     # Some forwards look at values, which are not there; then no site shares an input.

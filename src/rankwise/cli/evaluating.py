@@ -1,0 +1,244 @@
+"""The command that scores a model: perplexity on texts, accuracy on tasks, alone or beside another model."""
+
+from __future__ import annotations
+
+import json as json_module
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rankwise.cli.common import (
+    Bos,
+    Cache,
+    Device,
+    Json,
+    Precision,
+    Quiet,
+    Trust,
+    decode_once,
+    print_json,
+    reporter_for,
+)
+from rankwise.cli.options import scored_as, separated
+
+if TYPE_CHECKING:
+    from rankwise.evaluation import Scored
+    from rankwise.progress import Reporter
+    from rankwise.recipes import Evaluation
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Directory or hub name, dense or compressed.")],
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Text source, e.g. text:FILE, tokens:FILE, bundled:heldout. "
+            "By default the one that a compressed model's report names, and its windows."
+        ),
+    ] = None,
+    perplexity: Annotated[
+        str | None, typer.Option(help="Several texts, joined by commas: wikitext2, ptb, c4, or sources as for --text.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of lm-evaluation-harness, joined by commas; without a network local_next_sentence, "
+            "local_cloze, local_order, local_arithmetic, or all of them: local."
+        ),
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="A second model, such as the original: differences too.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of a task at most.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Examples that a prompt shows; as the task says.")] = None,
+    include_path: Annotated[list[Path] | None, typer.Option(help="Folder with task files of your own.")] = None,
+    task_text: Annotated[
+        str | None, typer.Option(help="Text that the local tasks are made from; bundled:heldout by default.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a window; 512 or the context if shorter.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens from window to window; the length by default.")] = None,
+    sequences: Annotated[int | None, typer.Option(help="Sequences to score; all by default.")] = None,
+    skip: Annotated[int | None, typer.Option(help="Sequences skipped at the start; none by default.")] = None,
+    sample: Annotated[str | None, typer.Option(help="first (the default), or random (drawn by --seed).")] = None,
+    seed: Annotated[int | None, typer.Option(help="For --sample random; 0 by default.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows, or requests of a task, a batch.")] = 8,
+    bos: Bos = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file for everything, the harness's own results too.")
+    ] = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    dense_cache: Cache = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score a model: perplexity (exp of the mean loss over every scored token) and accuracy on tasks."""
+    from rankwise.errors import RecipeError
+    from rankwise.recipes import recipe_from
+
+    reporter = reporter_for(quiet)
+    reporter.facts["model"] = model
+    windows = {
+        "length": length,
+        "stride": stride,
+        "sequences": sequences,
+        "skip": skip,
+        "sample": sample,
+        "seed": seed,
+        "bos": bos,
+    }
+    wanted = task_names(tasks)
+    sources = separated(perplexity)
+    if text is not None and sources:
+        raise RecipeError(
+            "A text is given twice.", where="--text and --perplexity", remedy="give all of them to --perplexity"
+        )
+    if not wanted and (limit, shots, include_path, task_text) != (None, None, None, None):
+        raise RecipeError("Options on tasks are given, and no task.", where="evaluate", remedy="add --tasks local")
+    known = not sources and not (wanted and text is None)
+    if known:
+        asked, from_report = scored_as(model, text, windows)
+        texts = [asked]
+        if from_report:
+            reporter.note(f"text and windows are those of the report: {asked['source']}")
+    else:
+        given = {key: value for key, value in windows.items() if value is not None}
+        texts = [{"source": source, **given} for source in ([text] if text else sources)]
+    # What is wrong with a second text is said before the first is scored.
+    settings = [
+        recipe_from(
+            {
+                "model": model,
+                "evaluation": {**each, "batch_size": batch_size},
+                "device": device,
+                "precision": precision,
+            },
+            origin="command line",
+        ).evaluation
+        for each in texts
+    ]
+    options = {"limit": limit, "shots": shots, "include": include_path or [], "batch_size": batch_size}
+    if wanted:
+        _check_tasks(wanted, include_path or [], task_text)
+    found: list[Scored] = []
+    tokenizers: list[Any] = []
+    loading = {"device": device, "precision": precision, "trust_remote_code": trust_remote_code}
+    for name in filter(None, (model, against)):
+        one, tokenizer = _score(
+            name, [s for s in settings if s], wanted, task_text, options, loading, dense_cache, reporter, tokenizers
+        )
+        found.append(one)
+        tokenizers.append(tokenizer)
+    if output is not None:
+        _write(output, found)
+    if len(found) == 1 and not wanted and len(texts) == 1:
+        _print_one(found[0], json, settings[0], reporter)
+    else:
+        _print_table(found, json)
+
+
+def task_names(text: str | None) -> list[str]:
+    """Names joined by commas; `local` stands for the tasks that need no network."""
+    from rankwise.evaluation.local_tasks import LOCAL_TASKS
+
+    return [each for name in separated(text) for each in (LOCAL_TASKS if name == "local" else (name,))]
+
+
+def _check_tasks(wanted: list[str], include: list[Path], task_text: str | None) -> None:
+    """Find out before a model is loaded that a task is not known."""
+    from rankwise.data import parse_source
+    from rankwise.evaluation.tasks import require_tasks
+
+    if task_text is not None:
+        parse_source(task_text)
+    require_tasks(wanted, include)
+
+
+def _score(
+    name: str,
+    settings: list[Evaluation],
+    tasks: list[str],
+    task_text: str | None,
+    options: dict[str, Any],
+    loading: dict[str, Any],
+    dense_cache: bool | None,
+    reporter: Reporter,
+    tokenizers: list[Any],
+) -> tuple[Scored, Any]:
+    from rankwise.checkpoints import load_model
+    from rankwise.data import parse_source
+    from rankwise.device import named_device
+    from rankwise.evaluation import Scored, perplexity, require_same_tokenizer, run_tasks
+    from rankwise.stages import read_sequences
+
+    with reporter.stage(f"load {name}"):
+        loaded = load_model(
+            name,
+            precision=loading["precision"],
+            device=named_device(loading["device"]),
+            trust_remote_code=loading["trust_remote_code"],
+        )
+        reporter.facts["architecture"] = type(loaded.model).__name__
+        for other in tokenizers:
+            require_same_tokenizer(other, loaded.tokenizer, ("the first model", name))
+        decode_once(loaded.model, dense_cache, not reporter.shows)
+        read = [read_sequences(scored, loaded, scored.seed, scored.skip) for scored in settings]
+    found = {}
+    with reporter.stage("evaluate"):
+        for scored, each in zip(settings, read, strict=True):
+            found[scored.source] = perplexity(
+                loaded.model,
+                each.ids,
+                stride=scored.stride,
+                batch_size=scored.batch_size,
+                reporter=reporter,
+                description=f"perplexity, {scored.source}",
+                bos=each.bos,
+            )
+        reporter.facts["available_sequences"] = str(read[-1].available) if read else ""
+        results = None
+        if tasks:
+            source = None if task_text is None else parse_source(task_text)
+            results = run_tasks(loaded.model, loaded.tokenizer, tasks, text=source, reporter=reporter, **options)
+    return Scored(name, found, results), loaded.tokenizer
+
+
+def _write(path: Path, found: list[Scored]) -> None:
+    from rankwise.runs import write_atomically
+
+    whole = [
+        {**one.facts(), "harness": {} if one.tasks is None else one.tasks.harness, "examples": _examples(one)}
+        for one in found
+    ]
+    write_atomically(path, json_module.dumps(whole, indent=2, default=str) + "\n")
+
+
+def _examples(one: Scored) -> dict[str, Any]:
+    scores = [] if one.tasks is None else one.tasks.scores
+    return {f"{score.task}, {score.metric}": score.by_example for score in scores}
+
+
+def _print_one(scored: Scored, json: bool, settings: Any, reporter: Reporter) -> None:
+    (found,) = scored.perplexity.values()
+    if json:
+        available = int(reporter.facts["available_sequences"])
+        print_json(
+            {**asdict(found), "source": settings.source, "model": scored.model, "available_sequences": available}
+        )
+        return
+    begun = "" if found.bos is None else f", each begun by the start token {found.bos}"
+    print(f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens of {settings.source}")
+    print(f"({found.windows:,} windows of {found.length}, stride {found.stride}{begun})")
+
+
+def _print_table(found: list[Scored], json: bool) -> None:
+    from rankwise.evaluation import differences
+
+    apart = differences(found[0], found[1]) if len(found) == 2 else []
+    if json:
+        print_json({**found[0].facts(), **({"against": found[1].facts(), "differences": apart} if apart else {})})
+        return
+    from rankwise.reports import print_scores
+
+    print_scores(found, apart)

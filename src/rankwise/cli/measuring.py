@@ -1,0 +1,107 @@
+"""The commands that count and time: what running a model takes, and how fast it is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rankwise.cli.common import Cache, Device, Json, Precision, Quiet, Trust, decode_once, print_json, reporter_for
+
+if TYPE_CHECKING:
+    from rankwise.evaluation import Operations
+
+
+def cost(
+    model: Annotated[str, typer.Argument(help="Directory or hub name, dense or compressed; its config is read alone.")],
+    plan: Annotated[Path | None, typer.Option(help="A plan: what the dense model would be under it.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Of the pass that is counted.")] = 64,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Count parameters, operations, bytes and the cache of keys and values, without weights and at once."""
+    from rankwise.checkpoints import empty_model
+    from rankwise.evaluation import count_operations
+    from rankwise.models import find_sites, unfuse_experts
+
+    dense = empty_model(model, trust_remote_code)
+    unfuse_experts(dense)
+    stored = _stored(dense)
+    found = {model: count_operations(dense, stored, tokens=tokens)}
+    if plan is not None:
+        from rankwise.methods import METHODS
+        from rankwise.sizes import Plan
+
+        given = Plan.load(plan)
+        given.fitting(find_sites(dense), str(plan))
+        method = METHODS.get(given.method)
+        biased = method is not None and method(**given.method_settings).adds_bias
+        found[str(plan)] = count_operations(dense, stored, tokens=tokens, plan=given, adds_bias=biased)
+    if json:
+        print_json({name: asdict(each) for name, each in found.items()})
+        return
+    from rankwise.reports import print_operations
+
+    print_operations(found)
+
+
+def _stored(model: Any) -> Any:
+    import torch
+
+    dtype = getattr(model.config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def speed(
+    model: Annotated[str, typer.Argument(help="Directory or hub name, dense or compressed.")],
+    against: Annotated[str | None, typer.Option(help="A second model, such as the original, timed in turns.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens generated a round.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds after one that warms up.")] = 5,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    dense_cache: Cache = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time reading a prompt and generating, two models in turns, beside the ratio of operations and bytes."""
+    import torch
+
+    from rankwise.checkpoints import load_model
+    from rankwise.device import named_device
+    from rankwise.errors import DataError
+    from rankwise.evaluation import count_operations, measure_speeds
+    from rankwise.recipes import recipe_from
+
+    reporter = reporter_for(quiet)
+    models: dict[str, Any] = {}
+    costs: dict[str, Operations] = {}
+    for name in filter(None, (model, against)):
+        recipe = recipe_from({"model": name, "device": device, "precision": precision}, origin="command line")
+        with reporter.stage(f"load {name}"):
+            loaded = load_model(
+                name, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
+            )
+        if loaded.context is not None and prompt + tokens > loaded.context:
+            raise DataError(
+                f"A prompt of {prompt} tokens and {tokens} new ones are beyond the model's context of "
+                f"{loaded.context}.",
+                where=name,
+                remedy="make --prompt or --tokens smaller",
+            )
+        costs[name] = count_operations(loaded.model, _stored(loaded.model), stored_dtypes=loaded.stored_dtypes)
+        decode_once(loaded.model, dense_cache, quiet)
+        models[name] = loaded.model
+    smallest = min(m.get_input_embeddings().weight.shape[0] for m in models.values())
+    ids = torch.randint(0, smallest, (prompt,), generator=torch.Generator().manual_seed(0))
+    with reporter.stage("speed"):
+        found = measure_speeds(models, ids, tokens=tokens, rounds=rounds, reporter=reporter)
+    if json:
+        print_json({name: {**asdict(each), "cost": asdict(costs[name])} for name, each in found.items()})
+        return
+    from rankwise.reports import print_speeds
+
+    print_speeds(found, costs)
