@@ -21,6 +21,7 @@ from rankwise.cli.common import (
     print_json,
     reporter_for,
 )
+from rankwise.cli.comparing import compare, report
 from rankwise.cli.evaluating import evaluate
 from rankwise.cli.files import plan_app, recipes_app
 from rankwise.cli.finetuning import finetune
@@ -44,6 +45,8 @@ app.command()(evaluate)
 app.command()(generate)
 app.command()(cost)
 app.command()(speed)
+app.command()(compare)
+app.command()(report)
 
 
 def _version(wanted: bool) -> None:

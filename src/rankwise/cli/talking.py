@@ -114,23 +114,32 @@ def _prompts(prompt: str | None, file: str | None) -> list[str]:
 
     Raises:
         RecipeError: when none is given, or both ways are taken.
-        DataError: when the file cannot be read or holds none.
+        DataError: as `read_prompts`.
     """
-    from rankwise.errors import DataError, RecipeError
-    from rankwise.reading import UnreadableError, read_text
+    from rankwise.errors import RecipeError
 
     if (prompt is None) == (file is None):
         raise RecipeError(
             "One prompt is needed, or a file of them.", where="generate", remedy="give --prompt TEXT or --prompts FILE"
         )
-    if prompt is not None:
-        return [prompt]
+    return [prompt] if prompt is not None else read_prompts(str(file))
+
+
+def read_prompts(file: str) -> list[str]:
+    """Prompts of a file, one a line.
+
+    Raises:
+        DataError: when the file cannot be read or holds none.
+    """
+    from rankwise.errors import DataError
+    from rankwise.reading import UnreadableError, read_text
+
     try:
-        found = [line for line in read_text(str(file)).splitlines() if line.strip()]
+        found = [line for line in read_text(file).splitlines() if line.strip()]
     except UnreadableError as problem:
-        raise DataError("The prompts cannot be read.", where=str(file), remedy=str(problem)) from None
+        raise DataError("The prompts cannot be read.", where=file, remedy=str(problem)) from None
     if not found:
-        raise DataError("The file holds no prompt.", where=str(file), remedy="write a prompt a line")
+        raise DataError("The file holds no prompt.", where=file, remedy="write a prompt a line")
     return found
 
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -179,12 +180,11 @@ def require_tasks(tasks: Sequence[str], include: Sequence[Path] = ()) -> None:
 
 def _manager(tasks: Sequence[str], include: Sequence[Path]) -> Any:
     """The harness's list of tasks, which has all those asked for; else the error says what is near."""
-    from lm_eval.tasks import TaskManager
-
     for folder in include:
         if not folder.is_dir():
             raise RecipeError("There is no such folder of tasks.", where=str(folder), remedy="check --include-path")
-    manager = TaskManager(include_path=[str(folder) for folder in include] or None)
+    # Reading the harness's own list takes ten seconds.
+    manager = _list_of(tuple(str(folder) for folder in include), not set(tasks) <= set(LOCAL_TASKS))
     known = {*LOCAL_TASKS, *manager.all_tasks}
     for task in tasks:
         if task not in known:
@@ -194,6 +194,13 @@ def _manager(tasks: Sequence[str], include: Sequence[Path]) -> Any:
                 remedy=f"{_nearest_task(task, known)}; files of your own: --include-path",
             )
     return manager
+
+
+@cache
+def _list_of(include: tuple[str, ...], own: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(include) or None, include_defaults=own)
 
 
 def _nearest_task(word: str, known: Iterable[str]) -> str:

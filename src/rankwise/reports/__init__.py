@@ -1,7 +1,9 @@
 """What a run tells after it ended: a report for machines, a card, tables and pictures for people."""
 
+from rankwise.reports.compared import COMPARISON_FILE, ComparedModels, ComparedRow, TaskFigure
 from rankwise.reports.model_card import model_card
 from rankwise.reports.outcome import Advice, MemoryUse, Speed, Verdict
+from rankwise.reports.page import PAGE_FILE, write_comparison_page, write_report_page
 from rankwise.reports.parts import (
     Bits,
     CalibrationText,
@@ -14,6 +16,7 @@ from rankwise.reports.parts import (
     Scores,
     SearchSummary,
     SearchTimes,
+    Settings,
     SiteReport,
     ValidationText,
     bits_of,
@@ -30,7 +33,7 @@ from rankwise.reports.pictures import (
 )
 from rankwise.reports.plan_table import kept_grid, plan_difference, plan_facts, plan_table, plan_tables
 from rankwise.reports.report import REPORT_FORMAT, Report
-from rankwise.reports.scores_table import print_operations, print_scores, print_speeds
+from rankwise.reports.scores_table import print_comparison, print_operations, print_scores, print_speeds
 from rankwise.reports.table import closing_table, print_closing
 from rankwise.reports.trained import (
     BlockRepair,
@@ -44,11 +47,15 @@ from rankwise.reports.trained import (
 from rankwise.reports.verdict import in_lines, verdict
 
 __all__ = [
+    "COMPARISON_FILE",
+    "PAGE_FILE",
     "REPORT_FORMAT",
     "Advice",
     "Bits",
     "BlockRepair",
     "CalibrationText",
+    "ComparedModels",
+    "ComparedRow",
     "ExampleCounts",
     "FineTuneSettings",
     "FineTuneStep",
@@ -65,8 +72,10 @@ __all__ = [
     "Scores",
     "SearchSummary",
     "SearchTimes",
+    "Settings",
     "SiteReport",
     "Speed",
+    "TaskFigure",
     "TrainingStep",
     "ValidationText",
     "Verdict",
@@ -88,8 +97,11 @@ __all__ = [
     "plan_table",
     "plan_tables",
     "print_closing",
+    "print_comparison",
     "print_operations",
     "print_scores",
     "print_speeds",
     "verdict",
+    "write_comparison_page",
+    "write_report_page",
 ]

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rankwise.evaluation import Operations, Scored, Speeds
-from rankwise.reports.escaping import cell
+from rankwise.reports.compared import ComparedModels
+from rankwise.reports.escaping import cell, printable
 from rankwise.sizes import bytes_in_words
 
 
@@ -67,6 +68,20 @@ def print_scores(found: Sequence[Scored], apart: Sequence[Mapping[str, Any]]) ->
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:
     return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def print_comparison(found: ComparedModels) -> None:
+    """Print every table of a comparison, and what could not be made."""
+    for title, header, lines in found.tables():
+        table = _table(*header)
+        table.title, table.title_justify = cell(title), "left"
+        for line in lines:
+            table.add_row(*(cell(value) for value in line))
+        _print(table)
+        print()
+    for row in found.rows:
+        if row.problem:
+            print(f"{printable(row.way)} at {found.spelled(row.asked or 0)}: {printable(row.problem)}")
 
 
 def print_operations(found: Mapping[str, Operations]) -> None:

@@ -1,6 +1,6 @@
 """Sizes: what is decided of a weight (`Cut`), how that is stored (`Form`), what may be taken (`Budget`), the `Plan`."""
 
-from rankwise.sizes.budget import SPELLINGS, Allowance, Budget, bytes_in_words
+from rankwise.sizes.budget import SPELLINGS, Allowance, Budget, bytes_in_words, parse_size
 from rankwise.sizes.candidates import Candidates, coded_candidates, join, low_rank_candidates
 from rankwise.sizes.cut import DENSE, Cut
 from rankwise.sizes.form import FULL_BITS, Form, Storage
@@ -21,5 +21,6 @@ __all__ = [
     "coded_candidates",
     "join",
     "low_rank_candidates",
+    "parse_size",
     "same_shapes",
 ]

@@ -1,5 +1,6 @@
 """What each line of the flows does, in the same order. Every stage is keyed by all that its result depends on."""
 
+from rankwise.stages.comparing import Cell, Protocol, Rows, cells_of, measure_cell, measure_dense, write_comparison
 from rankwise.stages.finish import score, speed, write
 from rankwise.stages.fitting import fit_sites, store_layers, store_sites
 from rankwise.stages.memory import Need, available_memory, chosen_memory, expected_need, require_config
@@ -9,14 +10,18 @@ from rankwise.stages.repairing import Repairing, judge_repair, prepare_repair, r
 from rankwise.stages.work import Texts, Work, begin, read_sequences, read_texts
 
 __all__ = [
+    "Cell",
     "Chosen",
     "Need",
     "Outlooks",
+    "Protocol",
     "Repairing",
+    "Rows",
     "Texts",
     "Work",
     "available_memory",
     "begin",
+    "cells_of",
     "check_budget",
     "choose_cuts",
     "chosen_memory",
@@ -26,6 +31,8 @@ __all__ = [
     "fit_sites",
     "judge_repair",
     "judging",
+    "measure_cell",
+    "measure_dense",
     "objective_key",
     "prepare_repair",
     "read_sequences",
@@ -39,4 +46,5 @@ __all__ = [
     "store_sites",
     "weight_and_statistics",
     "write",
+    "write_comparison",
 ]

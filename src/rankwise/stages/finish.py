@@ -34,6 +34,7 @@ from rankwise.reports import (
     draw_trials,
     model_card,
     verdict,
+    write_report_page,
 )
 from rankwise.sizes import Plan
 from rankwise.stages.fitting import SiteFacts
@@ -90,7 +91,8 @@ def speed(work: Work) -> tuple[float, bool] | None:
         return decode_speed(work.loaded.model, work.texts.calibration.ids[0]), kept
 
 
-def _machine(device: torch.device) -> Machine:
+def machine_of(device: torch.device) -> Machine:
+    """Where a run takes place."""
     return Machine(
         device=describe(device),
         system=f"{platform.system()} {platform.machine()}",
@@ -153,7 +155,7 @@ def _report(
         sites={site.name: SiteReport.of(site, plan.cuts[site.name], **facts.get(site.name, {})) for site in work.sites},
         stages=dict(work.reporter.stages),
         memory=_memory(work),
-        machine=_machine(work.loaded.model.device),
+        machine=machine_of(work.loaded.model.device),
         notes=tuple(work.reporter.notes),
         run_directory=str(work.run.directory),
     )
@@ -200,6 +202,7 @@ def write(
                 (folder / "trials.jsonl").write_text("".join(json.dumps(t) + "\n" for t in chosen.trials))
             if can_draw():
                 _draw(folder, chosen, report)
+            write_report_page(folder, report, chosen.plan)
             (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     except RankwiseError:
         work.reporter.note(f"finished stages are kept in {work.run.directory}")

@@ -1,0 +1,380 @@
+"""The report as one HTML file without anything to fetch: readable on a phone, in print, in the dark, and aloud."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from rankwise.reading import UnreadableError, read_json
+from rankwise.reports.charts import legend, line_chart, shade
+from rankwise.reports.compared import ComparedModels
+from rankwise.reports.escaping import printable
+from rankwise.reports.parts import Machine, in_words
+from rankwise.reports.plan_table import kept_grid
+from rankwise.reports.report import Report
+from rankwise.runs import write_atomically
+from rankwise.sizes import Plan, bytes_in_words
+
+PAGE_FILE = "report.html"
+
+_MOST_POINTS = 400
+"""Points of a line at most; longer ones are thinned."""
+
+
+@cache
+def _pages() -> Environment:
+    return Environment(
+        loader=PackageLoader("rankwise.reports", "pages"),
+        autoescape=select_autoescape(["j2"], default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+
+
+def report_page(
+    report: Report,
+    plan: Plan,
+    *,
+    trials: Sequence[Mapping[str, Any]] = (),
+    sensitivity: Mapping[str, Any] | None = None,
+    generations: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The page of one compression.
+
+    Args:
+        report: of it.
+        plan: its plan.
+        trials: of its search.
+        sensitivity: what `sensitivity.json` holds, where there is one.
+        generations: `{"prompt": ..., name of a model: text, ...}` each.
+    """
+    recipe = report.recipe.model_dump(mode="json")
+    return (
+        _pages()
+        .get_template("report.html.j2")
+        .render(
+            title=f"{printable(report.recipe.model)}, made smaller",
+            architecture=report.architecture,
+            how=f"{report.recipe.method.name}, {report.recipe.allocation.name}",
+            verdict=report.verdict,
+            tiles=_tiles(report),
+            glance=_glance(report),
+            plan=_plan_map(plan),
+            groups=[(name, f"{kept:.3f}") for name, kept in report.groups.items()],
+            losses=_loss_map(report),
+            curves=[*_search_curves(trials), *_training_curves(report), *_iteration_curves(report)],
+            repairs=[
+                (
+                    step.step,
+                    in_words(step.objective_before, ".5g"),
+                    in_words(step.objective_after, ".5g"),
+                    "" if step.accepted else "undone",
+                    f"{step.seconds:,.1f}",
+                )
+                for step in report.repair
+            ],
+            sensitivity=None if sensitivity is None else _sensitivity(sensitivity),
+            stages=[
+                (
+                    name,
+                    "taken over" if stage.taken_over else f"{stage.seconds:,.1f}",
+                    bytes_in_words(stage.peak_memory_bytes),
+                    "" if stage.anonymous_bytes is None else bytes_in_words(stage.anonymous_bytes),
+                )
+                for name, stage in report.stages.items()
+            ],
+            memory=_memory(report),
+            generations=[_said(each) for each in generations],
+            notes=report.notes,
+            recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+            versions=_versions(report.machine),
+        )
+    )
+
+
+def write_report_page(folder: Path, report: Report, plan: Plan, generations: Sequence[Mapping[str, Any]] = ()) -> Path:
+    """Write `report.html` beside the files that a run wrote.
+
+    Args:
+        folder: holds `trials.jsonl` and `sensitivity.json` where there are any.
+        report: of the compression.
+        plan: its plan.
+        generations: as for `report_page`.
+
+    Returns:
+        The file.
+    """
+    trials = []
+    if (folder / "trials.jsonl").is_file():
+        trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines() if line.strip()]
+    try:
+        sensitivity = read_json(folder / "sensitivity.json") if (folder / "sensitivity.json").is_file() else None
+    except UnreadableError:
+        sensitivity = None
+    page = report_page(report, plan, trials=trials, sensitivity=sensitivity, generations=generations)
+    write_atomically(folder / PAGE_FILE, page)
+    return folder / PAGE_FILE
+
+
+def comparison_page(found: ComparedModels) -> str:
+    """The page of a comparison."""
+    curves = []
+    for text in found.texts:
+        series: dict[str, list[tuple[float, float]]] = {}
+        for way in found.ways:
+            for size in found.sizes:
+                values = [v for row in found.cell(way, size) if (v := row.perplexity.get(text)) is not None]
+                if values:
+                    series.setdefault(way, []).append((size, mean(values)))
+        dense = found.dense.perplexity[text]
+        axis = {"keep": "fraction kept", "bits": "bits a linear weight", "size": "bytes of all weights"}
+        curves.append(
+            _chart(
+                f"Perplexity on {text}",
+                series,
+                axis.get(str(getattr(found.recipe, "spelling", "keep")), "size"),
+                "perplexity",
+                log=True,
+                level=None if dense is None else ("dense", dense),
+            )
+        )
+    generations = [
+        {"prompt": prompt, "texts": [(_row_name(found, r), r.generations[prompt]) for r in found.rows if r.generations]}
+        for prompt in found.dense.generations
+    ]
+    return (
+        _pages()
+        .get_template("comparison.html.j2")
+        .render(
+            title=f"{printable(getattr(found.recipe, 'model', 'a model'))}: ways to make it smaller",
+            architecture=found.architecture,
+            curves=[each for each in curves if each["lines"]],
+            tables=found.tables(),
+            problems=[f"{_row_name(found, row)}: {row.problem}" for row in found.rows if row.problem],
+            published=list({row.way: row.published for row in found.rows if row.published}.items()),
+            generations=generations,
+            recipe=yaml.safe_dump(found.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+            versions=_versions(found.machine),
+        )
+    )
+
+
+def write_comparison_page(folder: Path, found: ComparedModels) -> Path:
+    """Write `comparison.html`; returns the file."""
+    write_atomically(folder / "comparison.html", comparison_page(found))
+    return folder / "comparison.html"
+
+
+def _row_name(found: ComparedModels, row: Any) -> str:
+    return row.way if row.asked is None else f"{row.way} at {found.spelled(row.asked)}"
+
+
+def _versions(machine: Machine) -> list[tuple[str, str]]:
+    return [(name, str(value)) for name, value in machine.model_dump().items() if value is not None]
+
+
+def _ratio(before: float, after: float) -> str:
+    return f"{after / before:.3f}" if before else "-"
+
+
+def _tiles(report: Report) -> list[dict[str, str]]:
+    before, after = report.before, report.after
+    tiles = [
+        {
+            "label": "size",
+            "value": bytes_in_words(after.bytes),
+            "note": f"{_ratio(before.bytes, after.bytes)} of {bytes_in_words(before.bytes)}",
+        }
+    ]
+    if report.bits is not None:
+        asked = "" if report.bits.asked is None else f"asked {report.bits.asked:g}"
+        tiles.append({"label": "bits a linear weight", "value": f"{report.bits.got:.3f}", "note": asked})
+    else:
+        asked = "" if report.keep.asked is None else f"asked {report.keep.asked:g}"
+        tiles.append({"label": "linear weights kept", "value": f"{report.keep.got:.4f}", "note": asked})
+    if report.evaluation is not None:
+        dense, small = report.evaluation.dense.perplexity, report.evaluation.compressed.perplexity
+        tiles.append({"label": "perplexity", "value": f"{small:.2f}", "note": f"{small / dense:.3f} of {dense:.2f}"})
+    if report.speed is not None:
+        tiles.append(
+            {
+                "label": "tokens a second",
+                "value": f"{report.speed.after:.1f}",
+                "note": f"{_ratio(report.speed.before, report.speed.after)} of {report.speed.before:.1f}",
+            }
+        )
+    return tiles
+
+
+def _glance(report: Report) -> list[tuple[str, str, str, str]]:
+    before, after = report.before, report.after
+    lines = [
+        (label, f"{one:,}", f"{other:,}", _ratio(one, other))
+        for label, one, other in (
+            ("parameters", before.parameters, after.parameters),
+            ("of them in the decoder's linear layers", before.linear_parameters, after.linear_parameters),
+        )
+    ]
+    lines += [
+        (label, bytes_in_words(one), bytes_in_words(other), _ratio(one, other))
+        for label, one, other in (
+            ("bytes of all parameters", before.bytes, after.bytes),
+            ("of them in the decoder's linear layers", before.linear_bytes, after.linear_bytes),
+        )
+    ]
+    if report.evaluation is not None:
+        dense, small = report.evaluation.dense.perplexity, report.evaluation.compressed.perplexity
+        text = printable(report.evaluation.source)
+        lines.append((f"perplexity on {text}", f"{dense:.4f}", f"{small:.4f}", _ratio(dense, small)))
+    if report.speed is not None:
+        slow, fast = report.speed.before, report.speed.after
+        lines.append(("tokens a second, one sequence", f"{slow:.1f}", f"{fast:.1f}", _ratio(slow, fast)))
+    return lines
+
+
+def _map(
+    caption: str, blocks: Sequence[int], roles: Sequence[str], values: Mapping[tuple[int, str], float], shown: str
+) -> dict[str, Any]:
+    low, high = (min(values.values()), max(values.values())) if values else (0.0, 0.0)
+    lines = []
+    for block in blocks:
+        cells = []
+        for role in roles:
+            value = values.get((block, role))
+            cells.append({"text": "" if value is None else f"{value:{shown}}", "shade": shade(value, low, high)})
+        lines.append({"block": block, "cells": cells})
+    return {"caption": caption, "roles": list(roles), "lines": lines}
+
+
+def _plan_map(plan: Plan) -> dict[str, Any]:
+    blocks, roles, grid = kept_grid(plan)
+    return _map("bits a weight" if plan.coded else "fraction kept", blocks, roles, grid, ".2f")
+
+
+def _loss_map(report: Report) -> dict[str, Any] | None:
+    """What each place loses in its method's own metric, as a share of what was there; experts are averaged."""
+    by_place: dict[tuple[int, str], list[float]] = {}
+    for site in report.sites.values():
+        value = site.error if site.error is not None else site.dropped_energy
+        if isinstance(value, float):
+            by_place.setdefault((site.block, site.role), []).append(value)
+    if not by_place:
+        return None
+    values = {place: mean(each) for place, each in by_place.items()}
+    roles = list(dict.fromkeys(site.role for site in report.sites.values()))
+    coded = any(site.error is not None for site in report.sites.values())
+    words = (
+        "Relative error of each layer's output on the calibration text, in the method's metric."
+        if coded
+        else "Share of the energy, in the method's metric, that each layer dropped."
+    )
+    blocks = sorted({block for block, _ in values})
+    return {**_map("share lost", blocks, [r for r in roles if any(p[1] == r for p in values)], values, ".4f")} | {
+        "words": words
+    }
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    step = max(1, len(points) // _MOST_POINTS)
+    return [*points[::step], *([points[-1]] if (len(points) - 1) % step else [])]
+
+
+def _chart(
+    title: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    x_label: str,
+    y_label: str,
+    *,
+    log: bool = False,
+    level: tuple[str, float] | None = None,
+) -> dict[str, Any]:
+    """A chart, and its numbers as a table: one line a value of x."""
+    series = {name: _thinned(points) for name, points in series.items()}
+    xs = sorted({x for points in series.values() for x, _ in points})
+    known = {name: dict(points) for name, points in series.items()}
+    lines = [[f"{x:g}", *(f"{known[n][x]:.5g}" if x in known[n] else "" for n in series)] for x in xs]
+    if level is not None:
+        lines.append([level[0], *([f"{level[1]:.5g}"] * len(series))])
+    return {
+        "title": title,
+        "svg": line_chart(title, series, x_label, y_label, log=log, level=level),
+        "legend": legend(list(series)),
+        "names": list(series),
+        "header": [x_label, *series],
+        "lines": lines,
+    }
+
+
+def _search_curves(trials: Sequence[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
+    values = [(i, t.get("value")) for i, t in enumerate(trials, 1)]
+    points = [(float(i), float(value)) for i, value in values if isinstance(value, int | float)]
+    if not points:
+        return
+    best, so_far = [], float("inf")
+    for i, value in points:
+        so_far = min(so_far, value)
+        best.append((i, so_far))
+    yield _chart("The search", {"trial": points, "best so far": best}, "trial", "objective", log=True)
+
+
+def _training_curves(report: Report) -> Iterable[dict[str, Any]]:
+    steps: list[tuple[str, Any]] = [(f"repair {step.step}", step.history) for step in report.repair]
+    steps += [(f"fine-tuning {i}", step.history) for i, step in enumerate(report.finetune, 1)]
+    for title, history in steps:
+        points = [(float(each.step), float(each.loss)) for each in history if isinstance(each.loss, int | float)]
+        if points:
+            yield _chart(f"Loss, {title}", {"loss": points}, "step", "loss", log=True)
+
+
+def _iteration_curves(report: Report) -> Iterable[dict[str, Any]]:
+    by_role: dict[str, list[tuple[float, ...]]] = {}
+    for site in report.sites.values():
+        if len(site.errors) > 1:
+            by_role.setdefault(site.role, []).append(site.errors)
+    series = {}
+    for role, every in by_role.items():
+        length = min(len(errors) for errors in every)
+        series[role] = [(float(i), mean(errors[i] for errors in every)) for i in range(length)]
+    if series:
+        yield _chart("Error by outer iteration, mean by role", series, "iteration", "relative error", log=True)
+
+
+def _sensitivity(found: Mapping[str, Any]) -> dict[str, Any]:
+    points = [p for p in found.get("points", []) if p.get("perplexity") is not None]
+    roles: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        if point["kind"] == "role":
+            roles.setdefault(point["role"], []).append((float(point["kept"]), float(point["perplexity"])))
+    sites = {(p["block"], p["role"]): float(p["perplexity"]) for p in points if p["kind"] == "site"}
+    dense = found.get("dense_perplexity")
+    level = ("original", float(dense)) if isinstance(dense, int | float) else None
+    title = "Perplexity with one role compressed"
+    chart = _chart(title, roles, "fraction of the role kept", "perplexity", log=True, level=level)
+    blocks = sorted({block for block, _ in sites})
+    return {
+        "curves": [chart] if roles else [],
+        "map": _map(
+            "perplexity with one layer compressed", blocks, list(dict.fromkeys(r for _, r in sites)), sites, ".2f"
+        ),
+    }
+
+
+def _memory(report: Report) -> str:
+    memory = report.memory
+    if memory is None:
+        return ""
+    words: list[str] = [f"Held as {memory.mode}."]
+    shown: list[tuple[str, int | None]] = [("expected", memory.expected_bytes), ("used", memory.used_bytes)]
+    words += [f"{label}: {bytes_in_words(size)}." for label, size in shown if size is not None]
+    return " ".join(words)
+
+
+def _said(each: Mapping[str, Any]) -> dict[str, Any]:
+    return {"prompt": each["prompt"], "texts": [(name, text) for name, text in each.items() if name != "prompt"]}

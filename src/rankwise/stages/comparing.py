@@ -1,0 +1,320 @@
+"""What the lines of `compare` do: a protocol, cells, and rows that are kept as they come."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rankwise.checkpoints import fingerprint, load_model
+from rankwise.data import parse_source
+from rankwise.device import named_device
+from rankwise.errors import BudgetError, MissingPackageError, NotFiniteError, RankwiseError, RunError
+from rankwise.evaluation import (
+    TaskScore,
+    count_operations,
+    generate,
+    measure_cost,
+    paired_difference,
+    perplexity,
+    run_tasks,
+)
+from rankwise.layers import keep_decoded
+from rankwise.models import find_sites, unfuse_experts
+from rankwise.progress import Reporter
+from rankwise.recipes import Comparison, Recipe, Way
+from rankwise.reports import (
+    ComparedModels,
+    ComparedRow,
+    Machine,
+    Settings,
+    TaskFigure,
+    write_comparison_page,
+)
+from rankwise.runs import Lines, stage_key
+from rankwise.stages.finish import machine_of
+from rankwise.stages.work import read_sequences
+
+if TYPE_CHECKING:
+    from rankwise.reports import Report
+    from rankwise.sizes import Plan
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row to make: a way, a size and a seed, and the recipe that they give."""
+
+    way: Way
+    size: float
+    seed: int
+    recipe: Recipe
+
+    def __str__(self) -> str:
+        return f"{self.way} at {self.size:g}" + (f", seed {self.seed}" if self.seed else "")
+
+
+def cells_of(comparison: Comparison) -> list[Cell]:
+    """Every cell, its recipe validated before the first one runs; two ways that mean the same give one.
+
+    Raises:
+        RecipeError: naming the row.
+    """
+    cells = [
+        Cell(way, size, seed, comparison.recipe(way, size, seed))
+        for size in comparison.sizes
+        for way in comparison.ways
+        for seed in comparison.seeds
+    ]
+    return list({cell.recipe.model_dump_json(): cell for cell in reversed(cells)}.values())[::-1]
+
+
+class Rows:
+    """The file of finished rows. What is not as it was written is made again.
+
+    Args:
+        path: the file; need not be there.
+        reporter: told about damage.
+    """
+
+    def __init__(self, path: Path, reporter: Reporter) -> None:
+        self._lines = Lines(path)
+        if self._lines.fault:
+            reporter.note(f"{path.name}: {self._lines.fault}; what follows is made again")
+
+    def taken(self, key: str) -> ComparedRow | None:
+        """The row of this key, if it is there."""
+        return next((ComparedRow(**each) for each in reversed(self._lines.records) if each["key"] == key), None)
+
+    def add(self, row: ComparedRow) -> None:
+        """Keep a row, unless it failed for a reason that may be gone the next time."""
+        if row.final:
+            self._lines.add(row.model_dump(mode="json"), sync=True)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What every row is scored by.
+
+    Attributes:
+        asked: the comparison.
+        texts: by source, token ids `[sequences, length]` and the start token they begin with.
+        tokenizer: of the original.
+        fingerprint: hash of the original's weights.
+        architecture: class name of the original.
+        machine: where it runs.
+        reporter: told about progress.
+    """
+
+    asked: Comparison
+    texts: dict[str, tuple[Tensor, int | None]]
+    tokenizer: Any
+    fingerprint: str
+    architecture: str
+    machine: Machine
+    reporter: Reporter
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What scores depend on, apart from the model that is scored."""
+        shared = self.asked.model_dump(mode="json", exclude={"output", "ways", "sizes", "seeds", "settings", "model"})
+        ids = {source: [ids.tolist(), bos] for source, (ids, bos) in self.texts.items()}
+        return {"protocol": shared, "model": self.fingerprint, "texts": stage_key(ids)}
+
+    def key_of(self, cell: Cell) -> str:
+        """Hash of all that a row depends on."""
+        return stage_key({**self.key, "recipe": cell.recipe.model_dump(mode="json", exclude={"output"})})
+
+    def score(self, model: Any, dense: ComparedRow | None) -> dict[str, Any]:
+        """Perplexities, task figures and continuations of a model, as attributes of a row.
+
+        Args:
+            model: in the precision it computes in.
+            dense: row of the original, for differences; None for the original itself.
+        """
+        asked = self.asked
+        scores: list[TaskScore] = []
+        if asked.tasks:
+            text = None if asked.task_text is None else parse_source(asked.task_text)
+            scores = run_tasks(
+                model, self.tokenizer, asked.tasks, limit=asked.limit, text=text, reporter=self.reporter
+            ).scores
+        return {
+            "perplexity": {settings.source: self._perplexity(model, settings) for settings in asked.texts},
+            "tasks": tuple(_figure(score, dense) for score in scores),
+            "by_example": {f"{score.task}, {score.metric}": score.by_example for score in scores},
+            "generations": {
+                prompt: generate(model, self.tokenizer, prompt, new_tokens=asked.new_tokens) for prompt in asked.prompts
+            },
+        }
+
+    def _perplexity(self, model: Any, settings: Any) -> float | None:
+        ids, bos = self.texts[settings.source]
+        try:
+            return perplexity(
+                model,
+                ids,
+                stride=settings.stride,
+                batch_size=settings.batch_size,
+                reporter=self.reporter,
+                description=f"perplexity, {settings.source}",
+                bos=bos,
+            ).perplexity
+        except NotFiniteError as problem:
+            self.reporter.note(f"{settings.source}: {problem.problem}", passing=True)
+            return None
+
+
+def _figure(score: TaskScore, dense: ComparedRow | None) -> TaskFigure:
+    apart = None
+    if dense is not None:
+        place = score.task, score.metric
+        before = next(figure for figure in dense.tasks if (figure.task, figure.metric) == place)
+        examples = dense.by_example.get(f"{score.task}, {score.metric}", ())
+        first = TaskScore(*place, before.score, before.error, score.examples, before.truncated, examples)
+        apart = paired_difference(first, score)
+    return TaskFigure(
+        task=score.task,
+        metric=score.metric,
+        score=score.score,
+        error=score.error,
+        difference=None if apart is None else apart.difference,
+        difference_error=None if apart is None else apart.error,
+        truncated=score.truncated,
+    )
+
+
+def measure_dense(
+    comparison: Comparison, recipe: Recipe, rows: Rows, reporter: Reporter
+) -> tuple[Protocol, ComparedRow]:
+    """Load the original, read the texts with its tokenizer, and score it unless its row is there.
+
+    Args:
+        comparison: what is compared.
+        recipe: any of its recipes: how a model is loaded is the same in all.
+        rows: finished rows; the original's is added.
+        reporter: told about progress.
+    """
+    with reporter.stage("load"):
+        loaded = load_model(
+            recipe.model,
+            precision=recipe.precision,
+            device=named_device(recipe.device),
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        texts = {}
+        for settings in comparison.texts:
+            read = read_sequences(settings, loaded, settings.seed, settings.skip)
+            texts[settings.source] = read.ids, read.bos
+        protocol = Protocol(
+            asked=comparison,
+            texts=texts,
+            tokenizer=loaded.tokenizer,
+            fingerprint=fingerprint(loaded.model, loaded.stored_dtypes),
+            architecture=type(loaded.model).__name__,
+            machine=machine_of(loaded.model.device),
+            reporter=reporter,
+        )
+    key = stage_key({**protocol.key, "recipe": "dense"})
+    row = rows.taken(key)
+    if row is not None:
+        return protocol, row
+    with reporter.stage("dense"):
+        scored = protocol.score(loaded.model, None)
+    parts = unfuse_experts(loaded.model).parts
+    dtypes = loaded.stored_dtypes | {part: loaded.stored_dtypes[whole] for part, whole in parts.items()}
+    sites = find_sites(loaded.model)
+    cost = measure_cost(loaded.model, sites, dtypes)
+    stored = max((dtypes[f"{site.name}.weight"] for site in sites), key=lambda dtype: dtype.itemsize)
+    row = ComparedRow(
+        key=key,
+        way="dense",
+        keep=1.0,
+        bits=8.0 * stored.itemsize,
+        bytes=cost.bytes,
+        parameters=cost.parameters,
+        linear_parameters=cost.linear_parameters,
+        macs=count_operations(loaded.model, stored).macs,
+        **scored,
+    )
+    rows.add(row)
+    return protocol, row
+
+
+class _Made:
+    """What making a cell gives, as `compress` does: `model`, `plan` and `report`."""
+
+    model: Any
+    plan: Plan
+    report: Report
+
+
+def measure_cell(protocol: Protocol, cell: Cell, dense: ComparedRow, make: Callable[[Recipe], Any]) -> ComparedRow:
+    """Make a cell's model and score it; where there is none, the row says why.
+
+    Args:
+        protocol: what it is scored by.
+        cell: which.
+        dense: row of the original.
+        make: compresses as a recipe says.
+
+    Raises:
+        MissingPackageError: an optional package is needed, which is of no row alone.
+        RunError: when the run directory is not usable.
+    """
+    facts: dict[str, Any] = {
+        "key": protocol.key_of(cell),
+        "way": str(cell.way),
+        "seed": cell.seed,
+        "asked": cell.size,
+    }
+    reporter = protocol.reporter
+    before, started = len(reporter.notes), time.monotonic()
+    try:
+        made: _Made = make(cell.recipe)
+    except (MissingPackageError, RunError):
+        raise
+    except RankwiseError as problem:
+        lasting = isinstance(problem, BudgetError | NotFiniteError)
+        return ComparedRow(**facts, problem=" ".join(str(problem).split()), final=lasting)
+    seconds = round(time.monotonic() - started, 1)
+    model, report = made.model, made.report
+    operations = count_operations(model, torch.bfloat16)
+    if cell.recipe.precision == "float32" or (cell.recipe.precision == "auto" and model.device.type == "cpu"):
+        model.float()
+    keep_decoded(model)
+    with reporter.stage("score"):
+        scored = protocol.score(model, dense)
+    del model
+    gc.collect()
+    return ComparedRow(
+        **facts,
+        keep=made.plan.kept,
+        bits=made.plan.bits_a_weight,
+        bytes=report.after.bytes,
+        parameters=report.after.parameters,
+        linear_parameters=report.after.linear_parameters,
+        macs=operations.macs,
+        seconds=seconds,
+        notes=tuple(reporter.notes[before:]),
+        **scored,
+    )
+
+
+def write_comparison(protocol: Protocol, rows: list[ComparedRow], folder: Path) -> ComparedModels:
+    """Write the rows that there are, as data, tables and a page."""
+    found = ComparedModels(
+        recipe=Settings(**protocol.asked.model_dump(mode="json")),
+        model_fingerprint=protocol.fingerprint,
+        architecture=protocol.architecture,
+        rows=tuple(rows),
+        machine=protocol.machine,
+    )
+    found.write(folder)
+    write_comparison_page(folder, found)
+    return found
