@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from common import ROOT, shared_directory
 from rankwise.flows.compare import compare
@@ -28,7 +27,6 @@ METHODS = {
     "keep": "svd,fwsvd,asvd,svd_llm,afm,bolaco,two_sided",
     "bits": "quantize,caldera,mixed",
 }
-SETTINGS: dict[str, Any] = {"caldera": {"name": "caldera", "outer": 5}, "mixed": {"name": "mixed", "outer": 5}}
 
 
 def protocol(shared: Path, folder: Path, spelling: str, sizes: str, methods: str) -> Comparison:
@@ -64,6 +62,7 @@ def protocol(shared: Path, folder: Path, spelling: str, sizes: str, methods: str
                     "bos": "never",
                 },
                 "budget": {"rank_multiple": 8},
+                "methods": {"caldera": {"outer": 5}, "mixed": {"outer": 5}},
             },
         }
     )

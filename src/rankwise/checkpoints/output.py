@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rankwise.errors import OutputError, is_disk_full
 from rankwise.reading import UnreadableError, file_exists, one_line, parse_json, read_bytes
-from rankwise.runs import to_disk
+from rankwise.runs import to_disk, write_atomically
 
 REPORT_FILE = "rankwise_report.json"
 """Every directory that rankwise writes holds this file; only such directories are ever replaced."""
@@ -46,6 +46,25 @@ def _foreign(folder: Path) -> str | None:
         if entry.name != FILES_FILE and (not entry.is_file() or written.get(entry.name) != entry.stat().st_size):
             return entry.name
     return None
+
+
+def listed(file: Path) -> Path:
+    """Put a file that was written into a directory of ours on its list, so that it is not taken for one of the user.
+
+    Args:
+        file: there already, in a directory that has a list or none.
+
+    Returns:
+        The file.
+    """
+    known = file.parent / FILES_FILE
+    try:
+        written = json.loads(known.read_text())
+    except (OSError, ValueError):
+        return file
+    if isinstance(written, dict):
+        write_atomically(known, json.dumps({**written, file.name: file.stat().st_size}, indent=2) + "\n")
+    return file
 
 
 def made_from(report: Path) -> str | None:

@@ -157,7 +157,7 @@ def report(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write what is known of a result as one HTML file that needs nothing else."""
-    from rankwise.checkpoints import REPORT_FILE, load_model
+    from rankwise.checkpoints import REPORT_FILE, listed, load_model
     from rankwise.errors import ModelError, RecipeError
     from rankwise.evaluation import generate
     from rankwise.reports import COMPARISON_FILE, ComparedModels, Report, write_comparison_page, write_report_page
@@ -186,4 +186,4 @@ def report(
             decode_once(loaded.model, dense_cache)
             for row in rows:
                 row[label] = generate(loaded.model, loaded.tokenizer, row["prompt"], new_tokens=new_tokens)
-    print(f"written: {write_report_page(directory, known, plan, rows)}")
+    print(f"written: {listed(write_report_page(directory, known, plan, rows))}")

@@ -114,8 +114,7 @@ class Comparison(BaseModel):
         task_text: what the local tasks are made from.
         prompts: continued greedily by each model.
         new_tokens: of each continuation.
-        settings: keys of a recipe that all share, such as `calibration`; `method` and `allocation` hold where a way
-            is of that method or allocation.
+        settings: keys of a recipe that all share, such as `calibration`; under `methods`, by name, settings of methods.
     """
 
     model_config = _FROZEN
@@ -138,6 +137,9 @@ class Comparison(BaseModel):
     def _measures_something(self) -> Comparison:
         if not self.texts and not self.tasks:
             raise ValueError("nothing is measured: give texts or tasks")
+        for key in _OF_A_WAY:
+            if key in self.settings:
+                raise ValueError(f"{key!r} is of each way and no key that all share; a method's own: methods.NAME.KEY")
         return self
 
     def recipe(self, way: Way, size: float, seed: int) -> Recipe:
@@ -147,9 +149,9 @@ class Comparison(BaseModel):
             RecipeError: when it is not valid.
         """
         values: dict[str, Any] = {**self.settings, "model": self.model, "seed": seed}
-        own = {key: values.pop(key, None) for key in ("method", "allocation")}
-        given = own["method"] if isinstance(own["method"], Mapping) else {}
-        values["method"] = {**given, "name": way.method} if given.get("name") == way.method else way.method
+        methods = values.pop("methods", {})
+        given = methods.get(way.method, {}) if isinstance(methods, Mapping) else {}
+        values["method"] = {**given, "name": way.method} if isinstance(given, Mapping) and given else way.method
         if way.allocation is not None:
             values["allocation"] = way.allocation
         budget = {key: value for key, value in dict(values.get("budget") or {}).items() if key not in _SPELLINGS}
@@ -159,6 +161,7 @@ class Comparison(BaseModel):
 
 
 _SPELLINGS = ("keep", "bits", "size")
+_OF_A_WAY = ("model", "output", "seed", "method", "allocation", "evaluation")
 
 
 def comparison_from(values: Mapping[str, Any]) -> Comparison:

@@ -3,7 +3,7 @@
 from rankwise.reports.compared import COMPARISON_FILE, ComparedModels, ComparedRow, TaskFigure
 from rankwise.reports.model_card import model_card
 from rankwise.reports.outcome import Advice, MemoryUse, Speed, Verdict
-from rankwise.reports.page import PAGE_FILE, write_comparison_page, write_report_page
+from rankwise.reports.page import PAGE_FILE, SPECTRA_FILE, write_comparison_page, write_report_page
 from rankwise.reports.parts import (
     Bits,
     CalibrationText,
@@ -50,6 +50,7 @@ __all__ = [
     "COMPARISON_FILE",
     "PAGE_FILE",
     "REPORT_FORMAT",
+    "SPECTRA_FILE",
     "Advice",
     "Bits",
     "BlockRepair",

@@ -243,14 +243,33 @@ class ComparedModels(Part):
 
         for text in self.texts:
             add(f"Perplexity on {text}", "way", lambda row, text=text: row.perplexity.get(text), ".2f")  # type: ignore[misc]
-        if len({task for task, metric in self.task_figures if metric == "acc"}) > 1:
-            add("Accuracy, mean over the tasks", "way", mean_accuracy, ".4f")
-        for task, metric in self.task_figures:
-            add(f"{task}, {metric}", "way", lambda row, k=(task, metric): _task(row, k), ".4f")  # type: ignore[misc]
+        found += [self._tasks_at(size) for size in self.sizes if self.task_figures]
         add("Bytes of all parameters, millions", "way", lambda r: None if r.bytes is None else r.bytes / 1e6, ".2f")
         add("Parameters, millions", "way", lambda r: None if r.parameters is None else r.parameters / 1e6, ".2f")
         add("MACs of 64 tokens, billions", "way", lambda r: None if r.macs is None else r.macs / 1e9, ".3f")
         return found
+
+    def _tasks_at(self, size: float) -> tuple[str, list[str], list[list[str]]]:
+        """Ways by tasks at one size, as the papers' tables have them: score, and the difference to the original."""
+        tasks = list(dict.fromkeys(task for task, _ in self.task_figures))
+        metrics = {task: next(m for t, m in self.task_figures if t == task) for task in tasks}
+        lines = [["dense", *(f"{_task(self.dense, (t, metrics[t])) or 0:.3f}" for t in tasks), _mean_of(self.dense)]]
+        for way in self.ways:
+            rows = [row for row in self.cell(way, size) if not row.problem]
+            if not rows:
+                lines.append([way, *(["no plan"] * (len(tasks) + 1))])
+                continue
+            cells = []
+            for task in tasks:
+                figures = [f for row in rows for f in row.tasks if (f.task, f.metric) == (task, metrics[task])]
+                score = mean(figure.score for figure in figures)
+                apart = mean(figure.difference or 0.0 for figure in figures)
+                errors = [f.difference_error for f in figures if f.difference_error is not None]
+                cells.append(f"{score:.3f} ({apart:+.3f}" + (f" ± {mean(errors):.3f})" if errors else ")"))
+            values = [value for row in rows if (value := mean_accuracy(row)) is not None]
+            lines.append([way, *cells, f"{mean(values):.3f}" if values else "-"])
+        header = ["way", *(f"{task}, {metrics[task]}" for task in tasks), "mean accuracy"]
+        return f"Tasks at {self.spelled(size)}; in brackets the difference to the original", header, lines
 
     def as_markdown(self) -> str:
         """Every table, then what could not be made and what rows may be put beside."""
@@ -276,6 +295,11 @@ def mean_accuracy(row: ComparedRow) -> float | None:
     """Mean of the plain accuracies of a row's tasks; None without any."""
     scores = [figure.score for figure in row.tasks if figure.metric == "acc"]
     return mean(scores) if scores else None
+
+
+def _mean_of(row: ComparedRow) -> str:
+    value = mean_accuracy(row)
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _task(row: ComparedRow, key: tuple[str, str]) -> float | None:

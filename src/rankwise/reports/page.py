@@ -23,6 +23,7 @@ from rankwise.runs import write_atomically
 from rankwise.sizes import Plan, bytes_in_words
 
 PAGE_FILE = "report.html"
+SPECTRA_FILE = "spectra.json"
 
 _MOST_POINTS = 400
 """Points of a line at most; longer ones are thinned."""
@@ -44,6 +45,7 @@ def report_page(
     *,
     trials: Sequence[Mapping[str, Any]] = (),
     sensitivity: Mapping[str, Any] | None = None,
+    spectra: Mapping[str, Any] | None = None,
     generations: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The page of one compression.
@@ -53,6 +55,7 @@ def report_page(
         plan: its plan.
         trials: of its search.
         sensitivity: what `sensitivity.json` holds, where there is one.
+        spectra: by role, pairs of bits a weight and estimated loss.
         generations: `{"prompt": ..., name of a model: text, ...}` each.
     """
     recipe = report.recipe.model_dump(mode="json")
@@ -80,6 +83,7 @@ def report_page(
                 )
                 for step in report.repair
             ],
+            spectra=_spectra(spectra or {}),
             sensitivity=None if sensitivity is None else _sensitivity(sensitivity),
             stages=[
                 (
@@ -114,13 +118,18 @@ def write_report_page(folder: Path, report: Report, plan: Plan, generations: Seq
     trials = []
     if (folder / "trials.jsonl").is_file():
         trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines() if line.strip()]
-    try:
-        sensitivity = read_json(folder / "sensitivity.json") if (folder / "sensitivity.json").is_file() else None
-    except UnreadableError:
-        sensitivity = None
-    page = report_page(report, plan, trials=trials, sensitivity=sensitivity, generations=generations)
+    sensitivity, spectra = _beside(folder / "sensitivity.json"), _beside(folder / SPECTRA_FILE)
+    page = report_page(report, plan, trials=trials, sensitivity=sensitivity, spectra=spectra, generations=generations)
     write_atomically(folder / PAGE_FILE, page)
     return folder / PAGE_FILE
+
+
+def _beside(path: Path) -> dict[str, Any] | None:
+    """What a file holds that may lie beside a report; None where there is none that can be read."""
+    try:
+        return read_json(path) if path.is_file() else None
+    except UnreadableError:
+        return None
 
 
 def comparison_page(found: ComparedModels) -> str:
@@ -281,6 +290,15 @@ def _loss_map(report: Report) -> dict[str, Any] | None:
     }
 
 
+def _spectra(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The estimated loss of each role over its size; sizes without any loss are left out, as they have no logarithm."""
+    series = {role: [(float(size), float(loss)) for size, loss in points if loss > 0] for role, points in found.items()}
+    series = {role: points for role, points in series.items() if points}
+    if not series:
+        return None
+    return _chart("Estimated loss of each role over its size", series, "bits a weight", "nats a token", log=True)
+
+
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     step = max(1, len(points) // _MOST_POINTS)
     return [*points[::step], *([points[-1]] if (len(points) - 1) % step else [])]
@@ -313,7 +331,7 @@ def _chart(
 
 
 def _search_curves(trials: Sequence[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
-    values = [(i, t.get("value")) for i, t in enumerate(trials, 1)]
+    values = [(i, t.get("objective")) for i, t in enumerate(trials, 1)]
     points = [(float(i), float(value)) for i, value in values if isinstance(value, int | float)]
     if not points:
         return

@@ -17,6 +17,7 @@ from rankwise.errors import RankwiseError
 from rankwise.evaluation import Cost, Perplexity, decode_speed, measure_cost, perplexity
 from rankwise.layers import decoded_once
 from rankwise.reports import (
+    SPECTRA_FILE,
     CalibrationText,
     Kept,
     Machine,
@@ -198,6 +199,8 @@ def write(
             report = report.model_copy(update={"after": after, "bytes_on_disk": bytes_of_weights(folder)})
             report.save(folder / REPORT_FILE)
             (folder / "plan.json").write_text(chosen.plan.model_dump_json(indent=2) + "\n")
+            if chosen.spectra:
+                (folder / SPECTRA_FILE).write_text(json.dumps(chosen.spectra, indent=1) + "\n")
             if chosen.trials:
                 (folder / "trials.jsonl").write_text("".join(json.dumps(t) + "\n" for t in chosen.trials))
             if can_draw():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.allocation import Choice, Evidence, Looks, Outcome, by_variance, random_plans
+from rankwise.allocation import Choice, Evidence, Looks, Outcome, Problem, by_variance, random_plans
 from rankwise.errors import DataError
 from rankwise.evaluation import Objective
 from rankwise.layers.sliced import Beside, sliced
@@ -41,11 +41,14 @@ class Chosen:
         plan: cut of every site.
         search: what it did; None when there was none.
         trials: its trials as plain values.
+        spectra: by role, pairs of bits a weight and the estimated loss of all its sites together at that size; empty
+            where nothing was estimated.
     """
 
     plan: Plan
     search: SearchSummary | None
     trials: list[dict[str, Any]]
+    spectra: dict[str, list[tuple[float, float]]]
 
 
 def choose_cuts(work: Work, outlooks: Outlooks) -> Chosen:
@@ -60,7 +63,7 @@ def choose_cuts(work: Work, outlooks: Outlooks) -> Chosen:
     problem = outlooks.problem()
     if looks < Looks.OBJECTIVE:
         evidence = Evidence(reporter=work.reporter, fingerprint=work.fingerprint)
-        return Chosen(_plan(work, allocation.choose(problem, evidence)), None, [])
+        return Chosen(_plan(work, allocation.choose(problem, evidence)), None, [], spectra_of(problem))
     samples = select_samples(work, outlooks)
     # The number of trials may be raised later, so it is not part of what a trial depends on.
     key = {**objective_key(work, samples), "allocation": allocation.model_dump(exclude={"trials"})}
@@ -77,7 +80,31 @@ def choose_cuts(work: Work, outlooks: Outlooks) -> Chosen:
         )
         choice = allocation.choose(problem, evidence)
         search = _summary(work, samples, objective, choice)
-    return Chosen(_plan(work, choice), search, choice.trials)
+    return Chosen(_plan(work, choice), search, choice.trials, spectra_of(problem))
+
+
+_SPECTRUM = 24
+"""Sizes at which a spectrum is told."""
+
+
+def spectra_of(problem: Problem) -> dict[str, list[tuple[float, float]]]:
+    """What each role is estimated to lose over what it takes: every site the best cut within so many bits a weight."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    by_role: dict[str, list[Site]] = {}
+    for site in problem.sites:
+        if problem.candidates[site.name].losses is not None:
+            by_role.setdefault(site.role, []).append(site)
+    for role, sites in by_role.items():
+        tables = [(problem.candidates[site.name], site.parameters) for site in sites]
+        least = max(float(table.bits.min()) / weights for table, weights in tables)
+        most = max(float(table.bits.max()) / weights for table, weights in tables)
+        points = []
+        for step in range(_SPECTRUM):
+            size = least + (most - least) * step / (_SPECTRUM - 1)
+            within = [t.losses[t.bits <= size * weights + 0.5] for t, weights in tables if t.losses is not None]
+            points.append((size, float(sum(losses.min() for losses in within))))
+        found[role] = points
+    return found
 
 
 def _content(path: str | None) -> str | None:
