@@ -210,8 +210,8 @@ def draw(rows: list[ComparedRow], text: str, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-NOTES = f"""SmolLM2-135M-Instruct. Calibration {CALIBRATION} x {LENGTH} tokens of mix.calibration; {SCORED} x {LENGTH} of
-each text scored, {LIMIT} examples of each of four local tasks made from mix.heldout; one seed; low rank is stored as
+NOTES = f"""SmolLM2-135M-Instruct. Calibration {CALIBRATION} x {LENGTH} tokens of mix.calibration, {SCORED} x {LENGTH}
+of each text scored, {LIMIT} examples of each of four local tasks made from mix.heldout; one seed; low rank is stored as
 `auto` in every row. Rows of few bits are those of `benchmarks/results/mixed.json`, without tasks. Rows of peers are
 the weights that their own code makes; what pads a peer's rows is not counted. Embeddings stay at 16 bits in every row.
 The weights were rounded to 4 bits once before (Q4_1), which favours formats of 4 bits and more with small groups.
@@ -258,6 +258,7 @@ def write(folder: Path) -> None:
                 "bits": row.bits,
                 "keep": row.keep,
                 "bytes": row.bytes,
+                "megabytes": (row.bytes or 0) / 1e6,
                 "perplexity": {names[text]: value for text, value in row.perplexity.items()},
                 "accuracy": {task: scores[task].score for task, _ in tasks if task in scores},
                 "difference_error": {task: scores[task].difference_error for task, _ in tasks if task in scores},

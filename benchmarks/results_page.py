@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from jinja2 import Template
 
 from common import RESULTS, ROOT, markdown_table
 
@@ -157,85 +160,18 @@ def page() -> str:
     """The page's text."""
     everything = json.loads((RESULTS / "compare.json").read_text())
     rows = (RESULTS / "compare.md").read_text().partition("\n\n")[2].partition("\n\n")[2]
-    return f"""# Results
-
-Made by `python benchmarks/results_page.py` from `benchmarks/results`, where machine, date and command of every figure are.
-Columns say the text, and the fraction kept or the bits a weight. All figures are of two CPU cores.
-
-## SmolLM2-135M, made smaller in every way
-
-![Perplexity on wikitext2.test against bytes](images/compare-wikitext2-test.svg)
-![Perplexity on mix.heldout against bytes](images/compare-mix-heldout.svg)
-
-{rows.strip()}
-
-Measured {everything["date"]}. An accuracy has a standard error of about 0.03 here: tasks tell rows apart that are far apart.
-
-## The published method as it is, and ours, on the same model
-
-Perplexity 34.6 on wikitext2.test and 42.4 on mix.heldout becomes, with 48 sequences of 256 tokens of calibration text, no
-search and no repair (`benchmarks/results/real_model.md`):
-
-{REAL.table()}
-
-The last row is the default method, allocation and storage; the first is the published method as it is.
-
-## Plans, storage and repair
-
-![Perplexity against the kept fraction: plans, storage, repair](images/repair-wiki-llama-8m.svg)
-
-Perplexity of a Llama of 8.4 million parameters (hidden 256, 8 layers) at equal parameters; ranks by `spectral`, no search.
-The dense model has 49.7 on wikitext2.test, which it was not trained on, and 74.8 on mix.heldout, the kind of text it was.
-Calibration is 256 sequences of 256 tokens of its training text, for the repaired rows 1,024, from which the repair learns
-too; one seed (`benchmarks/results/repair-wiki-llama-8m.md`).
-
-{REPAIR.table()}
-
-`blocks` takes 5 to 9 minutes on one core here, `factors` another 6 to 9. What each repair does alone, with less text, and
-after a search: [repair.md](repair.md).
-
-## Plans alone
-
-![Perplexity against the kept fraction, by allocation](images/allocation-wiki-llama-8m.svg)
-
-The same model and texts, stored as two factors, no repair; searches of 50 trials judged on 32 sequences of
-wikitext2.valid, mean of three seeds (`benchmarks/results/allocation-wiki-llama-8m.md`).
-
-{ALLOCATION.table()}
-
-`bolaco, bayesian:5x1` and `5x4` are the searches of Bolaco (arXiv 2405.10616), `LoRD manual` the proportions LoRD
-publishes. Both keep v dense, which leaves no plan at 0.25. `spectral` needs no search. A search fits the text it is judged
-on: at 0.25 it wins 7 points on text of that kind and loses one on the other. What the orders mean, and ablations:
-[allocation.md](allocation.md).
-
-## Methods alone
-
-The same model and texts, two factors, uniform allocation, one seed (`benchmarks/results/methods-wiki-llama-8m.md`).
-
-{METHODS.table()}
-
-## Few bits
-
-![Perplexity against bits a weight: low rank, quantisation, both](images/caldera-study.svg)
-
-Perplexity of the same model (dense 47.9 on wikitext2.test and 72.9 on mix.heldout, 100 sequences of 256 tokens of each;
-calibration 256 sequences of 256 tokens), stored as codes (`benchmarks/results/caldera.md`). Bits a weight count codes,
-scales, signs and factors.
-
-{STEPS.table()}
-
-Each step of CALDERA is better than the one before. At equal bytes, though, its L R wins nothing on this model over 2, 3 and
-4 bits mixed site by site (`--method quantize --bits B`). `mixed` puts every form into one budget, fits L R to the loss
-instead of to the inputs alone, and takes 16 to 33% off what the better of the two diverges from the original at the same
-bits. Divergence KL(original || compressed) in nats a token, same model and texts, all three spread by estimated loss and
-stored as codes, low rank at 16 bits as pivot rows where it is chosen (`benchmarks/results/mixed.md`, with perplexities and
-what was chosen):
-
-{MIXED.table()}
-
-Where bits are best spent, what may differ on large models, and how L R is trained afterwards:
-[quantisation.md](quantisation.md), [methods/mixed.md](methods/mixed.md).
-"""
+    tables = {
+        "real": REAL,
+        "repair": REPAIR,
+        "allocation": ALLOCATION,
+        "methods": METHODS,
+        "steps": STEPS,
+        "mixed": MIXED,
+    }
+    text = (Path(__file__).resolve().parent / "results_page.md.j2").read_text()
+    return Template(text, keep_trailing_newline=True).render(
+        compare=rows.strip(), date=everything["date"], **{name: grid.table() for name, grid in tables.items()}
+    )
 
 
 if __name__ == "__main__":

@@ -59,6 +59,48 @@ OWN_METRIC = "methods/test_own_metric.py"
 
 MUTANTS = (
     Mutant(
+        "products of attention are not counted among a model's operations",
+        "evaluation/operations.py",
+        "round(per_token * tokens) + (attended or 0)",
+        "round(per_token * tokens)",
+        ("evaluation/test_operations.py",),
+    ),
+    Mutant(
+        "an expert is counted as if every token came to it",
+        "evaluation/operations.py",
+        "return chosen / experts if experts and chosen else 1.0",
+        "return 1.0",
+        ("evaluation/test_operations.py",),
+    ),
+    Mutant(
+        "the error of a difference is that of independent scores",
+        "evaluation/tasks.py",
+        "(each - mean) ** 2 for each in apart",
+        "each**2 for each in (*first.by_example, *second.by_example)",
+        ("evaluation/test_tasks.py::test_the_error_of_a_paired_difference",),
+    ),
+    Mutant(
+        "a row of a comparison does not depend on its recipe",
+        "stages/comparing.py",
+        '"recipe": cell.recipe.model_dump(mode="json", exclude={"output"})',
+        '"recipe": str(cell.way)',
+        ("flows/test_compare.py",),
+    ),
+    Mutant(
+        "the vertical axis of a chart is never by ratio",
+        "reports/charts.py",
+        "scale = math.log if log else float",
+        "scale = float",
+        ("reports/test_page.py::test_a_chart_puts_points_where_they_belong",),
+    ),
+    Mutant(
+        "a page that was added later is not on the list of files",
+        "checkpoints/output.py",
+        "file.name: file.stat().st_size}, indent=2",
+        "file.name: 0}, indent=2",
+        ("reports/test_page.py::test_a_report_holds_every_part_and_fetches_nothing",),
+    ),
+    Mutant(
         "what an expert saw is never mixed with its peers",
         "statistics/pools.py",
         "    if count is None or count >= d:\n        return own\n    return",

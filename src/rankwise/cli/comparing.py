@@ -147,7 +147,7 @@ def _comparison(values: dict[str, Any], sizes: dict[str, str | None], methods: s
 
 
 def report(
-    directory: Annotated[Path, typer.Argument(help="Directory that compress, sensitivity or compare wrote.")],
+    directory: Annotated[Path, typer.Argument(help="Directory that compress, finetune or compare wrote.")],
     against: Annotated[
         str | None, typer.Option(help="The original, for texts of both side by side; with --prompts.")
     ] = None,

@@ -53,7 +53,7 @@ def _finetune(wanted: FineTune, folder: Path, restart: bool, reporter: Reporter)
     from rankwise.checkpoints import load_model
     from rankwise.device import named_device
     from rankwise.evaluation import measure_cost
-    from rankwise.stages import begun, tuning
+    from rankwise.stages import begun, tuned, tuning
 
     output = Path(wanted.output)
     report, plan = tuning.read_results(Path(wanted.model))
@@ -87,6 +87,6 @@ def _finetune(wanted: FineTune, folder: Path, restart: bool, reporter: Reporter)
     with reporter.stage("evaluate after"):
         scores = score_before, tuning.score_tuned(wanted, loaded, reporter)
     with reporter.stage("checkpoint"):
-        step = tuning.step_of(wanted, examples, scores, before, facts)
-        report = tuning.write_tuned(report, output, loaded, sites, plan, stored, cost, step, probe, reporter)
+        step = tuned.step_of(wanted, examples, scores, before, facts)
+        report = tuned.write_tuned(report, output, loaded, sites, plan, stored, cost, step, probe, reporter)
     return report

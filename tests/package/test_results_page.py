@@ -1,0 +1,32 @@
+"""docs/results.md is what its command makes of the results on disk."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+
+def test_the_page_of_results_is_made_from_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import results_page
+
+    assert results_page.PAGE.read_text() == results_page.page(), "run python benchmarks/results_page.py"
+    for image in ("compare-wikitext2-test", "compare-mix-heldout"):
+        assert (ROOT / f"docs/images/{image}.svg").is_file()
+    for name in ("results_page", "common"):
+        sys.modules.pop(name, None)
+
+
+def test_the_least_of_a_column_is_bold_and_what_was_not_measured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import results_page
+
+    shown = results_page.ALLOCATION.table()
+    assert "| no plan |" in shown
+    assert shown.splitlines()[-1].startswith("| two_sided, bayesian:spectral | **50.5** |")
+    assert "**" not in shown.splitlines()[2]
+    for name in ("results_page", "common"):
+        sys.modules.pop(name, None)
