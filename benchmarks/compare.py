@@ -41,7 +41,7 @@ METHODS = {
 }
 
 
-def protocol(shared: Path, folder: Path, spelling: str, sizes: str, methods: str) -> Comparison:
+def protocol(shared: Path, folder: Path, spelling: str, sizes: str, methods: str, tasks: bool) -> Comparison:
     """The comparison of one spelling: texts, tasks and calibration are the same for both."""
     return comparison_from(
         {
@@ -62,7 +62,7 @@ def protocol(shared: Path, folder: Path, spelling: str, sizes: str, methods: str
                 }
                 for text in TEXTS
             ],
-            "tasks": ["local_next_sentence", "local_cloze", "local_order", "local_arithmetic"],
+            "tasks": ["local_next_sentence", "local_cloze", "local_order", "local_arithmetic"] if tasks else [],
             "limit": LIMIT,
             "task_text": f"text:{shared}/data/mix.heldout.txt",
             "settings": {
@@ -80,9 +80,9 @@ def protocol(shared: Path, folder: Path, spelling: str, sizes: str, methods: str
     )
 
 
-def run_peers(shared: Path, folder: Path, names: list[str]) -> None:
+def run_peers(shared: Path, folder: Path, names: list[str], tasks: bool) -> None:
     """Quantise every site with the code of others, and score what they make of it like every other row."""
-    asked = protocol(shared, folder, "bits", "4", "quantize")
+    asked = protocol(shared, folder, "bits", "4", "quantize", tasks)
     reporter = Reporter(lines=True)
     output = folder / "peers"
     output.mkdir(parents=True, exist_ok=True)
@@ -295,6 +295,7 @@ def main() -> None:
     parser.add_argument("--stages", type=Path, help="where finished stages are kept; in --run-dir by default")
     parser.add_argument("--sizes")
     parser.add_argument("--methods", help="for peers, their names joined by semicolons")
+    parser.add_argument("--no-tasks", dest="tasks", action="store_false", help="perplexity alone")
     arguments = parser.parse_args()
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
     if arguments.what == "write":
@@ -312,6 +313,7 @@ def main() -> None:
         spelling,
         arguments.sizes or SIZES[spelling],
         arguments.methods or METHODS[spelling],
+        arguments.tasks,
     )
     compare(asked, run_directory=arguments.stages or arguments.run_dir / "run", reporter=Reporter(lines=True))
 

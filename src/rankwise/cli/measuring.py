@@ -37,7 +37,9 @@ def cost(
         given = Plan.load(plan)
         given.fitting(find_sites(dense), str(plan))
         method = METHODS.get(given.method)
-        biased = method is not None and method(**given.method_settings).adds_bias
+        biased = (
+            bool(given.method_settings.get("bias")) if method is None else method(**given.method_settings).adds_bias
+        )
         found[str(plan)] = count_operations(dense, stored, tokens=tokens, plan=given, adds_bias=biased)
     if json:
         print_json({name: asdict(each) for name, each in found.items()})

@@ -34,6 +34,7 @@ def use_plan(values: dict[str, Any], plan: str | None, trials: int | None, *, me
     asked = values.get("allocation")
     name = asked.split(":")[0] if isinstance(asked, str) else as_settings(asked).get("name")
     if plan is not None:
+        from rankwise.methods import in_file
         from rankwise.sizes import SPELLINGS, Plan
 
         given = Plan.load(Path(plan))
@@ -49,6 +50,12 @@ def use_plan(values: dict[str, Any], plan: str | None, trials: int | None, *, me
         if "storage" not in budget and any(not cut.coded and not cut.dense for cut in given.cuts.values()):
             set_value(values, "budget.storage", given.form.storage)
         if not method_given and values.get("method") is None:
+            if in_file(given.method):
+                raise RecipeError(
+                    "The plan's method is code in a file, which a plan alone does not run.",
+                    where=plan,
+                    remedy=f"add --method {given.method} if you trust that file",
+                )
             values["method"] = {**given.method_settings, "name": given.method}
         if name == "bayesian" or (trials is not None and name is None):
             settings = {"space": given.space or "rolesx1"} if name is None else as_settings(asked)
@@ -113,6 +120,24 @@ def require_trust(values: Mapping[str, Any], trusted: bool, origin: str) -> None
         )
 
 
+def require_trusted_method(values: Mapping[str, Any], trusted: bool, origin: str) -> None:
+    """Raise when a recipe's method is code in a file and the command line does not say that it may run.
+
+    Raises:
+        RecipeError: naming the option.
+    """
+    from rankwise.methods import in_file
+
+    method = values.get("method")
+    name = method.get("name") if isinstance(method, Mapping) else method
+    if in_file(name) and not trusted:
+        raise RecipeError(
+            f"The recipe's method is code in a file, {shown(name)}, which a recipe alone may not run.",
+            where=f"{origin}: method",
+            remedy="add --trust-remote-code if you trust that file, or give it as --method yourself",
+        )
+
+
 FEW_BITS = ("q_bits", "rank", "lr_bits", "codebook")
 """Options that are settings of the method."""
 
@@ -146,6 +171,7 @@ def recipe_of(
     values = read_recipe(recipe) if recipe else {}
     origin = recipe or "command line"
     require_trust(values, bool(given.get("trust_remote_code")), origin)
+    require_trusted_method(values, bool(given.get("trust_remote_code")), origin)
     for key, value in given.items():
         if value is not None and not key.endswith("?"):
             set_value(values, key, value)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Discriminator, Tag
 
 from rankwise.errors import RecipeError, nearest
 from rankwise.methods.afm import AFM
@@ -14,6 +15,7 @@ from rankwise.methods.bolaco import Bolaco
 from rankwise.methods.caldera import Caldera
 from rankwise.methods.fwsvd import FWSVD
 from rankwise.methods.mixed import Mixed
+from rankwise.methods.plugins import Plugged, in_file, is_plugin, plugin_class
 from rankwise.methods.quantize import Quantize
 from rankwise.methods.svd import SVD
 from rankwise.methods.svd_llm import SVDLLM
@@ -32,13 +34,43 @@ METHODS: dict[str, type[Method]] = {
     "mixed": Mixed,
 }
 
+
+def _kind(value: Any) -> str:
+    """Which branch of `AnyMethod` a value in a recipe belongs to."""
+    name = value if isinstance(value, str) else value.get("name") if isinstance(value, Mapping) else value.name
+    return "plugin" if is_plugin(name) else str(name)
+
+
 AnyMethod = Annotated[
-    SVD | FWSVD | ASVD | SVDLLM | AFM | Bolaco | TwoSided | Quantize | Caldera | Mixed, Field(discriminator="name")
+    Annotated[SVD, Tag("svd")]
+    | Annotated[FWSVD, Tag("fwsvd")]
+    | Annotated[ASVD, Tag("asvd")]
+    | Annotated[SVDLLM, Tag("svd_llm")]
+    | Annotated[AFM, Tag("afm")]
+    | Annotated[Bolaco, Tag("bolaco")]
+    | Annotated[TwoSided, Tag("two_sided")]
+    | Annotated[Quantize, Tag("quantize")]
+    | Annotated[Caldera, Tag("caldera")]
+    | Annotated[Mixed, Tag("mixed")]
+    | Annotated[Plugged, Tag("plugin")],
+    Discriminator(_kind),
 ]
+"""A method as a node of a recipe, told by its name."""
 
 
 FACTORISATIONS = tuple(name for name, method in METHODS.items() if method.keeps_factors)
 """The methods that give factors, which compare at equal kept fractions."""
+
+
+def method_class(name: object) -> type[Method] | None:
+    """The class of a method, built in or not; None when there is none of this name.
+
+    Raises:
+        RecipeError: when a file is named and what it holds is no method.
+    """
+    if not isinstance(name, str):
+        return None
+    return plugin_class(name) if is_plugin(name) else METHODS.get(name)
 
 
 def method_named(name: str) -> Method:
@@ -47,9 +79,10 @@ def method_named(name: str) -> Method:
     Raises:
         RecipeError: naming the nearest method.
     """
-    if name not in METHODS:
+    kind = method_class(name)
+    if kind is None:
         raise RecipeError(f"There is no method {name!r}.", where="method", remedy=nearest(name, METHODS))
-    return METHODS[name](name=name)
+    return kind(name=name)
 
 
 __all__ = [
@@ -61,5 +94,7 @@ __all__ = [
     "Method",
     "Outlook",
     "estimated_losses",
+    "in_file",
+    "method_class",
     "method_named",
 ]

@@ -60,6 +60,11 @@ class Method(BaseModel, ABC):
     name: str
 
     @property
+    def label(self) -> str:
+        """The name as a part of file names: of a class in a file, the class."""
+        return self.name.rpartition(":")[2]
+
+    @property
     def adds_bias(self) -> bool:
         """Whether it makes up for the mean of what is dropped by a bias."""
         return bool(getattr(self, "bias", False))

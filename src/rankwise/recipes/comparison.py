@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rankwise.errors import RecipeError
-from rankwise.methods import FACTORISATIONS, METHODS
+from rankwise.methods import FACTORISATIONS, METHODS, in_file, method_class
 from rankwise.reading import shown
 from rankwise.recipes.compression import STEPS, Evaluation, Recipe
 from rankwise.recipes.reading import explained, recipe_from
@@ -46,15 +46,24 @@ class Way(BaseModel):
             RecipeError: when a part is not known.
         """
         head, *steps = text.split("+")
-        method, slash, allocation = head.partition("/")
+        # The path of a file has slashes of its own.
+        inside = head.index(".py:") if in_file(head) else 0
+        method, slash, allocation = head[inside:].partition("/")
+        method = head[:inside] + method
         way = cls(method=method.strip(), allocation=allocation.strip() if slash else None, repair=tuple(steps))
         # Found here rather than among thirty rows.
         values: dict[str, Any] = {"model": "any", "method": way.method, "repair": {"steps": list(way.repair)}}
         if way.allocation is not None:
             values["allocation"] = way.allocation
-        size = {"keep": 0.8} if way.method in FACTORISATIONS else {"bits": 3.0}
+        size = {"keep": 0.8} if way.low_rank else {"bits": 3.0}
         recipe_from({**values, "budget": size}, origin=f"--methods {shown(text)}")
         return way
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether it gives factors, whose size is a fraction kept."""
+        kind = method_class(self.method)
+        return kind is None or kind.keeps_factors
 
     def __str__(self) -> str:
         return (
@@ -91,7 +100,7 @@ def read_ways(text: str, spelling: Spelling, repair: Sequence[str] = ()) -> tupl
         ways += [
             way.model_copy(update={"repair": tuple(sorted(repair, key=STEPS.index))})
             for way in ways
-            if way.method in FACTORISATIONS and not way.repair
+            if way.low_rank and not way.repair
         ]
     if not ways:
         raise RecipeError("No method is named.", where="--methods", remedy="give --methods all, or a list")

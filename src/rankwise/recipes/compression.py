@@ -11,7 +11,7 @@ from rankwise.allocation import AnyAllocation, Spectral, Uniform, allocation_fro
 from rankwise.data import Start
 from rankwise.errors import nearest
 from rankwise.evaluation import ObjectiveSettings
-from rankwise.methods import METHODS, AnyMethod, TwoSided, method_named
+from rankwise.methods import AnyMethod, TwoSided, method_class, method_named
 from rankwise.recipes.values import Count, FilePath, Length, ModelName, Seed, Skipped, SourceText
 from rankwise.repair import Blocks, FullFactors, Refit, Subspace
 from rankwise.sizes import SPELLINGS, Budget
@@ -218,7 +218,7 @@ class Recipe(_Node):
         method = values.get("method", TwoSided())
         named = method.get("name") if isinstance(method, Mapping) else getattr(method, "name", None)
         name = method if isinstance(method, str) else named
-        kind = METHODS.get(name) if isinstance(name, str) else None
+        kind = method_class(name)
         if kind is None:
             return values
         given = values.get("budget", {})

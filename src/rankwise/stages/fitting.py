@@ -69,7 +69,7 @@ class _Fits:
         self._method = work.recipe.method
         # A site's codes depend on its own cut alone, so that another plan reuses what it shares.
         key = {**calibration_key(work), "method": self._method.model_dump(exclude={"q_bits", "rank"})}
-        self._stage = work.stage(f"fits-{self._method.name}", key)
+        self._stage = work.stage(f"fits-{self._method.label}", key)
 
     @cached_property
     def _folder(self) -> Folder:

@@ -164,7 +164,7 @@ class Outlooks:
         self._work, self._store = work, store
         method = work.recipe.method
         key = calibration_key(work) if method.requests() else model_key(work)
-        self.folder = work.stage(f"outlooks-{method.name}", {**key, "method": method.model_dump()}).workspace()
+        self.folder = work.stage(f"outlooks-{method.label}", {**key, "method": method.model_dump()}).workspace()
 
     def _file(self, site: Site, q_bits: int) -> str:
         return f"{site.name}.safetensors" if not q_bits else f"{site.name}.{q_bits}bits.safetensors"
