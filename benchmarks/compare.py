@@ -302,9 +302,8 @@ def main() -> None:
         write(arguments.run_dir)
         return
     if arguments.what == "peers":
-        run_peers(
-            shared_directory(), arguments.run_dir, (arguments.methods or "").split(";") if arguments.methods else []
-        )
+        names = arguments.methods.split(";") if arguments.methods else []
+        run_peers(shared_directory(), arguments.run_dir, names, arguments.tasks)
         return
     spelling = {"low-rank": "keep", "bits": "bits"}[arguments.what]
     asked = protocol(
