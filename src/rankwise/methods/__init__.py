@@ -10,7 +10,7 @@ from pydantic import Discriminator, Tag
 from rankwise.errors import RecipeError, nearest
 from rankwise.methods.afm import AFM
 from rankwise.methods.asvd import ASVD
-from rankwise.methods.base import Factorisation, Looking, Method, Outlook, estimated_losses
+from rankwise.methods.base import Factorisation, Looking, Method, Outlook, estimated_losses, make_basis
 from rankwise.methods.bolaco import Bolaco
 from rankwise.methods.caldera import Caldera
 from rankwise.methods.fwsvd import FWSVD
@@ -95,6 +95,7 @@ __all__ = [
     "Outlook",
     "estimated_losses",
     "in_file",
+    "make_basis",
     "method_class",
     "method_named",
 ]

@@ -97,7 +97,6 @@ def _module(file: str, code: str) -> Any:
     return module
 
 
-@cache
 def _in_module(name: str, module: Any, wanted: str, code: str) -> type[Method]:
     found = getattr(module, wanted, None)
     if found is None:
@@ -106,6 +105,7 @@ def _in_module(name: str, module: Any, wanted: str, code: str) -> type[Method]:
     return _as_node(name, found, code)
 
 
+@cache
 def _as_node(name: str, found: Any, code: str) -> type[Method]:
     """The class with its name and the hash of its code as settings.
 
