@@ -69,6 +69,11 @@ def test_a_recipe_and_a_plan_run_code_only_when_asked_to(
     status, _, error = rankwise("compress", "--recipe", recipe, *options)
     assert status == 2
     assert "may not run" in error
+    for words in (("validate",), ("show",)):
+        status, _, error = rankwise("recipes", *words, recipe)
+        assert status == 2
+        assert "may not run" in error
+        assert rankwise("recipes", *words, recipe, "--trust-remote-code")[0] == 0
     status, _, error = rankwise("compress", "--recipe", recipe, "--trust-remote-code", *options)
     assert status == 0, error
     plan = tmp_path / "out/plan.json"

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rankwise.cli.common import Json, print_json
+from rankwise.cli.common import Json, Trust, print_json
 from rankwise.errors import RankwiseError
 
 if TYPE_CHECKING:
+    from rankwise.recipes import Recipe
     from rankwise.sizes import Plan
 
 recipes_app = typer.Typer(help="Ready recipes: whole runs as YAML.", no_args_is_help=True)
@@ -93,29 +94,41 @@ def recipes_ls() -> None:
         print(f"{name:<24} {first}")
 
 
+def _valid(name: str, trusted: bool) -> Recipe:
+    """A recipe with every default; its model may be left to the command line.
+
+    Raises:
+        RecipeError: when it is not valid, or its method is code in a file that is not trusted.
+    """
+    from rankwise.cli.options import require_trusted_method
+    from rankwise.recipes import read_recipe, recipe_from
+
+    values = read_recipe(name)
+    require_trusted_method(values, trusted, name)
+    return recipe_from({"model": "MODEL", **values}, origin=name)
+
+
 @recipes_app.command("show")
-def recipes_show(name: Annotated[str, typer.Argument(help="A ready recipe, or a YAML file.")]) -> None:
+def recipes_show(
+    name: Annotated[str, typer.Argument(help="A ready recipe, or a YAML file.")], trust_remote_code: Trust = False
+) -> None:
     """Print a recipe with every default filled in, as YAML."""
     import yaml
 
-    from rankwise.recipes import read_recipe, recipe_from
-
-    valid = recipe_from({"model": "MODEL", **read_recipe(name)}, origin=name)
+    valid = _valid(name, trust_remote_code)
     print(yaml.safe_dump(valid.model_dump(mode="json"), sort_keys=False), end="")
 
 
 @recipes_app.command("validate")
 def recipes_validate(
     files: Annotated[list[str], typer.Argument(help="YAML files, or names of ready recipes.")],
+    trust_remote_code: Trust = False,
 ) -> None:
     """Check recipes; the first problem of each goes to standard error."""
-    from rankwise.recipes import read_recipe, recipe_from
-
     bad = False
     for name in files:
         try:
-            # The model may be left to the command line.
-            recipe_from({"model": "MODEL", **read_recipe(name)}, origin=name)
+            _valid(name, trust_remote_code)
             print(f"{name}: valid")
         except RankwiseError as problem:
             bad = True
