@@ -82,8 +82,15 @@ MUTANTS = (
     Mutant(
         "a row of a comparison does not depend on its recipe",
         "stages/comparing.py",
-        '"recipe": cell.recipe.model_dump(mode="json", exclude={"output"})',
-        '"recipe": str(cell.way)',
+        '"recipe": recipe.model_dump(mode="json", exclude={"output"}), "files"',
+        '"recipe": str(cell.way), "files"',
+        ("flows/test_compare.py",),
+    ),
+    Mutant(
+        "a row of a comparison does not depend on what its calibration text holds",
+        "stages/comparing.py",
+        'exclude={"output"}), "files": files',
+        'exclude={"output"})',
         ("flows/test_compare.py",),
     ),
     Mutant(

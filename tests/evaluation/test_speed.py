@@ -62,6 +62,8 @@ def test_the_command_shows_speed_beside_cost(rankwise: Run, tiny: Path) -> None:
     status, out, _ = rankwise("speed", tiny, "--against", tiny, *options)
     assert status == 0
     assert "took turns" in out
+    assert "(again)" in out
+    assert "ratio" in out
     status, _, error = rankwise("speed", tiny, "--prompt", "100000")
     assert status == 2
     assert "beyond the model's context" in error

@@ -183,6 +183,13 @@ def test_the_error_of_a_paired_difference(pairs: list[tuple[bool, bool]]) -> Non
     assert paired_difference(_score(first), _score(first)).error == 0.0
 
 
+def test_a_figure_that_is_no_mean_has_no_paired_error() -> None:
+    """A perplexity is given with the log-likelihoods of its examples."""
+    first = TaskScore("lambada", "perplexity", math.exp(2.0), None, 2, 0, (-1.5, -2.5))
+    second = TaskScore("lambada", "perplexity", math.exp(3.0), None, 2, 0, (-2.5, -3.5))
+    assert paired_difference(first, second).error is None
+
+
 def test_the_paired_error_is_smaller_than_that_of_independent_scores() -> None:
     draw = random.Random(0)
     first = [float(draw.random() < 0.5) for _ in range(400)]
@@ -206,6 +213,10 @@ def test_evaluate_shows_scores_side_by_side(rankwise: Run, tiny: Path, text: Pat
     kept = json.loads(output.read_text())
     assert [len(kept[i]["examples"]["local_cloze, acc"]) for i in (0, 1)] == [4, 4]
     assert "configs" in kept[0]["harness"]["local_cloze"]
+    options = ("--text", "bundled:heldout", "--length", "32", "--sequences", "2", "--against", tiny, "--json")
+    status, out, error = rankwise("evaluate", tiny, *options)
+    assert status == 0, error
+    assert json.loads(out)["against"]["perplexity"] == json.loads(out)["perplexity"]
     status, out, error = rankwise("evaluate", tiny, "--tasks", "local_cloze", "--limit", "4", "--against", tiny)
     assert status == 0, error
     assert "+0.0000 ± 0.0000" in out
@@ -217,6 +228,9 @@ def test_evaluate_shows_scores_side_by_side(rankwise: Run, tiny: Path, text: Pat
     [
         (["--tasks", "lokal"], "did you mean 'local'"),
         (["--limit", "4"], "no task"),
+        (["--tasks", "local", "--precision", "flaot32"], "precision"),
+        (["--tasks", "local", "--length", "32"], "no text"),
+        (["--text", "bundled", "--output", "none/such/file.json"], "no such folder"),
         (["--text", "bundled", "--perplexity", "wikitext2"], "given twice"),
         (["--perplexity", "named:wikitext"], "did you mean 'wikitext2'"),
     ],

@@ -29,9 +29,7 @@ def asked(settings: Callable[..., Values], tmp_path: Path) -> Callable[..., Valu
     text = {**recipe["evaluation"], "sequences": 2} if recipe.get("evaluation") else {"source": "bundled:heldout"}
 
     def make(**changes: Any) -> Values:
-        shared = {
-            key: recipe[key] for key in ("calibration", "validation", "budget", "precision", "device") if key in recipe
-        }
+        shared = {"calibration": recipe["calibration"], "budget": {"rank_multiple": 1}}
         values: Values = {
             "model": recipe["model"],
             "output": str(tmp_path / "compared"),
@@ -103,10 +101,15 @@ def test_a_comparison_goes_on_after_a_stop_and_with_more(
     )
     assert len(made) == 5
     assert [row for row in more.rows if row.way != "afm"] == list(found.rows)
-    # Another protocol is another comparison.
-    made[:] = [None] * 3
-    compare(comparison_from(asked(sizes=(0.8,), seeds=(1,))), run_directory=tmp_path / "run")
-    assert len(made) == 5
+    # Another seed, another protocol, another text under the same name: other rows.
+    calibration = Path(asked()["settings"]["calibration"]["source"].removeprefix("text:"))
+    one = {"sizes": (0.8,), "ways": read_ways("svd", "keep")}
+    for changes in ({"seeds": (1,)}, {"texts": [{"source": "bundled:heldout", "sequences": 1, "length": 32}]}, {}):
+        if not changes:
+            calibration.write_text(calibration.read_text() + "one more line\n")
+        made[:] = [None] * 3
+        compare(comparison_from(asked(**{**one, **changes})), run_directory=tmp_path / "run")
+        assert len(made) == 4, changes
 
 
 def test_a_damaged_row_is_made_again(asked: Callable[..., Values], tmp_path: Path) -> None:
@@ -129,6 +132,62 @@ def test_a_size_that_nothing_meets_says_so_and_the_rest_goes_on(asked: Callable[
     shown = found.as_markdown()
     assert "no plan" in shown
     assert "What could not be made" in shown
+
+
+def test_a_model_that_cannot_be_scored_says_so_and_the_rest_goes_on(
+    asked: Callable[..., Values], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs pip install '.[tasks]'")
+    from rankwise.flows import compress as flow
+
+    real = flow.compress
+
+    def damaging(recipe: Any, **options: Any) -> Any:
+        result = real(recipe, **options)
+        if recipe.method.name == "svd":
+            result.model.model.norm.weight.data[0] = float("nan")
+        return result
+
+    monkeypatch.setattr(flow, "compress", damaging)
+    values = asked(sizes=(0.5,), tasks=("local_arithmetic",), limit=2)
+    for _ in range(2):
+        found = compare(comparison_from(values), run_directory=tmp_path / "run")
+        assert "layer model.norm" in str(found.rows[1].problem)
+        assert found.rows[2].problem is None
+
+
+def test_a_plan_that_was_not_there_is_tried_again(asked: Callable[..., Values], tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    values = asked(sizes=(0.5,), ways=read_ways(f"svd/plan:{plan},svd", "keep"))
+    found = compare(comparison_from(values), run_directory=tmp_path / "run")
+    assert found.rows[1].problem is not None
+    made = compress(comparison_from(values).recipe(Way.parse("svd"), 0.5, 0), run_directory=tmp_path / "run")
+    plan.write_text(made.plan.model_dump_json())
+    found = compare(comparison_from(values), run_directory=tmp_path / "run")
+    assert found.rows[1].problem is None
+    assert found.rows[1].perplexity == found.rows[2].perplexity
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("methods.sdv.x=1", "did you mean 'svd'"),
+        ("methods=3", "not keys"),
+        ("budget=3", "not keys"),
+        ("budget.keep=0.1", "columns"),
+        ("repair.steps=[blocks]", "rows"),
+    ],
+)
+def test_keys_that_would_mean_nothing_are_refused(
+    assignment: str, says: str, rankwise: Run, tiny: Path, tmp_path: Path
+) -> None:
+    options = ("-o", tmp_path / "c", "--keep", "0.8", "--methods", "svd")
+    status, _, error = rankwise("compare", tiny, *options, "--set", assignment)
+    assert status == 2
+    assert says in error
+    status, _, error = rankwise("compare", tiny, *options, "--calibration", "text:none")
+    assert status == 2
+    assert "no such file" in error
 
 
 def test_tasks_seeds_and_texts_of_all_models(asked: Callable[..., Values], tmp_path: Path) -> None:

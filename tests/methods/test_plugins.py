@@ -74,12 +74,17 @@ def test_a_recipe_and_a_plan_run_code_only_when_asked_to(
         assert status == 2
         assert "may not run" in error
         assert rankwise("recipes", *words, recipe, "--trust-remote-code")[0] == 0
+    status, _, error = rankwise("compress", "--recipe", recipe, "--method", "svd", "-o", tmp_path / "svd", *options)
+    assert status == 0, error
     status, _, error = rankwise("compress", "--recipe", recipe, "--trust-remote-code", *options)
     assert status == 0, error
     plan = tmp_path / "out/plan.json"
     status, _, error = rankwise("compress", tiny, "-o", tmp_path / "again", "--plan", plan, *options)
     assert status == 2
     assert f"--method {mine}" in error
+    words = ("-o", tmp_path / "trusted", "--plan", plan, "--trust-remote-code")
+    status, _, error = rankwise("compress", tiny, *words, *options)
+    assert status == 0, error
     status, _, error = rankwise("compress", tiny, "-o", tmp_path / "again", "--plan", plan, "--method", mine, *options)
     assert status == 0, error
     assert Plan.load(tmp_path / "again/plan.json").cuts == Plan.load(plan).cuts
@@ -149,6 +154,9 @@ def test_settings_are_checked_like_those_of_any_method(mine: str) -> None:
             recipe_from({"model": "m", "method": {"name": mine, **method}})
     with pytest.raises(RecipeError, match="did you mean 'svd'"):
         recipe_from({"model": "m", "method": "svdd"})
+    for nothing in (5, ["svd"]):
+        with pytest.raises(RecipeError):
+            recipe_from({"model": "m", "method": nothing})
 
 
 def test_entry_points_of_installed_packages_are_methods(monkeypatch: pytest.MonkeyPatch, mine: str) -> None:

@@ -51,7 +51,9 @@ def evaluate(
     against: Annotated[str | None, typer.Option(help="A second model, such as the original: differences too.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples of a task at most.")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Examples that a prompt shows; as the task says.")] = None,
-    include_path: Annotated[list[Path] | None, typer.Option(help="Folder with task files of your own.")] = None,
+    include_path: Annotated[
+        list[Path] | None, typer.Option(help="Folder with task files of your own; they may run code.")
+    ] = None,
     task_text: Annotated[
         str | None, typer.Option(help="Text that the local tasks are made from; bundled:heldout by default.")
     ] = None,
@@ -61,7 +63,7 @@ def evaluate(
     skip: Annotated[int | None, typer.Option(help="Sequences skipped at the start; none by default.")] = None,
     sample: Annotated[str | None, typer.Option(help="first (the default), or random (drawn by --seed).")] = None,
     seed: Annotated[int | None, typer.Option(help="For --sample random; 0 by default.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows, or requests of a task, a batch.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows, or requests of a task, a batch.")] = 8,
     bos: Bos = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file for everything, the harness's own results too.")
@@ -74,7 +76,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Score a model: perplexity (exp of the mean loss over every scored token) and accuracy on tasks."""
-    from rankwise.errors import RecipeError
+    from rankwise.errors import OutputError, RecipeError
     from rankwise.recipes import recipe_from
 
     reporter = reporter_for(quiet)
@@ -105,6 +107,13 @@ def evaluate(
     else:
         given = {key: value for key, value in windows.items() if value is not None}
         texts = [{"source": source, **given} for source in ([text] if text else sources)]
+    if not texts and any(value is not None for value in windows.values()):
+        raise RecipeError("Options on windows are given, and no text.", where="evaluate", remedy="add --perplexity")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise OutputError(
+            "There is no such folder.", where=str(output.parent), remedy="make it, or give another --output"
+        )
+    recipe_from({"model": model, "device": device, "precision": precision}, origin="command line")
     # What is wrong with a second text is said before the first is scored.
     settings = [
         recipe_from(
@@ -237,7 +246,9 @@ def _print_table(found: list[Scored], json: bool) -> None:
 
     apart = differences(found[0], found[1]) if len(found) == 2 else []
     if json:
-        print_json({**found[0].facts(), **({"against": found[1].facts(), "differences": apart} if apart else {})})
+        print_json(
+            {**found[0].facts(), **({"against": found[1].facts(), "differences": apart} if len(found) == 2 else {})}
+        )
         return
     from rankwise.reports import print_scores
 

@@ -31,15 +31,24 @@ def cost(
     stored = _stored(dense)
     found = {model: count_operations(dense, stored, tokens=tokens)}
     if plan is not None:
+        from pydantic import ValidationError
+
+        from rankwise.errors import BudgetError
         from rankwise.methods import METHODS
         from rankwise.sizes import Plan
 
         given = Plan.load(plan)
         given.fitting(find_sites(dense), str(plan))
         method = METHODS.get(given.method)
-        biased = (
-            bool(given.method_settings.get("bias")) if method is None else method(**given.method_settings).adds_bias
-        )
+        settings = given.method_settings
+        try:
+            biased = bool(settings.get("bias")) if method is None else method(**settings).adds_bias
+        except ValidationError:
+            raise BudgetError(
+                f"The plan's settings of {given.method} are none that it has.",
+                where=str(plan),
+                remedy="use the version of rankwise that wrote it",
+            ) from None
         found[str(plan)] = count_operations(dense, stored, tokens=tokens, plan=given, adds_bias=biased)
     if json:
         print_json({name: asdict(each) for name, each in found.items()})
@@ -72,10 +81,11 @@ def speed(
     """Time reading a prompt and generating, two models in turns, beside the ratio of operations and bytes."""
     import torch
 
-    from rankwise.checkpoints import load_model
+    from rankwise.checkpoints import empty_model, load_model
     from rankwise.device import named_device
     from rankwise.errors import DataError
     from rankwise.evaluation import count_operations, measure_speeds
+    from rankwise.models import unfuse_experts
     from rankwise.recipes import recipe_from
 
     reporter = reporter_for(quiet)
@@ -94,9 +104,13 @@ def speed(
                 where=name,
                 remedy="make --prompt or --tokens smaller",
             )
-        costs[name] = count_operations(loaded.model, _stored(loaded.model), stored_dtypes=loaded.stored_dtypes)
+        label = name if name not in models else f"{name} (again)"
+        # Without weights, so that experts may be taken apart.
+        empty = empty_model(name, trust_remote_code)
+        unfuse_experts(empty)
+        costs[label] = count_operations(empty, _stored(empty))
         decode_once(loaded.model, dense_cache, quiet)
-        models[name] = loaded.model
+        models[label] = loaded.model
     smallest = min(m.get_input_embeddings().weight.shape[0] for m in models.values())
     ids = torch.randint(0, smallest, (prompt,), generator=torch.Generator().manual_seed(0))
     with reporter.stage("speed"):

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from rankwise.recipes import Recipe
 
 
-def use_plan(values: dict[str, Any], plan: str | None, trials: int | None, *, method_given: bool) -> None:
+def use_plan(
+    values: dict[str, Any], plan: str | None, trials: int | None, *, method_given: bool, trusted: bool = False
+) -> None:
     """Put a plan and a number of trials into a recipe's values, in place.
 
     A plan alone is taken over as it is. With trials, or with a search asked for, it is a start: 20 trials (as in the
@@ -24,6 +26,7 @@ def use_plan(values: dict[str, Any], plan: str | None, trials: int | None, *, me
         plan: its file, or None.
         trials: how many, or None.
         method_given: whether the method was.
+        trusted: whether the plan's method may be code in a file.
 
     Raises:
         BudgetError: when the plan cannot be read.
@@ -50,7 +53,7 @@ def use_plan(values: dict[str, Any], plan: str | None, trials: int | None, *, me
         if "storage" not in budget and any(not cut.coded and not cut.dense for cut in given.cuts.values()):
             set_value(values, "budget.storage", given.form.storage)
         if not method_given and values.get("method") is None:
-            if in_file(given.method):
+            if in_file(given.method) and not trusted:
                 raise RecipeError(
                     "The plan's method is code in a file, which a plan alone does not run.",
                     where=plan,
@@ -171,7 +174,8 @@ def recipe_of(
     values = read_recipe(recipe) if recipe else {}
     origin = recipe or "command line"
     require_trust(values, bool(given.get("trust_remote_code")), origin)
-    require_trusted_method(values, bool(given.get("trust_remote_code")), origin)
+    if given.get("method") is None:
+        require_trusted_method(values, bool(given.get("trust_remote_code")), origin)
     for key, value in given.items():
         if value is not None and not key.endswith("?"):
             set_value(values, key, value)
@@ -179,7 +183,8 @@ def recipe_of(
         node = key.split(".")[0]
         if value is not None and key.endswith("?") and values.get(node) is not None:
             set_value(values, key.removesuffix("?"), value)
-    use_plan(values, plan, trials, method_given=given.get("method") is not None)
+    trusted = bool(given.get("trust_remote_code"))
+    use_plan(values, plan, trials, method_given=given.get("method") is not None, trusted=trusted)
     for key, value in few.items():
         if value is None:
             continue

@@ -95,7 +95,8 @@ def generate(
         decode_once(loaded.model, dense_cache)
         options: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
         template = is_chat(loaded.tokenizer) and not no_template
-        said[name] = [run(loaded.model, loaded.tokenizer, each, template=template, **options) for each in asked]
+        label = name if name not in said else f"{name} (again)"
+        said[label] = [run(loaded.model, loaded.tokenizer, each, template=template, **options) for each in asked]
     if json:
         rows = [{"prompt": each, **{name: texts[i] for name, texts in said.items()}} for i, each in enumerate(asked)]
         print_json(rows)

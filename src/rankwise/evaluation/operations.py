@@ -6,7 +6,8 @@ Multiply-accumulate operations (MACs) of T tokens in one pass, as torch's own co
 
 A low-rank layer has r (m + n) numbers, or r (m + n - r) with pivot rows; of codes, those of Q, L and R, for they are
 multiplied decoded. An expert counts by the share of tokens that is routed to it. Routers, lookups, norms, softmax,
-rotations of codes and biases are not counted; all products of attention are, masked ones too.
+rotations of codes and biases are not counted; all products of attention are, masked ones too. Layers that look at a
+window alone cache less than the full context, which is what is told.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rankwise.sizes import Plan
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_CHOSEN = ("num_experts_per_tok", "moe_top_k", "num_experts_per_token", "top_k")
+_CHOSEN = ("num_experts_per_tok", "moe_top_k", "num_experts_per_token", "moe_topk")
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def count_operations(
         adds_bias: whether the plan's method gives a bias to sites that had none.
         stored_dtypes: by parameter name, where types differ.
     """
-    share, width = _routed_share(model.config), stored.itemsize
+    config = model.config.get_text_config()
+    share, width = _routed_share(config), stored.itemsize
     prefix = decoder_blocks(model)[0] + "."
     linear = {n: m for n, m in model.named_modules() if is_linear(m) and not _inside_another(n, model)}
     parameters = linear_parameters = 0
@@ -162,7 +164,7 @@ def count_operations(
     if tied:
         # Its numbers are the embedding's, which were counted with the parameters.
         parameters -= head.weight.numel()
-    attention = _attention_of(getattr(model.config, "text_config", model.config))
+    attention = _attention_of(config)
     attended = None if attention is None else attention.macs(tokens)
     return Operations(
         parameters=parameters,
@@ -172,7 +174,7 @@ def count_operations(
         attention_macs=attended,
         weight_bytes=size,
         float32_bytes=4 * parameters,
-        context=getattr(model.config, "max_position_embeddings", None),
+        context=getattr(config, "max_position_embeddings", None),
         cache_bytes_a_token=None if attention is None else attention.cached(width),
     )
 

@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from rankwise.reading import one_line, shown
 
 _BOOTSTRAPS = 1000
 """Draws behind the standard error of a metric that has no formula for it; accuracies have one."""
+
+_SAME = 1e-9
+"""By which a mean over examples may miss the harness's own."""
 
 _LOUD = ("lm_eval", "lm-eval", "datasets", "huggingface_hub", "transformers")
 """Loggers that are kept quiet."""
@@ -60,10 +63,12 @@ class TaskResults:
     Attributes:
         scores: by task and metric, in the order asked for.
         harness: the harness's own results: scores, configurations, versions and samples.
+        truncated: by task or group asked for, requests that lost their beginning.
     """
 
     scores: list[TaskScore]
     harness: dict[str, Any]
+    truncated: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,9 @@ def paired_difference(first: TaskScore, second: TaskScore) -> Difference:
     """
     difference = second.score - first.score
     if len(first.by_example) < 2 or len(first.by_example) != len(second.by_example):
+        return Difference(difference, None)
+    if not all(abs(sum(each.by_example) / len(each.by_example) - each.score) < _SAME for each in (first, second)):
+        # The figure is no mean over examples, as a perplexity is none.
         return Difference(difference, None)
     apart = [b - a for a, b in zip(first.by_example, second.by_example, strict=True)]
     mean = sum(apart) / len(apart)
@@ -161,7 +169,7 @@ def run_tasks(
                 ) from None
             results[name] = found
     scores = [score for name, found in results.items() for score in _scores(found, scorer.truncated[name])]
-    return TaskResults(scores, results)
+    return TaskResults(scores, results, dict(scorer.truncated))
 
 
 def _harness() -> Any:

@@ -37,8 +37,14 @@ METHODS: dict[str, type[Method]] = {
 
 def _kind(value: Any) -> str:
     """Which branch of `AnyMethod` a value in a recipe belongs to."""
-    name = value if isinstance(value, str) else value.get("name") if isinstance(value, Mapping) else value.name
-    return "plugin" if is_plugin(name) else str(name)
+    name = (
+        value
+        if isinstance(value, str)
+        else value.get("name")
+        if isinstance(value, Mapping)
+        else getattr(value, "name", None)
+    )
+    return "plugin" if is_plugin(name) and name not in METHODS else str(name)
 
 
 AnyMethod = Annotated[
@@ -70,7 +76,7 @@ def method_class(name: object) -> type[Method] | None:
     """
     if not isinstance(name, str):
         return None
-    return plugin_class(name) if is_plugin(name) else METHODS.get(name)
+    return METHODS.get(name) or (plugin_class(name) if is_plugin(name) else None)
 
 
 def method_named(name: str) -> Method:

@@ -79,8 +79,8 @@ def _module(file: str, code: str) -> Any:
     """The module in a file, run once for each version of it."""
     title = f"rankwise_method_{code}"
     spec = importlib.util.spec_from_file_location(title, file)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise RecipeError("The file of the method is no Python file.", where=file, remedy="write FILE.py:Class")
     module = importlib.util.module_from_spec(spec)
     sys.modules[title] = module
     try:

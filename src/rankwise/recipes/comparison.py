@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from rankwise.errors import RecipeError
+from rankwise.errors import RecipeError, nearest
 from rankwise.methods import FACTORISATIONS, METHODS, in_file, method_class
 from rankwise.reading import shown
 from rankwise.recipes.compression import STEPS, Evaluation, Recipe
@@ -60,6 +60,11 @@ class Way(BaseModel):
         return way
 
     @property
+    def label(self) -> str:
+        """The method's name, of a class in a file the class."""
+        return self.method.rpartition(":")[2]
+
+    @property
     def low_rank(self) -> bool:
         """Whether it gives factors, whose size is a fraction kept."""
         kind = method_class(self.method)
@@ -90,7 +95,9 @@ def read_ways(text: str, spelling: Spelling, repair: Sequence[str] = ()) -> tupl
         parts = []
         for part in text.split(","):
             # `manual:q=0.7,v=dense` has commas of its own.
-            belongs = parts and "=" in part and part.split("/")[0].split("+")[0].strip() not in METHODS
+            belongs = (
+                parts and "=" in part and not in_file(part) and part.split("/")[0].split("+")[0].strip() not in METHODS
+            )
             if belongs:
                 parts[-1] += f",{part.strip()}"
             elif part.strip():
@@ -149,6 +156,19 @@ class Comparison(BaseModel):
         for key in _OF_A_WAY:
             if key in self.settings:
                 raise ValueError(f"{key!r} is of each way and no key that all share; a method's own: methods.NAME.KEY")
+        for node in ("budget", "repair", "methods"):
+            if not isinstance(self.settings.get(node, {}), Mapping):
+                raise ValueError(f"{node} holds a value, not keys")
+        for key in ("budget." + spelling for spelling in _SPELLINGS if spelling in self.settings.get("budget", {})):
+            raise ValueError(f"{key} is what the columns say")
+        if "steps" in self.settings.get("repair", {}):
+            raise ValueError("repair.steps is what the rows say: METHOD+STEP")
+        known = {name for way in self.ways for name in (way.method, way.label)}
+        for name, given in self.settings.get("methods", {}).items():
+            if name not in known:
+                raise ValueError(f"methods.{name} is of no row; {nearest(str(name)[:80], known)}")
+            if not isinstance(given, Mapping):
+                raise ValueError(f"methods.{name} holds a value, not keys")
         return self
 
     def recipe(self, way: Way, size: float, seed: int) -> Recipe:
@@ -159,8 +179,8 @@ class Comparison(BaseModel):
         """
         values: dict[str, Any] = {**self.settings, "model": self.model, "seed": seed}
         methods = values.pop("methods", {})
-        given = methods.get(way.method, {}) if isinstance(methods, Mapping) else {}
-        values["method"] = {**given, "name": way.method} if isinstance(given, Mapping) and given else way.method
+        given = methods.get(way.method) or methods.get(way.label) or {}
+        values["method"] = {**given, "name": way.method} if given else way.method
         if way.allocation is not None:
             values["allocation"] = way.allocation
         budget = {key: value for key, value in dict(values.get("budget") or {}).items() if key not in _SPELLINGS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Final, Literal
@@ -249,11 +249,22 @@ class ComparedModels(Part):
         add("MACs of 64 tokens, billions", "way", lambda r: None if r.macs is None else r.macs / 1e9, ".3f")
         return found
 
+    @property
+    def _asked(self) -> Collection[str]:
+        """Tasks asked for: of a group, its own figure and not those of its parts."""
+        return getattr(self.recipe, "tasks", None) or ()
+
     def _tasks_at(self, size: float) -> tuple[str, list[str], list[list[str]]]:
         """Ways by tasks at one size, as the papers' tables have them: score, and the difference to the original."""
-        tasks = list(dict.fromkeys(task for task, _ in self.task_figures))
+        tasks = list(dict.fromkeys(t for t, _ in self.task_figures if not self._asked or t in self._asked))
         metrics = {task: next(m for t, m in self.task_figures if t == task) for task in tasks}
-        lines = [["dense", *(f"{_task(self.dense, (t, metrics[t])) or 0:.3f}" for t in tasks), _mean_of(self.dense)]]
+        lines = [
+            [
+                "dense",
+                *(f"{_task(self.dense, (t, metrics[t])) or 0:.3f}" for t in tasks),
+                _mean_of(self.dense, self._asked),
+            ]
+        ]
         for way in self.ways:
             rows = [row for row in self.cell(way, size) if not row.problem]
             if not rows:
@@ -266,7 +277,7 @@ class ComparedModels(Part):
                 apart = mean(figure.difference or 0.0 for figure in figures)
                 errors = [f.difference_error for f in figures if f.difference_error is not None]
                 cells.append(f"{score:.3f} ({apart:+.3f}" + (f" ± {mean(errors):.3f})" if errors else ")"))
-            values = [value for row in rows if (value := mean_accuracy(row)) is not None]
+            values = [value for row in rows if (value := mean_accuracy(row, self._asked)) is not None]
             lines.append([way, *cells, f"{mean(values):.3f}" if values else "-"])
         header = ["way", *(f"{task}, {metrics[task]}" for task in tasks), "mean accuracy"]
         return f"Tasks at {self.spelled(size)}; in brackets the difference to the original", header, lines
@@ -291,14 +302,19 @@ class ComparedModels(Part):
         return "\n".join(parts)
 
 
-def mean_accuracy(row: ComparedRow) -> float | None:
-    """Mean of the plain accuracies of a row's tasks; None without any."""
-    scores = [figure.score for figure in row.tasks if figure.metric == "acc"]
+def mean_accuracy(row: ComparedRow, tasks: Collection[str] = ()) -> float | None:
+    """Mean of the plain accuracies of a row's tasks; None without any.
+
+    Args:
+        row: of which model.
+        tasks: those that count, such as those asked for and no parts of a group; empty for all.
+    """
+    scores = [figure.score for figure in row.tasks if figure.metric == "acc" and (not tasks or figure.task in tasks)]
     return mean(scores) if scores else None
 
 
-def _mean_of(row: ComparedRow) -> str:
-    value = mean_accuracy(row)
+def _mean_of(row: ComparedRow, tasks: Collection[str]) -> str:
+    value = mean_accuracy(row, tasks)
     return "-" if value is None else f"{value:.3f}"
 
 

@@ -51,7 +51,7 @@ def print_scores(found: Sequence[Scored], apart: Sequence[Mapping[str, Any]]) ->
     known = {(row["task"], row["metric"]): row for row in apart}
     theirs = {(s.task, s.metric): s for s in found[1].tasks.scores} if two and found[1].tasks else {}
     table = _table("task", "examples", "score", *(("against", "difference") if others else ()))
-    truncated = 0
+    truncated = sum(found[0].tasks.truncated.values())
     for score in found[0].tasks.scores:
         place = score.task, score.metric
         row = [f"{score.examples:,}", _with_error(score.score, score.error)]
@@ -59,7 +59,6 @@ def print_scores(found: Sequence[Scored], apart: Sequence[Mapping[str, Any]]) ->
             row.append(_with_error(theirs[place].score, theirs[place].error) if place in theirs else "")
             row.append(_with_error(known[place]["difference"], known[place]["error"], "+") if place in known else "")
         table.add_row(cell(f"{score.task}, {score.metric}"), *row)
-        truncated += score.truncated if score.metric == found[0].tasks.scores[0].metric else 0
     _print(table)
     print("score ± standard error" + ("; the difference's is of the paired difference" if two else ""))
     if truncated:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
+from pydantic import ValidationError
 from torch import Tensor
 
 from rankwise.checkpoints import fingerprint, load_model
-from rankwise.data import parse_source
+from rankwise.data import existing, parse_source
 from rankwise.device import named_device
-from rankwise.errors import BudgetError, MissingPackageError, NotFiniteError, RankwiseError, RunError
+from rankwise.errors import BudgetError, DataError, MissingPackageError, NotFiniteError, RankwiseError, RunError
 from rankwise.evaluation import (
     TaskScore,
     count_operations,
@@ -46,6 +51,10 @@ if TYPE_CHECKING:
     from rankwise.sizes import Plan
 
 
+_ROW_FORMAT = 1
+"""Raised when what a row holds, or how it is scored, changes."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One row to make: a way, a size and a seed, and the recipe that they give."""
@@ -71,7 +80,38 @@ def cells_of(comparison: Comparison) -> list[Cell]:
         for way in comparison.ways
         for seed in comparison.seeds
     ]
-    return list({cell.recipe.model_dump_json(): cell for cell in reversed(cells)}.values())[::-1]
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        first.setdefault(cell.recipe.model_dump_json(), cell)
+    return list(first.values())
+
+
+def mark_of(source: str | None) -> str | None:
+    """What a text is, apart from its name: the hash of its file, or the Python whose documentation it is.
+
+    Raises:
+        DataError: when there is no such file.
+    """
+    if source is None:
+        return None
+    parsed = parse_source(source)
+    if parsed.kind == "bundled":
+        return sys.version
+    if parsed.kind in ("hub", "named"):
+        return None
+    return _digest(existing(parsed.target))
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def _planned(cell: Cell) -> bool:
+    """Whether a cell's plan comes from a file."""
+    return any(getattr(cell.recipe.allocation, key, None) for key in ("file", "plan"))
 
 
 class Rows:
@@ -89,7 +129,11 @@ class Rows:
 
     def taken(self, key: str) -> ComparedRow | None:
         """The row of this key, if it is there."""
-        return next((ComparedRow(**each) for each in reversed(self._lines.records) if each["key"] == key), None)
+        record = next((each for each in reversed(self._lines.records) if each.get("key") == key), None)
+        try:
+            return None if record is None else ComparedRow(**record)
+        except ValidationError:
+            return None
 
     def add(self, row: ComparedRow) -> None:
         """Keep a row, unless it failed for a reason that may be gone the next time."""
@@ -108,6 +152,7 @@ class Protocol:
         fingerprint: hash of the original's weights.
         architecture: class name of the original.
         machine: where it runs.
+        computed: the type that is computed in, and the kind of device.
         reporter: told about progress.
     """
 
@@ -117,18 +162,35 @@ class Protocol:
     fingerprint: str
     architecture: str
     machine: Machine
+    computed: tuple[str, str]
     reporter: Reporter
 
     @property
     def key(self) -> dict[str, Any]:
         """What scores depend on, apart from the model that is scored."""
-        shared = self.asked.model_dump(mode="json", exclude={"output", "ways", "sizes", "seeds", "settings", "model"})
+        shared = self.asked.model_dump(
+            mode="json", exclude={"output", "ways", "sizes", "seeds", "settings", "model", "spelling"}
+        )
         ids = {source: [ids.tolist(), bos] for source, (ids, bos) in self.texts.items()}
-        return {"protocol": shared, "model": self.fingerprint, "texts": stage_key(ids)}
+        tasks = {"harness": version("lm_eval"), "text": mark_of(self.asked.task_text)} if self.asked.tasks else {}
+        return {
+            "protocol": shared,
+            "model": self.fingerprint,
+            "texts": stage_key(ids),
+            "tasks": tasks,
+            "computed": self.computed,
+            "format": _ROW_FORMAT,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
 
     def key_of(self, cell: Cell) -> str:
-        """Hash of all that a row depends on."""
-        return stage_key({**self.key, "recipe": cell.recipe.model_dump(mode="json", exclude={"output"})})
+        """Hash of all that a row depends on, what the files are that its recipe names among it."""
+        recipe = cell.recipe
+        named = (recipe.calibration.source, recipe.validation.source, recipe.repair.data)
+        plans = [getattr(recipe.allocation, key, None) for key in ("file", "plan")]
+        files = [*(mark_of(source) for source in named), *(_digest(Path(plan)) for plan in plans if plan)]
+        return stage_key({**self.key, "recipe": recipe.model_dump(mode="json", exclude={"output"}), "files": files})
 
     def score(self, model: Any, dense: ComparedRow | None) -> dict[str, Any]:
         """Perplexities, task figures and continuations of a model, as attributes of a row.
@@ -218,6 +280,7 @@ def measure_dense(
             fingerprint=fingerprint(loaded.model, loaded.stored_dtypes),
             architecture=type(loaded.model).__name__,
             machine=machine_of(loaded.model.device),
+            computed=(str(loaded.model.get_input_embeddings().weight.dtype), loaded.model.device.type),
             reporter=reporter,
         )
     key = stage_key({**protocol.key, "recipe": "dense"})
@@ -280,7 +343,8 @@ def measure_cell(protocol: Protocol, cell: Cell, dense: ComparedRow, make: Calla
     except (MissingPackageError, RunError):
         raise
     except RankwiseError as problem:
-        lasting = isinstance(problem, BudgetError | NotFiniteError)
+        # A plan that cannot be read, say, may be there the next time; what no plan fits stays so.
+        lasting = isinstance(problem, NotFiniteError) or (isinstance(problem, BudgetError) and not _planned(cell))
         return ComparedRow(**facts, problem=" ".join(str(problem).split()), final=lasting)
     seconds = round(time.monotonic() - started, 1)
     model, report = made.model, made.report
@@ -288,9 +352,15 @@ def measure_cell(protocol: Protocol, cell: Cell, dense: ComparedRow, make: Calla
     if cell.recipe.precision == "float32" or (cell.recipe.precision == "auto" and model.device.type == "cpu"):
         model.float()
     keep_decoded(model)
-    with reporter.stage("score"):
-        scored = protocol.score(model, dense)
-    del model
+    try:
+        with reporter.stage("score"):
+            scored = protocol.score(model, dense)
+    except (NotFiniteError, DataError) as problem:
+        # The original was scored: what cannot be scored here is this model.
+        lasting = isinstance(problem, NotFiniteError)
+        return ComparedRow(**facts, problem=" ".join(str(problem).split()), final=lasting)
+    finally:
+        del model
     gc.collect()
     return ComparedRow(
         **facts,
