@@ -184,14 +184,17 @@ def draw(rows: list[ComparedRow], text: str, path: Path) -> None:
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
     dense = rows[0]
+    top, above = 8 * (dense.perplexity[text] or 0.0), []
     for group, (label, colour, marker) in GROUPS.items():
         points = sorted(
             ((row.bytes or 0) / 1e6, row.perplexity[text] or 0.0)
             for row in rows
             if row.asked is not None and group_of(row.way) == group and row.perplexity.get(text)
         )
-        if points:
-            line = "-" if colour != "C0" else "none"
+        if points and min(value for _, value in points) > top:
+            above.append(label)
+        elif points:
+            line = "none" if group in ("llama.cpp", "HQQ", "torchao") else "-"
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, ms=5, lw=1, label=label)
     best = dense.perplexity[text] or 0.0
     axes.axhline(best, color="black", linewidth=0.8)
@@ -199,7 +202,9 @@ def draw(rows: list[ComparedRow], text: str, path: Path) -> None:
         f"dense, {(dense.bytes or 0) / 1e6:.0f} MB", (0.99, best), xycoords=("axes fraction", "data"), ha="right"
     )
     axes.set_yscale("log")
-    axes.set_ylim(best * 0.95, best * 8)
+    axes.set_ylim(best * 0.95, top)
+    if above:
+        axes.annotate(f"above this scale: {', '.join(above)}", (0.99, 0.6), xycoords="axes fraction", ha="right")
     ticks = [best * factor for factor in (1, 1.25, 1.5, 2, 3, 4, 6, 8)]
     axes.set_yticks(ticks, [f"{tick:.0f}" for tick in ticks])
     axes.minorticks_off()
