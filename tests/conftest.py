@@ -29,6 +29,32 @@ ROOT = Path(__file__).resolve().parent.parent
 
 IDS = list(range(3, 27))
 
+HARNESS_TASK = """
+task: which_comes_next
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+"""
+"""A task of lm-evaluation-harness over a file, to be formatted with its `data`."""
+
+LLAMA_2_7B: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "tie_word_embeddings": False,
+}
+"""The shapes of the paper's tables."""
+
 ELSEWHERE = """
 import functools, sys
 sys.modules["rankwise"] = None  # importing it fails, as where it is not installed

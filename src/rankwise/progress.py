@@ -123,11 +123,6 @@ class Reporter:
         self._lines = lines and show is None and not self._bars
         self._taken = self._made = 0
 
-    @property
-    def shows(self) -> bool:
-        """Whether notes are printed."""
-        return self._print_notes
-
     def note(self, text: str, *, passing: bool = False) -> None:
         """Say something the user should know, once, and keep it for the report.
 

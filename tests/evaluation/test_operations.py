@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from conftest import Run
+from conftest import LLAMA_2_7B, Run
 from rankwise import compress
 from rankwise.checkpoints import empty_model, load_model
 from rankwise.evaluation import count_operations
@@ -110,25 +110,11 @@ def test_a_plan_a_config_and_a_checkpoint_count_the_same(
         assert held.macs == pytest.approx(counted_by_torch(loaded.model) * 64 / TOKENS, rel=0.2)
 
 
-def llama_2_7b(folder: Path) -> Path:
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        tie_word_embeddings=False,
-        dtype="float16",
-    )
-    config.save_pretrained(folder)
-    return folder
-
-
 def test_published_costs_of_llama_2(shared: Path, tmp_path: Path) -> None:
     """Table 7 of the Bolaco paper: MACs of 64 tokens of the dense model, and parameters of the plans of Table 8."""
     tables = json.loads((shared / "reference/bolaco_tables.json").read_text())
-    model = empty_model(str(llama_2_7b(tmp_path)))
+    LlamaConfig(**LLAMA_2_7B, dtype="float16").save_pretrained(tmp_path)
+    model = empty_model(str(tmp_path))
     dense = count_operations(model, torch.float16)
     row = next(row for row in tables["table7"] if row["model"] == "7b" and row["method"] == "dense")
     assert dense.macs / 1e9 == pytest.approx(row["macs_g"], rel=1e-3)
@@ -194,3 +180,14 @@ def test_a_plan_for_other_shapes_is_refused(
     status, _, error = rankwise("cost", other, "--plan", tmp_path / "out/plan.json")
     assert status == 2
     assert "plan.json" in error
+
+
+def test_the_command_counts_an_expert_by_what_comes_to_it(rankwise: Run, tmp_path: Path) -> None:
+    FAMILIES["mixtral"].save_pretrained(tmp_path)
+    status, out, error = rankwise("cost", tmp_path, "--tokens", TOKENS, "--json")
+    assert status == 0, error
+    (found,) = json.loads(out).values()
+    model = AutoModelForCausalLM.from_config(FAMILIES["mixtral"], attn_implementation="eager").eval()
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    unfuse_experts(model)
+    assert found["macs"] == pytest.approx(counted_by_torch(model), rel=0.01)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from conftest import Run
+from conftest import HARNESS_TASK, Run
 from rankwise.checkpoints import load_model
 from rankwise.data import parse_source
 from rankwise.errors import DataError, NotFiniteError, RecipeError
@@ -24,20 +24,6 @@ from rankwise.evaluation.local_tasks import CHOICES, LOCAL_TASKS, make_examples,
 from rankwise.quickstart import MODEL
 
 pytest.importorskip("lm_eval", reason="needs pip install '.[tasks]'")
-
-_TASK = """
-task: which_comes_next
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{text}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - metric: acc
-"""
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +133,7 @@ def test_logits_that_are_not_finite_name_layer_and_token(tiny: Path) -> None:
 def test_tasks_of_ones_own_run_and_unknown_ones_are_told_the_nearest(loaded: Any, tmp_path: Path) -> None:
     rows = [{"text": "Return a", "choices": [" list", " sea"], "answer": 0} for _ in range(4)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "task.yaml").write_text(_TASK.format(data=tmp_path / "data.jsonl"))
+    (tmp_path / "task.yaml").write_text(HARNESS_TASK.format(data=tmp_path / "data.jsonl"))
     found = run_tasks(loaded.model, loaded.tokenizer, ["which_comes_next"], include=[tmp_path])
     assert [(score.score, score.examples) for score in found.scores] == [(1.0, 4)]
     for name, says in (("hellaswagg", "'hellaswag'"), ("local_close", "'local_cloze'"), ("0x", "without a network")):

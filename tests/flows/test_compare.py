@@ -185,9 +185,12 @@ def test_keys_that_would_mean_nothing_are_refused(
     status, _, error = rankwise("compare", tiny, *options, "--set", assignment)
     assert status == 2
     assert says in error
-    status, _, error = rankwise("compare", tiny, *options, "--calibration", "text:none")
-    assert status == 2
-    assert "no such file" in error
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    for source, says in (("text:none", "no such file"), (f"text:{empty}", "holds no text")):
+        status, _, error = rankwise("compare", tiny, *options, "--calibration", source)
+        assert status == 2
+        assert says in error
 
 
 def test_tasks_seeds_and_texts_of_all_models(asked: Callable[..., Values], tmp_path: Path) -> None:
@@ -308,6 +311,9 @@ def test_the_command_compares(rankwise: Run, tiny: Path, text: Path, tmp_path: P
         status, _, error = rankwise("compare", tiny, "-o", tmp_path / "d", *changes, *options)
         assert status == 2
         assert says in error
+    status, out, _ = rankwise("compare", tiny, "-o", tmp_path / "none", "--keep", "0.0001", *options)
+    assert status == 2
+    assert "Nothing fits" in out
     # Of another model, and not replaced.
     other = tmp_path / "other"
     other.mkdir()

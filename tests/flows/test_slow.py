@@ -12,24 +12,11 @@ from typing import Any
 
 import pytest
 
+from conftest import HARNESS_TASK
 from rankwise import compress
 from rankwise.recipes import recipe_from
 
 pytestmark = pytest.mark.slow
-
-_TASK = """
-task: which_comes_next
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{text}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - metric: acc
-"""
 
 
 def test_the_evaluation_harness_runs_a_local_task(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
@@ -37,7 +24,7 @@ def test_the_evaluation_harness_runs_a_local_task(settings: Callable[..., dict[s
     compress(recipe_from(settings(output=str(tmp_path / "out"))))
     rows = [{"text": "Return a", "choices": [" list", " sea"], "answer": 0} for _ in range(4)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "task.yaml").write_text(_TASK.format(data=tmp_path / "data.jsonl"))
+    (tmp_path / "task.yaml").write_text(HARNESS_TASK.format(data=tmp_path / "data.jsonl"))
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", "which_comes_next", "--device", "cpu"]
     command += ["--model_args", f"pretrained={tmp_path}/out,trust_remote_code=True,max_length=64"]
     command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "results")]

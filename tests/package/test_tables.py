@@ -74,7 +74,7 @@ TABLES = {
         {
             "the original": {"way": "dense"},
             "ours, low rank, 0.8 of the weights": {"way": "two_sided", "asked": 0.8},
-            "SVD-LLM": {"way": "svd_llm", "asked": 0.8},
+            "SVD-LLM (W)": {"way": "svd_llm", "asked": 0.8},
             "Bolaco, uniform ranks": {"way": "bolaco", "asked": 0.8},
             "ASVD": {"way": "asvd", "asked": 0.8},
             "ours, `mixed`, 3 bits": {"way": "mixed", "asked": 3.0},

@@ -18,7 +18,7 @@ from rankwise.checkpoints import FILES_FILE
 from rankwise.recipes import recipe_from
 from rankwise.reports import ComparedModels, ComparedRow, Machine, Report, Settings
 from rankwise.reports.charts import line_chart
-from rankwise.reports.page import comparison_page
+from rankwise.reports.comparison_page import comparison_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = '<script>alert(1)</script> & "quotes" {{ 1 }}'

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from conftest import make_problem, make_site
+from conftest import LLAMA_2_7B, make_problem, make_site
 from rankwise.allocation import Evidence, Manual, allocation_from, fill
 from rankwise.errors import BudgetError, RecipeError
 from rankwise.evaluation import measure_cost
@@ -190,15 +190,7 @@ def test_a_size_below_the_rest_of_the_model_names_the_least() -> None:
 
 
 def llama_2_7b() -> Any:
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        tie_word_embeddings=False,
-    )
+    config = LlamaConfig(**LLAMA_2_7B)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

@@ -26,7 +26,7 @@ from rankwise.cli.evaluating import evaluate
 from rankwise.cli.files import plan_app, recipes_app
 from rankwise.cli.finetuning import finetune
 from rankwise.cli.measuring import cost, speed
-from rankwise.cli.options import read_fractions, recipe_of, require_trust, split_assignment
+from rankwise.cli.options import put, read_fractions, recipe_of, require_trust
 from rankwise.cli.planning_memory import plan_memory
 from rankwise.cli.talking import chat, generate
 
@@ -193,7 +193,7 @@ def sensitivity(
     quiet: Quiet = False,
 ) -> None:
     """Compress one role, then one site, at a time, and draw what each bears."""
-    from rankwise.recipes import recipe_from, set_value
+    from rankwise.recipes import recipe_from
 
     values: dict[str, Any] = {"model": model, "method": method, "device": device}
     given: dict[str, Any] = {
@@ -206,11 +206,7 @@ def sensitivity(
         "validation.bos": bos,
         "trust_remote_code": trust_remote_code,
     }
-    for key, value in given.items():
-        if value is not None:
-            set_value(values, key, value)
-    for assignment in set_ or []:
-        set_value(values, *split_assignment(assignment))
+    put(values, given, set_ or [])
     require_trust(values, trust_remote_code, "--set")
     recipe = recipe_from(values, origin="command line")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rankwise.checkpoints import LoadedModel
     from rankwise.progress import Reporter
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
@@ -45,6 +46,23 @@ def reporter_for(quiet: bool, lines: bool = False) -> Reporter:
 def last_reporter() -> Reporter | None:
     """The one that was made last: it knows what a command that failed was doing."""
     return _reporters[0] if _reporters else None
+
+
+def load_named(name: str, device: str, precision: str, trust_remote_code: bool) -> LoadedModel:
+    """The model that a word on the command line names, loaded as its options say.
+
+    Raises:
+        RecipeError: when an option is none that there is.
+        ModelError: when there is no such model.
+    """
+    from rankwise.checkpoints import load_model
+    from rankwise.device import named_device
+    from rankwise.recipes import recipe_from
+
+    recipe = recipe_from({"model": name, "device": device, "precision": precision}, origin="command line")
+    return load_model(
+        name, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
+    )
 
 
 def decode_once(model: Any, wanted: bool | None, quiet: bool = False) -> None:

@@ -15,11 +15,12 @@ from rankwise.cli.common import (
     Quiet,
     Trust,
     decode_once,
+    load_named,
     print_json,
     reporter_for,
 )
 from rankwise.cli.evaluating import task_names
-from rankwise.cli.options import require_trust, separated, split_assignment
+from rankwise.cli.options import put, require_trust, separated
 from rankwise.cli.talking import read_prompts
 
 if TYPE_CHECKING:
@@ -66,8 +67,6 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Make MODEL smaller in several ways at equal sizes, score all of them alike, and write tables and a page."""
-    from rankwise.recipes import set_value
-
     settings: dict[str, Any] = {}
     given: dict[str, Any] = {
         "calibration.source": calibration,
@@ -81,11 +80,7 @@ def compare(
         "device": device,
         "trust_remote_code": trust_remote_code or None,
     }
-    for key, value in given.items():
-        if value is not None:
-            set_value(settings, key, value)
-    for assignment in set_ or []:
-        set_value(settings, *split_assignment(assignment))
+    put(settings, given, set_ or [])
     require_trust(settings, trust_remote_code, "--set")
     windows = {"length": length, "sequences": scored, "bos": bos}
     comparison = _comparison(
@@ -107,10 +102,6 @@ def compare(
         methods,
         separated(repair),
     )
-    if comparison.tasks:
-        from rankwise.evaluation.tasks import require_tasks
-
-        require_tasks(comparison.tasks)
 
     from rankwise.flows.compare import compare as run
 
@@ -124,6 +115,9 @@ def compare(
 
         print_comparison(found)
         print(f"written to {output}: comparison.html, .md, .csv, .json")
+    if all(row.problem for row in found.rows[1:]):
+        # Each row has said why.
+        raise typer.Exit(2)
 
 
 def _comparison(values: dict[str, Any], sizes: dict[str, str | None], methods: str, repair: list[str]) -> Comparison:
@@ -157,7 +151,7 @@ def report(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write what is known of a result as one HTML file that needs nothing else."""
-    from rankwise.checkpoints import REPORT_FILE, listed, load_model
+    from rankwise.checkpoints import REPORT_FILE, listed
     from rankwise.errors import ModelError, RecipeError
     from rankwise.evaluation import generate
     from rankwise.reports import COMPARISON_FILE, ComparedModels, Report, write_comparison_page, write_report_page
@@ -182,7 +176,7 @@ def report(
     if against is not None and prompts is not None:
         rows = [{"prompt": prompt} for prompt in read_prompts(prompts)]
         for label, source in (("before", against), ("after", str(directory))):
-            loaded = load_model(source, trust_remote_code=trust_remote_code)
+            loaded = load_named(source, "auto", "auto", trust_remote_code)
             decode_once(loaded.model, dense_cache)
             for row in rows:
                 row[label] = generate(loaded.model, loaded.tokenizer, row["prompt"], new_tokens=new_tokens)

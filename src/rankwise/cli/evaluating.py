@@ -18,12 +18,14 @@ from rankwise.cli.common import (
     Quiet,
     Trust,
     decode_once,
+    load_named,
     print_json,
     reporter_for,
 )
 from rankwise.cli.options import scored_as, separated
 
 if TYPE_CHECKING:
+    from rankwise.checkpoints import LoadedModel
     from rankwise.evaluation import Scored
     from rankwise.progress import Reporter
     from rankwise.recipes import Evaluation
@@ -76,7 +78,9 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Score a model: perplexity (exp of the mean loss over every scored token) and accuracy on tasks."""
+    from rankwise.data import parse_source
     from rankwise.errors import OutputError, RecipeError
+    from rankwise.evaluation import require_same_tokenizer, require_tasks
     from rankwise.recipes import recipe_from
 
     reporter = reporter_for(quiet)
@@ -113,36 +117,34 @@ def evaluate(
         raise OutputError(
             "There is no such folder.", where=str(output.parent), remedy="make it, or give another --output"
         )
-    recipe_from({"model": model, "device": device, "precision": precision}, origin="command line")
     # What is wrong with a second text is said before the first is scored.
     settings = [
         recipe_from(
-            {
-                "model": model,
-                "evaluation": {**each, "batch_size": batch_size},
-                "device": device,
-                "precision": precision,
-            },
-            origin="command line",
+            {"model": model, "evaluation": {**each, "batch_size": batch_size}}, origin="command line"
         ).evaluation
         for each in texts
     ]
-    options = {"limit": limit, "shots": shots, "include": include_path or [], "batch_size": batch_size}
+    options: dict[str, Any] = {"limit": limit, "shots": shots, "include": include_path or [], "batch_size": batch_size}
+    if task_text is not None:
+        options["text"] = parse_source(task_text)
     if wanted:
-        _check_tasks(wanted, include_path or [], task_text)
+        require_tasks(wanted, include_path or [])
     found: list[Scored] = []
-    tokenizers: list[Any] = []
-    loading = {"device": device, "precision": precision, "trust_remote_code": trust_remote_code}
+    tokenizers: dict[str, Any] = {}
     for name in filter(None, (model, against)):
-        one, tokenizer = _score(
-            name, [s for s in settings if s], wanted, task_text, options, loading, dense_cache, reporter, tokenizers
-        )
-        found.append(one)
-        tokenizers.append(tokenizer)
+        with reporter.stage(f"load {name}"):
+            loaded = load_named(name, device, precision, trust_remote_code)
+            reporter.facts["architecture"] = type(loaded.model).__name__
+            for other, tokenizer in tokenizers.items():
+                require_same_tokenizer(tokenizer, loaded.tokenizer, (other, name))
+            tokenizers[name] = loaded.tokenizer
+            decode_once(loaded.model, dense_cache, quiet)
+        with reporter.stage("evaluate"):
+            found.append(_score(loaded, [each for each in settings if each], wanted, options, reporter))
     if output is not None:
         _write(output, found)
     if len(found) == 1 and not wanted and len(texts) == 1:
-        _print_one(found[0], json, settings[0], reporter)
+        _print_one(found[0], json)
     else:
         _print_table(found, json)
 
@@ -154,63 +156,29 @@ def task_names(text: str | None) -> list[str]:
     return [each for name in separated(text) for each in (LOCAL_TASKS if name == "local" else (name,))]
 
 
-def _check_tasks(wanted: list[str], include: list[Path], task_text: str | None) -> None:
-    """Find out before a model is loaded that a task is not known."""
-    from rankwise.data import parse_source
-    from rankwise.evaluation.tasks import require_tasks
-
-    if task_text is not None:
-        parse_source(task_text)
-    require_tasks(wanted, include)
-
-
 def _score(
-    name: str,
-    settings: list[Evaluation],
-    tasks: list[str],
-    task_text: str | None,
-    options: dict[str, Any],
-    loading: dict[str, Any],
-    dense_cache: bool | None,
-    reporter: Reporter,
-    tokenizers: list[Any],
-) -> tuple[Scored, Any]:
-    from rankwise.checkpoints import load_model
-    from rankwise.data import parse_source
-    from rankwise.device import named_device
-    from rankwise.evaluation import Scored, perplexity, require_same_tokenizer, run_tasks
+    loaded: LoadedModel, settings: list[Evaluation], tasks: list[str], options: dict[str, Any], reporter: Reporter
+) -> Scored:
+    """A model's perplexity on every text and its accuracy on every task."""
+    from rankwise.evaluation import Scored, perplexity, run_tasks
     from rankwise.stages import read_sequences
 
-    with reporter.stage(f"load {name}"):
-        loaded = load_model(
-            name,
-            precision=loading["precision"],
-            device=named_device(loading["device"]),
-            trust_remote_code=loading["trust_remote_code"],
+    read = {each.source: read_sequences(each, loaded, each.seed, each.skip) for each in settings}
+    found = {
+        each.source: perplexity(
+            loaded.model,
+            read[each.source].ids,
+            stride=each.stride,
+            batch_size=each.batch_size,
+            reporter=reporter,
+            description=f"perplexity, {each.source}",
+            bos=read[each.source].bos,
         )
-        reporter.facts["architecture"] = type(loaded.model).__name__
-        for other in tokenizers:
-            require_same_tokenizer(other, loaded.tokenizer, ("the first model", name))
-        decode_once(loaded.model, dense_cache, not reporter.shows)
-        read = [read_sequences(scored, loaded, scored.seed, scored.skip) for scored in settings]
-    found = {}
-    with reporter.stage("evaluate"):
-        for scored, each in zip(settings, read, strict=True):
-            found[scored.source] = perplexity(
-                loaded.model,
-                each.ids,
-                stride=scored.stride,
-                batch_size=scored.batch_size,
-                reporter=reporter,
-                description=f"perplexity, {scored.source}",
-                bos=each.bos,
-            )
-        reporter.facts["available_sequences"] = str(read[-1].available) if read else ""
-        results = None
-        if tasks:
-            source = None if task_text is None else parse_source(task_text)
-            results = run_tasks(loaded.model, loaded.tokenizer, tasks, text=source, reporter=reporter, **options)
-    return Scored(name, found, results), loaded.tokenizer
+        for each in settings
+    }
+    results = run_tasks(loaded.model, loaded.tokenizer, tasks, reporter=reporter, **options) if tasks else None
+    available = {source: sequences.available for source, sequences in read.items()}
+    return Scored(loaded.source, found, results, available)
 
 
 def _write(path: Path, found: list[Scored]) -> None:
@@ -228,16 +196,14 @@ def _examples(one: Scored) -> dict[str, Any]:
     return {f"{score.task}, {score.metric}": score.by_example for score in scores}
 
 
-def _print_one(scored: Scored, json: bool, settings: Any, reporter: Reporter) -> None:
-    (found,) = scored.perplexity.values()
+def _print_one(scored: Scored, json: bool) -> None:
+    ((source, found),) = scored.perplexity.items()
     if json:
-        available = int(reporter.facts["available_sequences"])
-        print_json(
-            {**asdict(found), "source": settings.source, "model": scored.model, "available_sequences": available}
-        )
+        facts = {"source": source, "model": scored.model, "available_sequences": scored.available[source]}
+        print_json({**asdict(found), **facts})
         return
     begun = "" if found.bos is None else f", each begun by the start token {found.bos}"
-    print(f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens of {settings.source}")
+    print(f"perplexity {found.perplexity:.4f} over {found.tokens:,} tokens of {source}")
     print(f"({found.windows:,} windows of {found.length}, stride {found.stride}{begun})")
 
 
@@ -246,9 +212,8 @@ def _print_table(found: list[Scored], json: bool) -> None:
 
     apart = differences(found[0], found[1]) if len(found) == 2 else []
     if json:
-        print_json(
-            {**found[0].facts(), **({"against": found[1].facts(), "differences": apart} if len(found) == 2 else {})}
-        )
+        other = {"against": found[1].facts(), "differences": apart} if len(found) == 2 else {}
+        print_json({**found[0].facts(), **other})
         return
     from rankwise.reports import print_scores
 

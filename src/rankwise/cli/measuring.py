@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rankwise.cli.common import Cache, Device, Json, Precision, Quiet, Trust, decode_once, print_json, reporter_for
+from rankwise.cli.common import (
+    Cache,
+    Device,
+    Json,
+    Precision,
+    Quiet,
+    Trust,
+    decode_once,
+    load_named,
+    print_json,
+    reporter_for,
+)
 
 if TYPE_CHECKING:
     from rankwise.evaluation import Operations
@@ -22,19 +33,16 @@ def cost(
     json: Json = False,
 ) -> None:
     """Count parameters, operations, bytes and the cache of keys and values, without weights and at once."""
-    from rankwise.checkpoints import empty_model
     from rankwise.evaluation import count_operations
-    from rankwise.models import find_sites, unfuse_experts
 
-    dense = empty_model(model, trust_remote_code)
-    unfuse_experts(dense)
-    stored = _stored(dense)
+    dense, stored = _counted(model, trust_remote_code)
     found = {model: count_operations(dense, stored, tokens=tokens)}
     if plan is not None:
         from pydantic import ValidationError
 
         from rankwise.errors import BudgetError
         from rankwise.methods import METHODS
+        from rankwise.models import find_sites
         from rankwise.sizes import Plan
 
         given = Plan.load(plan)
@@ -58,11 +66,17 @@ def cost(
     print_operations(found)
 
 
-def _stored(model: Any) -> Any:
+def _counted(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """A model without weights, its experts taken apart, and the type of its numbers: what `count_operations` takes."""
     import torch
 
+    from rankwise.checkpoints import empty_model
+    from rankwise.models import unfuse_experts
+
+    model = empty_model(name, trust_remote_code)
+    unfuse_experts(model)
     dtype = getattr(model.config, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    return model, dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def speed(
@@ -81,22 +95,15 @@ def speed(
     """Time reading a prompt and generating, two models in turns, beside the ratio of operations and bytes."""
     import torch
 
-    from rankwise.checkpoints import empty_model, load_model
-    from rankwise.device import named_device
     from rankwise.errors import DataError
     from rankwise.evaluation import count_operations, measure_speeds
-    from rankwise.models import unfuse_experts
-    from rankwise.recipes import recipe_from
 
     reporter = reporter_for(quiet)
     models: dict[str, Any] = {}
     costs: dict[str, Operations] = {}
     for name in filter(None, (model, against)):
-        recipe = recipe_from({"model": name, "device": device, "precision": precision}, origin="command line")
         with reporter.stage(f"load {name}"):
-            loaded = load_model(
-                name, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
-            )
+            loaded = load_named(name, device, precision, trust_remote_code)
         if loaded.context is not None and prompt + tokens > loaded.context:
             raise DataError(
                 f"A prompt of {prompt} tokens and {tokens} new ones are beyond the model's context of "
@@ -105,10 +112,7 @@ def speed(
                 remedy="make --prompt or --tokens smaller",
             )
         label = name if name not in models else f"{name} (again)"
-        # Without weights, so that experts may be taken apart.
-        empty = empty_model(name, trust_remote_code)
-        unfuse_experts(empty)
-        costs[label] = count_operations(empty, _stored(empty))
+        costs[label] = count_operations(*_counted(name, trust_remote_code))
         decode_once(loaded.model, dense_cache, quiet)
         models[label] = loaded.model
     smallest = min(m.get_input_embeddings().weight.shape[0] for m in models.values())

@@ -240,6 +240,26 @@ def scored_as(model: str, text: str | None, given: Mapping[str, Any]) -> tuple[d
     return {"source": text, **asked}, False
 
 
+def put(values: dict[str, Any], given: Mapping[str, Any], assignments: Sequence[str] = ()) -> None:
+    """Put options, and then assignments of the form `key=value`, into a recipe's values, in place.
+
+    Args:
+        values: nested mapping.
+        given: by dotted key; None for options that were not given.
+        assignments: of `--set`.
+
+    Raises:
+        RecipeError: when a key or an assignment is none.
+    """
+    from rankwise.recipes import set_value
+
+    for key, value in given.items():
+        if value is not None:
+            set_value(values, key, value)
+    for assignment in assignments:
+        set_value(values, *split_assignment(assignment))
+
+
 def separated(text: str | None) -> list[str]:
     """Parts joined by commas, without spaces around them and without empty ones."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rankwise.cli.common import Json, Trust, print_json
-from rankwise.cli.options import split_assignment
+from rankwise.cli.options import put
 
 
 def plan_memory(
@@ -23,7 +23,7 @@ def plan_memory(
     json: Json = False,
 ) -> None:
     """Say what compress would need of memory and disk, for every way to hold the model."""
-    from rankwise.recipes import recipe_from, set_value
+    from rankwise.recipes import recipe_from
 
     values: dict[str, Any] = {"model": model}
     given = {
@@ -35,11 +35,7 @@ def plan_memory(
         "device": device,
         "trust_remote_code": trust_remote_code or None,
     }
-    for key, value in given.items():
-        if value is not None:
-            set_value(values, key, value)
-    for assignment in set_ or []:
-        set_value(values, *split_assignment(assignment))
+    put(values, given, set_ or [])
     recipe = recipe_from(values, origin="command line")
 
     from rankwise.stages import available_memory, require_config

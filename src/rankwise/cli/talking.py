@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.common import Cache, Device, Json, Precision, Trust, decode_once, print_json
+from rankwise.cli.common import Cache, Device, Json, Precision, Trust, decode_once, load_named, print_json
 
 _HELP = "Say something; /new begins anew, an empty line or ^D ends."
 
@@ -26,17 +26,11 @@ def chat(
     """Talk to an instruction model, each with its own memory of what was said."""
     import torch
 
-    from rankwise.checkpoints import load_model
-    from rankwise.device import named_device
     from rankwise.evaluation import answer, chat_ids
-    from rankwise.recipes import recipe_from
 
     talkers: list[tuple[str, Any, list[dict[str, str]]]] = []
     for name in filter(None, (model, against)):
-        recipe = recipe_from({"model": name, "device": device, "precision": precision}, origin="command line")
-        loaded = load_model(
-            name, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
-        )
+        loaded = load_named(name, device, precision, trust_remote_code)
         # A model that cannot be talked to is known before anybody says a word.
         chat_ids(loaded.tokenizer, [{"role": "user", "content": "?"}])
         decode_once(loaded.model, dense_cache)
@@ -79,19 +73,13 @@ def generate(
     json: Json = False,
 ) -> None:
     """Continue a prompt, or answer it where the model has a chat template; several, and two models side by side."""
-    from rankwise.checkpoints import load_model
-    from rankwise.device import named_device
     from rankwise.evaluation import generate as run
     from rankwise.evaluation import is_chat
-    from rankwise.recipes import recipe_from
 
     asked = _prompts(prompt, prompts)
     said: dict[str, list[str]] = {}
     for name in filter(None, (model, against)):
-        recipe = recipe_from({"model": name, "device": device, "precision": precision}, origin="command line")
-        loaded = load_model(
-            name, precision=precision, device=named_device(recipe.device), trust_remote_code=trust_remote_code
-        )
+        loaded = load_named(name, device, precision, trust_remote_code)
         decode_once(loaded.model, dense_cache)
         options: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
         template = is_chat(loaded.tokenizer) and not no_template

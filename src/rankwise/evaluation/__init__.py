@@ -8,7 +8,7 @@ from rankwise.evaluation.operations import Operations, count_operations
 from rankwise.evaluation.perplexity import Perplexity, perplexity, scored_windows
 from rankwise.evaluation.scoring import Scored, differences, require_same_tokenizer
 from rankwise.evaluation.speed import Speeds, decode_speed, measure_speeds
-from rankwise.evaluation.tasks import TaskResults, TaskScore, paired_difference, run_tasks
+from rankwise.evaluation.tasks import TaskResults, TaskScore, paired_difference, require_tasks, run_tasks
 
 __all__ = [
     "Cost",
@@ -32,6 +32,7 @@ __all__ = [
     "paired_difference",
     "perplexity",
     "require_same_tokenizer",
+    "require_tasks",
     "run_tasks",
     "scored_windows",
 ]

@@ -21,11 +21,13 @@ class Scored:
         model: directory or hub name.
         perplexity: by text, in the order asked for.
         tasks: what tasks gave; None when none were asked for.
+        available: by text, sequences that it holds.
     """
 
     model: str
     perplexity: dict[str, Perplexity]
     tasks: TaskResults | None
+    available: dict[str, int]
 
     def facts(self) -> dict[str, Any]:
         """As plain values, without single examples."""

@@ -7,7 +7,6 @@ that finished stages of another version of the file are not taken for its own.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
 import sys
 import traceback
@@ -15,6 +14,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, SerializeAsAny, ValidationError, create_model
@@ -60,7 +60,7 @@ def plugin_class(name: str) -> type[Method]:
                 f"The file of the method cannot be read ({problem.strerror}).", where=name, remedy="check the path"
             ) from None
         code = hashlib.sha256(source).hexdigest()[:16]
-        return _in_module(name, _module(file, code), wanted, code)
+        return _in_module(name, _module(file, code, source), wanted, code)
     point = _installed()[name]
     try:
         found = point.load()
@@ -75,16 +75,14 @@ def plugin_class(name: str) -> type[Method]:
 
 
 @cache
-def _module(file: str, code: str) -> Any:
-    """The module in a file, run once for each version of it."""
+def _module(file: str, code: str, source: bytes) -> Any:
+    """The module in a file, run once for each version of it: the very bytes that were hashed."""
     title = f"rankwise_method_{code}"
-    spec = importlib.util.spec_from_file_location(title, file)
-    if spec is None or spec.loader is None:
-        raise RecipeError("The file of the method is no Python file.", where=file, remedy="write FILE.py:Class")
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(title)
+    module.__file__ = file
     sys.modules[title] = module
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, file, "exec"), module.__dict__)
     except Exception as problem:
         del sys.modules[title]
         lines = [each.lineno for each in traceback.extract_tb(problem.__traceback__) if each.filename == file]

@@ -45,11 +45,11 @@ class Way(BaseModel):
         Raises:
             RecipeError: when a part is not known.
         """
-        head, *steps = text.split("+")
-        # The path of a file has slashes of its own.
-        inside = head.index(".py:") if in_file(head) else 0
-        method, slash, allocation = head[inside:].partition("/")
-        method = head[:inside] + method
+        # The path of a file may have these signs of its own.
+        inside = text.index(".py:") if in_file(text) else 0
+        head, *steps = text[inside:].split("+")
+        name, slash, allocation = head.partition("/")
+        method = text[:inside] + name
         way = cls(method=method.strip(), allocation=allocation.strip() if slash else None, repair=tuple(steps))
         # Found here rather than among thirty rows.
         values: dict[str, Any] = {"model": "any", "method": way.method, "repair": {"steps": list(way.repair)}}

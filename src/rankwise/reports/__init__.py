@@ -1,9 +1,10 @@
 """What a run tells after it ended: a report for machines, a card, tables and pictures for people."""
 
 from rankwise.reports.compared import COMPARISON_FILE, ComparedModels, ComparedRow, TaskFigure
+from rankwise.reports.comparison_page import write_comparison_page
+from rankwise.reports.measured_tables import print_comparison, print_operations, print_scores, print_speeds
 from rankwise.reports.model_card import model_card
 from rankwise.reports.outcome import Advice, MemoryUse, Speed, Verdict
-from rankwise.reports.page import PAGE_FILE, SPECTRA_FILE, write_comparison_page, write_report_page
 from rankwise.reports.parts import (
     Bits,
     CalibrationText,
@@ -33,7 +34,7 @@ from rankwise.reports.pictures import (
 )
 from rankwise.reports.plan_table import kept_grid, plan_difference, plan_facts, plan_table, plan_tables
 from rankwise.reports.report import REPORT_FORMAT, Report
-from rankwise.reports.scores_table import print_comparison, print_operations, print_scores, print_speeds
+from rankwise.reports.report_page import PAGE_FILE, SPECTRA_FILE, write_report_page
 from rankwise.reports.table import closing_table, print_closing
 from rankwise.reports.trained import (
     BlockRepair,

@@ -160,6 +160,11 @@ class ComparedModels(Part):
         spelling = getattr(self.recipe, "spelling", "keep")
         return bytes_in_words(size) if spelling == "size" else f"{size:g}" + (" bits" if spelling == "bits" else "")
 
+    def named(self, row: ComparedRow) -> str:
+        """A row in words: its way, its size, and its seed where it is another than 0."""
+        size = "" if row.asked is None else f" at {self.spelled(row.asked)}"
+        return f"{row.way}{size}" + (f", seed {row.seed}" if row.seed else "")
+
     def cell(self, way: str, size: float) -> list[ComparedRow]:
         """The rows of a way and a size, one a seed."""
         return [row for row in self.rows if row.way == way and row.asked == size]
@@ -287,7 +292,7 @@ class ComparedModels(Part):
         parts = [f"# {in_markdown(getattr(self.recipe, 'model', 'a model'))}, made smaller\n"]
         for title, header, lines in self.tables():
             parts.append(f"## {in_markdown(title)}\n\n" + _markdown(header, lines))
-        problems = [f"- {in_markdown(_named(r, self))}: {in_markdown(r.problem)}" for r in self.rows if r.problem]
+        problems = [f"- {in_markdown(self.named(r))}: {in_markdown(r.problem)}" for r in self.rows if r.problem]
         if problems:
             parts.append("## What could not be made\n\n" + "\n".join(problems) + "\n")
         published = {row.way: row.published for row in self.rows if row.published}
@@ -297,7 +302,7 @@ class ComparedModels(Part):
         if self.dense.generations:
             parts.append("## What is said\n")
             for prompt in self.dense.generations:
-                said = [(_named(row, self), row.generations[prompt]) for row in self.rows if prompt in row.generations]
+                said = [(self.named(row), row.generations[prompt]) for row in self.rows if prompt in row.generations]
                 parts.append(_markdown([f"prompt: {prompt}", "continuation"], [list(pair) for pair in said]))
         return "\n".join(parts)
 
@@ -320,12 +325,6 @@ def _mean_of(row: ComparedRow, tasks: Collection[str]) -> str:
 
 def _task(row: ComparedRow, key: tuple[str, str]) -> float | None:
     return next((figure.score for figure in row.tasks if (figure.task, figure.metric) == key), None)
-
-
-def _named(row: ComparedRow, found: ComparedModels) -> str:
-    size = "" if row.asked is None else f" at {found.spelled(row.asked)}"
-    seed = f", seed {row.seed}" if row.seed else ""
-    return f"{row.way}{size}{seed}"
 
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -28,7 +28,7 @@ def print_closing(report: Report) -> None:
 
 def closing_table(report: Report) -> Table:
     """Keep asked and got, sizes and perplexity before and after, time and peak memory by stage."""
-    before, after, keep, bits = report.before, report.after, report.keep, report.bits
+    keep, bits = report.keep, report.bits
     table = Table(title="compressed", title_justify="left", show_edge=False, pad_edge=False)
     for column in ("", "before", "after", "after / before"):
         table.add_column(column, justify="left" if not column else "right")
@@ -41,23 +41,8 @@ def closing_table(report: Report) -> Table:
     else:
         asked = "-" if keep.asked is None else f"asked {keep.asked:g}"
         table.add_row("linear weights kept", asked, f"got {keep.got:.4f}", "")
-    for label, one, other in (
-        ("parameters", before.parameters, after.parameters),
-        ("linear parameters", before.linear_parameters, after.linear_parameters),
-    ):
-        table.add_row(label, f"{one:,}", f"{other:,}", _ratio(one, other))
-    for label, one, other in (
-        ("bytes", before.bytes, after.bytes),
-        ("linear bytes", before.linear_bytes, after.linear_bytes),
-    ):
-        table.add_row(label, bytes_in_words(one), bytes_in_words(other), _ratio(one, other))
-    if report.evaluation is not None:
-        dense, small = report.evaluation.dense.perplexity, report.evaluation.compressed.perplexity
-        table.add_row("perplexity", f"{dense:.3f}", f"{small:.3f}", _ratio(dense, small))
-    if report.speed is not None:
-        slow, fast = report.speed.before, report.speed.after
-        label = "tokens/s, decoded once" if report.speed.decoded_once else "tokens/s"
-        table.add_row(label, f"{slow:.1f}", f"{fast:.1f}", _ratio(slow, fast))
+    for line in before_and_after(report):
+        table.add_row(*line)
     if report.search is not None:
         value = in_words(report.search.objective.value, ".4g")
         best = f"in trial {report.search.best_trial + 1}"
@@ -72,5 +57,26 @@ def closing_table(report: Report) -> Table:
     return table
 
 
-def _ratio(before: float, after: float) -> str:
+def before_and_after(report: Report) -> list[tuple[str, str, str, str]]:
+    """Label, before, after and their ratio: sizes, and perplexity and speed where they were measured."""
+    before, after = report.before, report.after
+    counts = (
+        ("parameters", before.parameters, after.parameters),
+        ("linear parameters", before.linear_parameters, after.linear_parameters),
+    )
+    sizes = (("bytes", before.bytes, after.bytes), ("linear bytes", before.linear_bytes, after.linear_bytes))
+    lines = [(label, f"{one:,}", f"{other:,}", ratio(one, other)) for label, one, other in counts]
+    lines += [(label, bytes_in_words(one), bytes_in_words(other), ratio(one, other)) for label, one, other in sizes]
+    if report.evaluation is not None:
+        dense, small = report.evaluation.dense.perplexity, report.evaluation.compressed.perplexity
+        lines.append(("perplexity", f"{dense:.3f}", f"{small:.3f}", ratio(dense, small)))
+    if report.speed is not None:
+        slow, fast = report.speed.before, report.speed.after
+        label = "tokens/s, decoded once" if report.speed.decoded_once else "tokens/s"
+        lines.append((label, f"{slow:.1f}", f"{fast:.1f}", ratio(slow, fast)))
+    return lines
+
+
+def ratio(before: float, after: float) -> str:
+    """After over before, in words."""
     return f"{after / before:.3f}" if before else "-"

@@ -230,9 +230,10 @@ def _codes(report: Report) -> Advice | None:
     if report.coded or report.recipe.format == "dense":
         return None
     number = 8 * report.before.linear_bytes / max(1, report.before.linear_parameters)
-    bits = min(_BITS, math.floor(10 * report.keep.got * number) / 10)
-    if bits < 2:
+    kept = report.keep.got * number
+    if kept < 2:
         return None
+    bits = math.floor(10 * min(_BITS, kept)) / 10
     saved = report.after.linear_bytes - report.before.linear_bytes * bits / number
     size = f"{bytes_in_words(saved)} less" if saved >= 0.01 * report.after.linear_bytes else "the same size"
     return Advice(

@@ -10,15 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from pydantic import ValidationError
-from torch import Tensor
 
 from rankwise.checkpoints import fingerprint, load_model
-from rankwise.data import existing, parse_source
+from rankwise.data import Sequences, existing, parse_source
 from rankwise.device import named_device
 from rankwise.errors import BudgetError, DataError, MissingPackageError, NotFiniteError, RankwiseError, RunError
 from rankwise.evaluation import (
@@ -28,6 +27,7 @@ from rankwise.evaluation import (
     measure_cost,
     paired_difference,
     perplexity,
+    require_tasks,
     run_tasks,
 )
 from rankwise.layers import keep_decoded
@@ -45,11 +45,6 @@ from rankwise.reports import (
 from rankwise.runs import Lines, stage_key
 from rankwise.stages.finish import machine_of
 from rankwise.stages.work import read_sequences
-
-if TYPE_CHECKING:
-    from rankwise.reports import Report
-    from rankwise.sizes import Plan
-
 
 _ROW_FORMAT = 1
 """Raised when what a row holds, or how it is scored, changes."""
@@ -147,7 +142,7 @@ class Protocol:
 
     Attributes:
         asked: the comparison.
-        texts: by source, token ids `[sequences, length]` and the start token they begin with.
+        texts: by source, its sequences.
         tokenizer: of the original.
         fingerprint: hash of the original's weights.
         architecture: class name of the original.
@@ -157,7 +152,7 @@ class Protocol:
     """
 
     asked: Comparison
-    texts: dict[str, tuple[Tensor, int | None]]
+    texts: dict[str, Sequences]
     tokenizer: Any
     fingerprint: str
     architecture: str
@@ -171,12 +166,12 @@ class Protocol:
         shared = self.asked.model_dump(
             mode="json", exclude={"output", "ways", "sizes", "seeds", "settings", "model", "spelling"}
         )
-        ids = {source: [ids.tolist(), bos] for source, (ids, bos) in self.texts.items()}
+        texts = {source: [read.fingerprint, read.bos] for source, read in self.texts.items()}
         tasks = {"harness": version("lm_eval"), "text": mark_of(self.asked.task_text)} if self.asked.tasks else {}
         return {
             "protocol": shared,
             "model": self.fingerprint,
-            "texts": stage_key(ids),
+            "texts": texts,
             "tasks": tasks,
             "computed": self.computed,
             "format": _ROW_FORMAT,
@@ -216,16 +211,16 @@ class Protocol:
         }
 
     def _perplexity(self, model: Any, settings: Any) -> float | None:
-        ids, bos = self.texts[settings.source]
+        read = self.texts[settings.source]
         try:
             return perplexity(
                 model,
-                ids,
+                read.ids,
                 stride=settings.stride,
                 batch_size=settings.batch_size,
                 reporter=self.reporter,
                 description=f"perplexity, {settings.source}",
-                bos=bos,
+                bos=read.bos,
             ).perplexity
         except NotFiniteError as problem:
             self.reporter.note(f"{settings.source}: {problem.problem}", passing=True)
@@ -262,6 +257,8 @@ def measure_dense(
         rows: finished rows; the original's is added.
         reporter: told about progress.
     """
+    if comparison.tasks:
+        require_tasks(comparison.tasks)
     with reporter.stage("load"):
         loaded = load_model(
             recipe.model,
@@ -269,10 +266,9 @@ def measure_dense(
             device=named_device(recipe.device),
             trust_remote_code=recipe.trust_remote_code,
         )
-        texts = {}
-        for settings in comparison.texts:
-            read = read_sequences(settings, loaded, settings.seed, settings.skip)
-            texts[settings.source] = read.ids, read.bos
+        # What is wrong with the text that all rows are calibrated on is of no row alone.
+        read_sequences(recipe.calibration, loaded, recipe.seed, skip=0)
+        texts = {each.source: read_sequences(each, loaded, each.seed, each.skip) for each in comparison.texts}
         protocol = Protocol(
             asked=comparison,
             texts=texts,
@@ -309,14 +305,6 @@ def measure_dense(
     return protocol, row
 
 
-class _Made:
-    """What making a cell gives, as `compress` does: `model`, `plan` and `report`."""
-
-    model: Any
-    plan: Plan
-    report: Report
-
-
 def measure_cell(protocol: Protocol, cell: Cell, dense: ComparedRow, make: Callable[[Recipe], Any]) -> ComparedRow:
     """Make a cell's model and score it; where there is none, the row says why.
 
@@ -324,7 +312,7 @@ def measure_cell(protocol: Protocol, cell: Cell, dense: ComparedRow, make: Calla
         protocol: what it is scored by.
         cell: which.
         dense: row of the original.
-        make: compresses as a recipe says.
+        make: gives `model`, `plan` and `report`, as `compress` does.
 
     Raises:
         MissingPackageError: an optional package is needed, which is of no row alone.
@@ -339,7 +327,7 @@ def measure_cell(protocol: Protocol, cell: Cell, dense: ComparedRow, make: Calla
     reporter = protocol.reporter
     before, started = len(reporter.notes), time.monotonic()
     try:
-        made: _Made = make(cell.recipe)
+        made = make(cell.recipe)
     except (MissingPackageError, RunError):
         raise
     except RankwiseError as problem:

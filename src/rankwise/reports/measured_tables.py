@@ -1,4 +1,4 @@
-"""Scores of one model, or of two side by side, as tables for the terminal."""
+"""What `evaluate`, `compare`, `cost` and `speed` print: tables for the terminal, one model a column."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ def print_scores(found: Sequence[Scored], apart: Sequence[Mapping[str, Any]]) ->
         apart: what `differences` says of them.
     """
     two = len(found) == 2
-    others = (found[1].model, "difference") if two else ()
     if found[0].perplexity:
         table = _table("perplexity", found[0].model, *(("against", "ratio") if two else ()))
         for text, measured in found[0].perplexity.items():
@@ -50,7 +49,7 @@ def print_scores(found: Sequence[Scored], apart: Sequence[Mapping[str, Any]]) ->
         return
     known = {(row["task"], row["metric"]): row for row in apart}
     theirs = {(s.task, s.metric): s for s in found[1].tasks.scores} if two and found[1].tasks else {}
-    table = _table("task", "examples", "score", *(("against", "difference") if others else ()))
+    table = _table("task", "examples", "score", *(("against", "difference") if two else ()))
     truncated = sum(found[0].tasks.truncated.values())
     for score in found[0].tasks.scores:
         place = score.task, score.metric
@@ -80,7 +79,7 @@ def print_comparison(found: ComparedModels) -> None:
         print()
     for row in found.rows:
         if row.problem:
-            print(f"{printable(row.way)} at {found.spelled(row.asked or 0)}: {printable(row.problem)}")
+            print(f"{printable(found.named(row))}: {printable(row.problem)}")
 
 
 def print_operations(found: Mapping[str, Operations]) -> None:
