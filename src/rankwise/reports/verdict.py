@@ -63,6 +63,9 @@ ENOUGH_TOKENS = 256 * 256
 
 _WORDS = ((HARDLY, "hardly anything"), (LITTLE, "little"), (MUCH, "a good deal"), (MOST, "much"))
 
+_WIDEST = 8.0
+"""Bits of the widest number over those of the narrowest that weights are stored in."""
+
 _BITS = 4.0
 """Codes of so many bits lost least of what was measured."""
 
@@ -156,8 +159,17 @@ def _usual_in_words(report: Report, ratio: float, low: float, high: float | None
 def _next(report: Report, ratio: float) -> tuple[Advice, ...]:
     if ratio < HARDLY:
         return _smaller(report)
-    steps = (_text(report), _storage(report), _method(report), _larger(report), _repair(report), _codes(report))
+    # What the next size is, and what it costs, follows from a size that a model can have.
+    larger, codes = (_larger(report), _codes(report)) if _of_a_model(report) else (None, None)
+    steps = (_text(report), _storage(report), _method(report), larger, _repair(report), codes)
     return tuple(each for each in steps if each is not None)
+
+
+def _of_a_model(report: Report) -> bool:
+    """Whether the sizes in a report, which a file may hold otherwise, are some that a model can have."""
+    return 0 < report.keep.got <= _WIDEST and (
+        report.bits is None or 0 < report.bits.got <= _WIDEST * report.bits.before
+    )
 
 
 def _text(report: Report) -> Advice | None:
