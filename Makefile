@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart real-model test test-slow peers mutants fuzz reliability lint bench bench-gpu clean
+.PHONY: help setup quickstart real-model test test-slow test-gpu peers mutants fuzz reliability lint bench bench-gpu clean
 
 help:
 	@echo "make quickstart   set up, compress the bundled model, show the result"
 	@echo "make real-model   set up, make a checkpoint of SmolLM2-135M-Instruct (downloads 93 MB)"
 	@echo "make test         set up, run the tests"
 	@echo "make test-slow    set up, run the tests that take minutes"
+	@echo "make test-gpu     set up, run the tests that need a GPU"
 	@echo "make peers        set up, install other quantisers for benchmarks/compare.py"
 	@echo "make mutants      set up, break the package in many places, show that the tests notice (minutes)"
 	@echo "make fuzz         set up, give 100,000 mutated inputs to every reader (minutes)"
@@ -42,6 +43,9 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,tasks]' -c constraints.txt
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 # Apart from the project's own packages, which theirs would change.
 peers: setup

@@ -236,7 +236,8 @@ def large_trials() -> tuple[list[list[str]], list[dict[str, Any]]]:
     def load(site: Site) -> dict[int, Beside]:
         k = problem.candidates[site.name].largest_rank
         scale = (site.m * k) ** -0.25
-        made = Basis(torch.randn(site.m, k) * scale, torch.randn(k, site.n) * scale, torch.ones(k))
+        with torch.device("cuda"):
+            made = Basis(torch.randn(site.m, k) * scale, torch.randn(k, site.n) * scale, torch.ones(k))
         return {0: (None, Rotation(), made)}
 
     rows, figures = [], []

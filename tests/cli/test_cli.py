@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from conftest import Run, failed, tiny_llama
+from rankwise import cli
 from rankwise.reports import Report
 
 
@@ -24,6 +26,18 @@ def compress(rankwise: Run, tiny: Path, text: Path, tmp_path: Path) -> Run:
         return rankwise("compress", model, "--output", tmp_path / "out", "--method", "bolaco", *base, *words)
 
     return run
+
+
+def _commands(group: Any, *words: str) -> list[tuple[str, ...]]:
+    inside = getattr(group, "commands", {})
+    return [words, *(found for name, each in inside.items() for found in _commands(each, *words, name))]
+
+
+@pytest.mark.parametrize("words", _commands(typer.main.get_command(cli.app)), ids=" ".join)
+def test_every_command_explains_itself(words: tuple[str, ...], rankwise: Run) -> None:
+    status, out, err = rankwise(*words, "--help")
+    assert (status, err) == (0, "")
+    assert "Usage: " in out
 
 
 def test_compress_evaluate_generate(compress: Run, rankwise: Run, text: Path, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="all, or METHOD[/ALLOCATION][+REPAIR...] joined by commas: svd,bolaco/bayesian:5x1,two_sided+blocks."
+            help="all, or methods joined by commas, each with /ALLOCATION and +REPAIR if wanted: "
+            "svd,bolaco/bayesian:5x1,two_sided+blocks."
         ),
     ] = "all",
     repair: Annotated[
