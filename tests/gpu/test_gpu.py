@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from rankwise.checkpoints import load_model
 from rankwise.evaluation import generate
 from rankwise.flows.finetune import finetune
 from rankwise.methods import FACTORISATIONS
+from rankwise.methods.two_sided import TwoSided
 from rankwise.recipes import TRAININGS, FineTune, recipe_from
 from rankwise.recipes.comparison import QUANTISING
 from rankwise.recipes.compression import STEPS
+from rankwise.reports import Report
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,16 +65,22 @@ def coded(settings: Settings) -> Settings:
     return make
 
 
+def report_of(values: dict[str, Any]) -> Report:
+    """Of a run that takes nothing over from another."""
+    with tempfile.TemporaryDirectory() as folder:
+        return compress(recipe_from(values), run_directory=folder).report
+
+
 def perplexity(values: dict[str, Any]) -> float:
     """Of what a recipe makes."""
-    found = compress(recipe_from(values)).report.evaluation
+    found = report_of(values).evaluation
     assert found is not None
     return found.compressed.perplexity
 
 
 def mean_error(values: dict[str, Any]) -> float:
     """Of the sites of what a recipe makes, tr(E H E^T) / tr(W H W^T)."""
-    errors = [site.error for site in compress(recipe_from(values)).report.sites.values() if site.error is not None]
+    errors = [site.error for site in report_of(values).sites.values() if site.error is not None]
     assert errors
     return sum(errors) / len(errors)
 
@@ -107,10 +116,28 @@ def test_models_in_files_get_the_same_codes(memory: str, coded: Settings) -> Non
     assert mean_error(coded(memory=memory)) == pytest.approx(mean_error(coded(memory="whole")), rel=0.02)
 
 
+def test_what_a_gpu_has_no_memory_for_is_made_on_the_cpu(
+    bundled_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = bundled_settings()
+    expected = perplexity(values)
+    outlook, seen = TwoSided.outlook, []
+
+    def out_of_memory(self: TwoSided, weight: torch.Tensor, *rest: Any) -> Any:
+        seen.append(weight.device.type)
+        if weight.is_cuda and len(seen) % 3 == 0:
+            raise torch.OutOfMemoryError("no memory left")
+        return outlook(self, weight, *rest)
+
+    monkeypatch.setattr(TwoSided, "outlook", out_of_memory)
+    assert perplexity(values) == pytest.approx(expected, rel=0.001)
+    assert {"cuda", "cpu"} == set(seen)
+
+
 @pytest.mark.parametrize("space", ["5x1", "spectral"])
 def test_a_search_judges_all_its_plans(space: str, bundled_settings: Settings) -> None:
     values = bundled_settings(allocation={"name": "bayesian", "space": space, "trials": 12}, method="two_sided")
-    search = compress(recipe_from(values)).report.search
+    search = report_of(values).search
     assert search is not None
     assert (search.trials, search.failed) == (12, 0)
     assert 0 < search.objective.kl < 3

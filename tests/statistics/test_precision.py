@@ -91,11 +91,10 @@ def test_totals_are_float64_on_the_cpu_for_every_model(dtype: torch.dtype) -> No
         lambda x: MomentTotals(1, x.double(), x.outer(x)),
         lambda x: CurvatureTotals(1, x.outer(x)[None]),
         lambda x: MeanTotals(1, x),
-        lambda x: MeanTotals(1, x.double().to("meta")),
     ],
 )
-def test_totals_of_another_precision_or_place_are_refused(make: Callable[[Tensor], object]) -> None:
-    with pytest.raises(TypeError, match=r"Totals\.\w+ is torch\.float\d\d on \w+: totals are float64 on the CPU"):
+def test_totals_of_another_precision_are_refused(make: Callable[[Tensor], object]) -> None:
+    with pytest.raises(TypeError, match=r"Totals\.\w+ is torch\.float\d\d: totals are float64"):
         make(torch.ones(3))
 
 

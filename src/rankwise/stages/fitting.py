@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rankwise.checkpoints import LoadedModel
 from rankwise.errors import IllConditionedError
-from rankwise.factors import Factors
+from rankwise.factors import Factors, Fit
 from rankwise.layers import kind_of, substitute
 from rankwise.layers.fold import fold_orders
 from rankwise.models import Site
@@ -21,7 +21,7 @@ from rankwise.progress import Reporter
 from rankwise.quantizers import Packed, Rotation
 from rankwise.runs import Folder
 from rankwise.sizes import Cut, Form, Plan
-from rankwise.stages.outlooks import Outlooks, draw_for, naming, weight_and_statistics
+from rankwise.stages.outlooks import Outlooks, draw_for, naming, weight_and_statistics, where_it_fits
 from rankwise.stages.work import Work, calibration_key
 from rankwise.statistics import Store
 
@@ -91,12 +91,14 @@ class _Fits:
         return found, self._folder.read_json(says)
 
     def _fit(self, site: Site, cut: Cut) -> tuple[Factors, dict[str, Any]]:
-        weight, seen = weight_and_statistics(self._work, self._store, site)
-        if cut.coded:
-            weight = weight.to(self._work.loaded.model.device)
-        with naming(site):
-            looking = self._outlooks.seen(site)
-            factors, fit = self._method.fit(weight, seen, cut, draw_for(self._work, site), looking)
+        def fit_on(device: torch.device) -> tuple[Factors, Fit]:
+            weight, seen = weight_and_statistics(self._work, self._store, site, device)
+            with naming(site):
+                looking = self._outlooks.seen(site)
+                return self._method.fit(weight, seen, cut, draw_for(self._work, site), looking)
+
+        # A cut that is not coded is a slice of a basis.
+        factors, fit = where_it_fits(self._work, site, fit_on) if cut.coded else fit_on(torch.device("cpu"))
         fit.check_finite(site.name)
         return factors, fit.facts()
 

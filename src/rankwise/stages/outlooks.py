@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -21,6 +22,8 @@ from rankwise.quantizers import Packed, Rotation
 from rankwise.stages.routed import note_experts
 from rankwise.stages.work import Work, calibration_key, model_key
 from rankwise.statistics import HIDDEN_GB, SiteStatistics, Statistic, Store, collecting, save_totals
+
+X = TypeVar("X")
 
 
 def collect_statistics(work: Work) -> Store:
@@ -72,11 +75,32 @@ def _note(work: Work, statistic: Statistic) -> None:
     statistic.sums(statistic.streams(work.sites), len(work.texts.calibration.ids), work.reporter)
 
 
-def weight_and_statistics(work: Work, store: Store, site: Site) -> tuple[Tensor, SiteStatistics]:
-    """W in float64 on the CPU, shape `[m, n]`, and what was collected at its site."""
-    weight = site.weight(work.loaded.model).double().cpu()
+def weight_and_statistics(
+    work: Work, store: Store, site: Site, device: torch.device | str = "cpu"
+) -> tuple[Tensor, SiteStatistics]:
+    """W in float64 on a device, shape `[m, n]`, and what was collected at its site, which is seen there."""
+    weight = site.weight(work.loaded.model).to(device).double()
     bias = site.bias(work.loaded.model)
-    return weight, SiteStatistics(site, weight, None if bias is None else bias.cpu(), store)
+    return weight, SiteStatistics(site, weight, None if bias is None else bias.to(device), store)
+
+
+def where_it_fits(work: Work, site: Site, make: Callable[[torch.device], X]) -> X:
+    """What `make` gives on the model's device, or on the CPU where that has too little memory.
+
+    Args:
+        work: the run.
+        site: what is made is of this one.
+        make: is called with a device, and again with another when there is no memory on the first.
+    """
+    device = work.loaded.model.device
+    try:
+        return make(device)
+    except torch.OutOfMemoryError:
+        if device.type == "cpu":
+            raise
+    torch.cuda.empty_cache()
+    work.reporter.note(f"{site.name}: the GPU has too little memory left for its decomposition; it is made on the CPU")
+    return make(torch.device("cpu"))
 
 
 @contextmanager
@@ -196,11 +220,13 @@ class Outlooks:
 
     def _make(self, site: Site, q_bits: int, with_basis: bool) -> None:
         work = self._work
-        weight, seen = weight_and_statistics(work, self._store, site)
-        if q_bits:
-            weight = weight.to(work.loaded.model.device)
-        with naming(site):
-            outlook = work.recipe.method.outlook(weight, seen, q_bits, draw_for(work, site))
+
+        def make(device: torch.device) -> Outlook:
+            weight, seen = weight_and_statistics(work, self._store, site, device)
+            with naming(site):
+                return work.recipe.method.outlook(weight, seen, q_bits, draw_for(work, site))
+
+        outlook = where_it_fits(work, site, make)
         outlook.basis.check_finite(site.name)
         # Without a Q the basis is what fits are sliced from; beside one it is for a search alone.
         most = min(site.m, site.n)

@@ -25,14 +25,14 @@ DEFAULT_GROUPS = 32
 
 @dataclass(frozen=True)
 class Totals(ABC):
-    """What was summed, in float64 on the CPU. Every field is a tensor or an integer; a file holds the fields.
+    """What was summed, in float64. Every field is a tensor or an integer; a file holds the fields.
 
     Attributes:
         vectors_in: name of the field that counts the vectors that were added; empty for totals that do not know, which
             are never mixed with those of others.
 
     Raises:
-        TypeError: when a tensor is of another precision, or elsewhere.
+        TypeError: when a tensor is of another precision.
     """
 
     vectors_in: ClassVar[str] = ""
@@ -40,9 +40,8 @@ class Totals(ABC):
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor) and (value.dtype != torch.float64 or value.device.type != "cpu"):
-                what = f"{type(self).__name__}.{field.name}"
-                raise TypeError(f"{what} is {value.dtype} on {value.device}: totals are float64 on the CPU")
+            if isinstance(value, Tensor) and value.dtype != torch.float64:
+                raise TypeError(f"{type(self).__name__}.{field.name} is {value.dtype}: totals are float64")
 
     @abstractmethod
     def merge(self, other: Self) -> Self:
@@ -60,6 +59,12 @@ class Totals(ABC):
     def is_finite(self) -> bool:
         """Whether nothing that was added held NaN or an infinity."""
         return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors().values())
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {k: v.to(device) for k, v in parts.items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **moved)
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields as a file holds them: an integer is a tensor of shape `[1]`."""
@@ -92,7 +97,7 @@ class Sums(ABC):
 
     @abstractmethod
     def take(self) -> Totals:
-        """What was added, in float64 on the CPU; the sums start afresh."""
+        """What was added, in float64 on the same device; the sums start afresh."""
 
 
 StartSums = Callable[[int, torch.device], Sums]

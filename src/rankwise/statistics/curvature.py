@@ -74,7 +74,7 @@ class CurvatureSums(Sums):
         self._count += len(g)
 
     def take(self) -> CurvatureTotals:
-        taken = CurvatureTotals(self._count, self._blocks.to("cpu", torch.float64, copy=True))
+        taken = CurvatureTotals(self._count, self._blocks.double())
         self._blocks.zero_()
         self._count = 0
         return taken

@@ -77,7 +77,7 @@ class MeasuredSums(Sums):
         self._vectors += x.numel() // x.shape[-1]
 
     def take(self) -> MeanTotals:
-        taken = MeanTotals(self._count, self._total.cpu().double(), self._vectors)
+        taken = MeanTotals(self._count, self._total.double(), self._vectors)
         self._count = self._vectors = 0
         return taken
 

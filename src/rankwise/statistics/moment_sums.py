@@ -101,11 +101,11 @@ class MomentSums(Sums):
         self._count += len(x)
 
     def take(self) -> MomentTotals:
-        total, count = self._total.cpu().double(), self._count
-        scatter = self._gram.to("cpu", torch.float64)
+        total, count = self._total.double(), self._count
+        scatter = self._gram.double()
         scatter.addr_(total, total, alpha=-1 / count).tril_()
         scatter += scatter.tril(-1).T
-        moments = MomentTotals(count, self._shift.cpu().double() + total / count, scatter)
+        moments = MomentTotals(count, self._shift.double() + total / count, scatter)
         self._gram.zero_()
         self._total.zero_()
         self._count = 0

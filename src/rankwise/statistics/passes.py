@@ -15,7 +15,7 @@ from rankwise.statistics.base import Collected, Labels, Statistic, Totals
 from rankwise.statistics.by_block import ByBlock
 from rankwise.statistics.labels import backward, gradients
 from rankwise.statistics.store import load_snapshot, save_snapshot
-from rankwise.statistics.watch import Collector
+from rankwise.statistics.watch import CPU, Collector
 
 _SNAPSHOT_SECONDS = 300.0
 
@@ -90,11 +90,15 @@ def collecting(
     was_training = model.training
     model.eval()
     try:
-        collectors = {
-            labels: Collector(wanted, sites, len(tokens), device, reporter) for labels, wanted in passes.items()
-        }
         runner = BlockRunner(model, tokens, batch_size, autocast=False)
-        if runner.alone():
+        by_block = runner.alone()
+        # A device that holds the sums of one block has room for their totals; of all blocks it may not.
+        keeping = device if by_block else CPU
+        collectors = {
+            labels: Collector(wanted, sites, len(tokens), device, keeping, reporter)
+            for labels, wanted in passes.items()
+        }
+        if by_block:
             walk = ByBlock(runner, sites, snapshot, hidden_gb, known, reporter)
             yield from walk.collecting(collectors, seed)
             return

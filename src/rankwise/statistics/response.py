@@ -36,7 +36,7 @@ def respond(place: Place, kind: Hashable, mean: Tensor, moment: Callable[[Tensor
         moment: gives the second moment, shape `[d, d]`, for vectors with the mean it is handed.
     """
     if place.stream.side == "input":
-        inputs = place.latest.get((kind, place.stream.key), lambda: InputMetric(moment(mean)))
+        inputs = place.latest.get((kind, place.stream.key, place.weight.device), lambda: InputMetric(moment(mean)))
         return Response(place.weight @ mean, inputs, None)
     # An output is W x + b: its covariance is that of W x, its mean is off by b.
     if place.bias is not None:

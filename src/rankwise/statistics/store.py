@@ -117,8 +117,8 @@ class SiteStatistics:
 
     Args:
         site: which.
-        weight: W, shape `[m, n]`, float64.
-        bias: the layer's own bias, shape `[m]`, or None.
+        weight: W, shape `[m, n]`, float64; what is seen is on its device.
+        bias: the layer's own bias, shape `[m]`, or None; on the same device.
         store: where the totals are.
     """
 
@@ -140,4 +140,5 @@ class SiteStatistics:
             KeyError: when it was not collected with these settings.
         """
         stream, totals = self._store.totals(statistic, self._site)
-        return statistic.seen(totals, Place(stream, self._weight, self._bias, self._store.latest))
+        place = Place(stream, self._weight, self._bias, self._store.latest)
+        return statistic.seen(totals.to(self._weight.device), place)

@@ -16,13 +16,23 @@ from rankwise.statistics.base import Collected, StartSums, Statistic, Sums, Tota
 from rankwise.statistics.groups import Grouping
 from rankwise.statistics.streams import Stream
 
+CPU = torch.device("cpu")
+
 
 class _Watch:
     """The sums of one stream in groups of one kind, and the statistics made of them."""
 
-    def __init__(self, stream: Stream, grouping: Grouping, sums: Sums, statistics: Sequence[Statistic]) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        grouping: Grouping,
+        sums: Sums,
+        statistics: Sequence[Statistic],
+        keeping: torch.device,
+    ) -> None:
         self.stream = stream
         self._grouping, self._sums, self._statistics = grouping, sums, statistics
+        self._keeping = keeping
 
     def add(self, x: Tensor, inputs: Tensor, kept: Collected) -> None:
         """Add what was seen of a batch, and to `kept` what the groups give that end in it."""
@@ -48,7 +58,7 @@ class _Watch:
                 "else the checkpoint is damaged",
             )
         for statistic in self._statistics:
-            totals, by_stream = statistic.totals_of(taken), kept[statistic]
+            totals, by_stream = statistic.totals_of(taken).to(self._keeping), kept[statistic]
             before = by_stream.get(self.stream.key)
             by_stream[self.stream.key] = totals if before is None else before.merge(totals)
 
@@ -61,6 +71,7 @@ class Collector:
         sites: at which sites.
         sequences: calibration sequences there are.
         device: where the model is.
+        keeping: where totals are kept until they are complete.
         reporter: told what the user should know.
     """
 
@@ -70,9 +81,10 @@ class Collector:
         sites: Sequence[Site],
         sequences: int,
         device: torch.device,
+        keeping: torch.device,
         reporter: Reporter,
     ) -> None:
-        self.device = device
+        self.device, self._keeping = device, keeping
         self.kept: Collected = {statistic: {} for statistic in statistics}
         self._groupings = {s.groups: Grouping(sequences, s.groups) for s in statistics}
         self._alike: dict[tuple[Stream, int | None, StartSums], list[Statistic]] = {}
@@ -97,10 +109,10 @@ class Collector:
         return [s for s in streams if not all(known(statistic, s.key) for statistic in self.serving(s))]
 
     def take(self, stream: Stream) -> Iterator[tuple[Statistic, str, Totals]]:
-        """What was kept of a stream, and no longer is: statistic, key of the stream, totals."""
+        """What was kept of a stream, and no longer is: statistic, key of the stream, totals on the CPU."""
         for statistic in self.serving(stream):
             if stream.key in self.kept[statistic]:
-                yield statistic, stream.key, self.kept[statistic].pop(stream.key)
+                yield statistic, stream.key, self.kept[statistic].pop(stream.key).to(CPU)
 
     def begin(self, start: int, stop: int) -> None:
         """A batch of the sequences `start..stop` comes next."""
@@ -122,7 +134,8 @@ class Collector:
         """Watch these streams of the model inside the block; there is memory for their sums as long."""
         for (stream, groups, start), members in self._alike.items():
             if stream in streams:
-                watch = _Watch(stream, self._groupings[groups], start(stream.d, self.device), members)
+                sums = start(stream.d, self.device)
+                watch = _Watch(stream, self._groupings[groups], sums, members, self._keeping)
                 self._watches.setdefault(stream, []).append(watch)
         handles = [self._hook(model, stream) for stream in self._watches]
         try:
