@@ -6,7 +6,8 @@ python benchmarks/compare.py peers                  # after `make peers`
 python benchmarks/compare.py write
 
 Needs `make real-model` and the shared texts. The first two are runs of `rankwise compare` and go on after a stop, as do
-the peers; `write` makes the result files and the picture of README. --sizes and --methods measure some of the cells.
+the peers; `write` makes the result files and the picture of README. --sizes and --methods measure some of the cells:
+several processes may share them out, each with a folder of its own in the --run-dir that `write` reads.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def protocol(shared: Path, folder: Path, spelling: str, sizes: str, methods: str
                     "bos": "never",
                 },
                 "budget": {"rank_multiple": 8},
-                "methods": {"caldera": {"outer": 5}, "mixed": {"outer": 5}},
+                "methods": {name: {"outer": 5} for name in ("caldera", "mixed") if name in methods},
+                "precision": "float32",
             },
         }
     )
@@ -167,14 +169,13 @@ def group_of(way: str) -> str:
 
 
 def read(folder: Path) -> list[ComparedRow]:
-    """All finished rows of all parts, the original first and once."""
+    """All finished rows of all runs below a folder, the original first and once."""
     rows: list[ComparedRow] = []
-    for part in ("keep", "bits", "peers"):
-        file = folder / part / "rows.jsonl"
-        for line in file.read_text().splitlines() if file.is_file() else []:
+    for file in sorted(folder.rglob("rows.jsonl")):
+        for line in file.read_text().splitlines():
             row = ComparedRow(**{key: value for key, value in json.loads(line).items() if key != "chain"})
             rows += [row] if row.asked is not None or not rows else []
-    return rows
+    return list({row.key: row for row in rows}.values())
 
 
 def draw(rows: list[ComparedRow], text: str, path: Path) -> None:

@@ -59,7 +59,7 @@ def layer_of(site: Site, rank: int, storage: str, folded: bool) -> nn.Module:
         else:
             layer = PivotedLinear(site.n, site.m, rank, True, order=not folded)
             if not folded:
-                order = torch.randperm(site.m, generator=torch.Generator().manual_seed(rank))
+                order = torch.randperm(site.m, generator=torch.Generator().manual_seed(rank), device="cpu")
                 layer.place = order.to(DEVICE, torch.int32)
     return layer.to(DTYPE).eval().requires_grad_(False)
 
