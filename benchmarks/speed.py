@@ -33,7 +33,7 @@ LAYERS = 32 if GPU else 1
 CONTEXT = 512
 KEEPS = (0.8, 0.5)
 TOKENS = (1, 8, 512, 4096)
-ROUNDS = 9 if GPU else 3
+ROUNDS = 5 if GPU else 3
 MULTIPLE = 8
 MODES = {
     "prefill 1 x 512": (1, 512),
