@@ -95,6 +95,8 @@ class LoadedModel:
                 parameter.data = narrow
         if self.streaming:
             self.streaming.dtype = None
+            # What was read is on the CPU again.
+            self.streaming.to_compute()
 
     def to_compute_dtypes(self) -> None:
         """Cast parameters to the precision they compute in, remembering what they are stored in."""

@@ -54,10 +54,9 @@ def independent_rows(left: Tensor, limit: float = LARGEST_ENTRY) -> tuple[Tensor
     # Only the column space counts. An orthonormal basis of it also serves when L itself has columns that vanish.
     basis, _ = torch.linalg.qr(left)
     packed, swaps = torch.linalg.lu_factor(basis)
-    order = torch.arange(left.shape[0], device=left.device)
+    places = list(range(left.shape[0]))
     for row, other in enumerate((swaps - 1).tolist()):
-        if other != row:
-            order[[row, other]] = order[[other, row]]
+        places[row], places[other] = places[other], places[row]
     upper_part = packed[:rank].tril(-1)
     # basis[order] = [L1; L2] U, so T = L2 L1^{-1}.
     rest = torch.linalg.solve_triangular(upper_part, packed[rank:], upper=False, left=False, unitriangular=True)
@@ -73,7 +72,8 @@ def independent_rows(left: Tensor, limit: float = LARGEST_ENTRY) -> tuple[Tensor
         along = rest[:, column].clone()
         along[row] += 1
         rest.addr_(along, replaced, alpha=-1 / float(entry))
-        order[[rank + row, column]] = order[[column, rank + row]]
+        places[rank + row], places[column] = places[column], places[rank + row]
+    order = torch.tensor(places, device=left.device)
     first, columns = order[:rank].sort()
     last, rows = order[rank:].sort()
     return torch.cat([first, last]), rest[rows][:, columns]
