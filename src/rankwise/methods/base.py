@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ class Outlook:
 
     Attributes:
         basis: of what Q leaves of W, or of W itself.
-        q: codes of Q; None without Q.
+        q: codes of Q; None without Q, and where its loss alone was estimated.
         rotation: of Q.
         noise: by bits of L and R, the share of the energy that L R should take and a fit of it does not.
     """
@@ -126,6 +126,22 @@ class Method(BaseModel, ABC):
             q_bits: bits a weight of Q; 0 for no Q.
             source: for what is drawn.
         """
+
+    def estimates(
+        self, weight: Tensor, statistics: SiteStatistics, choices: Sequence[int], source: torch.Generator
+    ) -> Mapping[int, Outlook]:
+        """Outlooks without codes, for a plan that is made by losses: about what `outlook` says, for less work.
+
+        Args:
+            weight: as for `outlook`.
+            statistics: as for `outlook`.
+            choices: bits of Q that the plan may choose from.
+            source: for what is drawn.
+
+        Returns:
+            By bits of Q; without those that `outlook` is to be asked for.
+        """
+        return {}
 
     @abstractmethod
     def fit(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from rankwise.factors import Factors, Fit
-from rankwise.methods.base import Looking
-from rankwise.methods.quantizing import QuantizingMethod, drawn_rotation, on, rounded
+from rankwise.factors import Basis, Factors, Fit
+from rankwise.methods.base import Looking, Outlook
+from rankwise.methods.quantizing import CURVATURE, QuantizingMethod, drawn_rotation, on, rounded, weighed_by_blocks
 from rankwise.quantizers import Hessian, Packed, Rotation, weighed_error
 from rankwise.sizes import Cut
 from rankwise.statistics import SiteStatistics
 from rankwise.statistics.input_moments import InputMoments
+
+SAMPLED_ROWS = 32
+"""Rows of a weight that are rounded to estimate what rounding all of them loses (benchmarks/results/estimates.md)."""
 
 
 class Quantize(QuantizingMethod):
@@ -32,6 +36,49 @@ class Quantize(QuantizingMethod):
         codebook = self.codes(q_bits)
         feedback = Hessian(metric, hessian.damping).feedback(codebook.tile[1]) if self.feedback else None
         return rounded(self, codebook, target, metric, feedback)
+
+    def estimates(
+        self, weight: Tensor, statistics: SiteStatistics, choices: Sequence[int], source: torch.Generator
+    ) -> Mapping[int, Outlook]:
+        """What Q loses, by rounding some rows of the rotated weight in place of all.
+
+        A random rotation leaves rows that are alike but for their length. An error is a share rho of the row itself and
+        a rest across it. With s_i^2 the mean square of row i, e_j the rest at a rounded row j weighed by M = E[x x^T],
+        and tr(F) / m what a rotated output weighs on the average,
+
+            tr(F E M E^T) ~ tr(F) / m  sum_i s_i^2  mean_j e_j / s_j^2  +  rho^2 tr(F W M W^T)
+        """
+        if not self.hadamard or len(choices) < 2 or len(weight) < 2 * SAMPLED_ROWS:
+            return {}
+        seen = statistics.of(InputMoments()).second_moment().to(weight)
+        curvature = statistics.of(CURVATURE).to(weight)
+        hessian = Hessian.of(seen, self.damping)
+        rotation = drawn_rotation(self, weight, source)
+        target, metric, measured = rotation.weight(weight), rotation.hessian(hessian.matrix), rotation.hessian(seen)
+        squares = target.square().mean(1)
+        rows = torch.linspace(0, len(target) - 1, SAMPLED_ROWS, device=weight.device).round().long()
+        rows = rows[squares[rows] > 0]
+        of_output = float(curvature.diagonal(dim1=1, dim2=2).sum()) / len(target)
+        whole = float((weighed_by_blocks(curvature, weight) * (weight @ seen)).sum())
+        if not len(rows) or not whole > 0:
+            return {}
+        part = target[rows]
+        found = {}
+        for q_bits in choices:
+            codebook = self.codes(q_bits)
+            # A matrix without scales of its rows has one for all of it.
+            scale = codebook.scales(target, feedback=self.feedback)
+            feedback = Hessian(metric, hessian.damping).feedback(codebook.tile[1]) if self.feedback else None
+            own = scale[rows] if len(scale) == len(target) else scale
+            error = part - rounded(self, codebook, part, metric, feedback, own).dense()
+            along = float(((error @ measured) * part).sum() / ((part @ measured) * part).sum())
+            across = error - along * part
+            share = (((across @ measured) * across).sum(1) / squares[rows]).mean()
+            loss = of_output * float(share * squares.sum()) + along**2 * whole
+            m, n = weight.shape
+            nothing = Basis(weight.new_zeros(m, 0), weight.new_zeros(0, n), weight.new_tensor([loss]))
+            found[q_bits] = Outlook(nothing, None, rotation)
+        return found
 
     def fit(
         self, weight: Tensor, statistics: SiteStatistics, cut: Cut, source: torch.Generator, looking: Looking

@@ -181,7 +181,12 @@ def weighed_by_blocks(blocks: Tensor, error: Tensor) -> Tensor:
 
 
 def rounded(
-    method: QuantizingMethod, codebook: Codebook, target: Tensor, hessian: Tensor, feedback: Tensor | None
+    method: QuantizingMethod,
+    codebook: Codebook,
+    target: Tensor,
+    hessian: Tensor,
+    feedback: Tensor | None,
+    scale: Tensor | None = None,
 ) -> Packed:
     """Q for a target, by LDLQ or to the nearest.
 
@@ -191,10 +196,12 @@ def rounded(
         target: shape `[m, n]`.
         hessian: H, shape `[n, n]`.
         feedback: U of H; None to round to the nearest.
+        scale: as `Packed.scale`; None for that of the target.
     """
+    scale = codebook.scales(target, feedback=feedback is not None) if scale is None else scale
     if feedback is None:
-        return codebook.quantize(target)
-    packed = ldlq(target, feedback, codebook, codebook.scales(target, feedback=True))
+        return codebook.quantize(target, scale)
+    packed = ldlq(target, feedback, codebook, scale)
     return improve(target, hessian, packed, codebook, method.passes)
 
 

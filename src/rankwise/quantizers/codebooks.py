@@ -23,7 +23,7 @@ from rankwise.quantizers.codes import (
     uniform_levels,
     wide_scale,
 )
-from rankwise.quantizers.lattice import round_e8p
+from rankwise.quantizers.lattice import decode_e8p, round_e8p
 
 _LEAST_SCALE = 1e-30
 """Of what is all zeros."""
@@ -162,6 +162,9 @@ class E8P(Codebook):
     def round(self, values: Tensor) -> Tensor:
         rows = values.shape[0]
         return round_e8p(values.reshape(-1, LATTICE), self.bits).reshape(rows, -1, self.bits)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return decode_e8p(codes)
 
 
 class Levels(Codebook):

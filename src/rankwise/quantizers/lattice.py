@@ -7,75 +7,113 @@ costs the flip of the smallest coordinate. The 29 patterns that only fill the ta
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from rankwise.quantizers.codes import LATTICE, SECOND_SCALE, e8p_odd, e8p_patterns, e8p_values
+from rankwise.quantizers.codes import LATTICE, SECOND_SCALE, e8_short_values, e8p_odd, e8p_patterns, e8p_values
 
 _CHUNK = 1 << 16
 _SHORT = 227
 
 
-@cache
-def _kinds() -> Tensor:
-    """Distinct multisets of entries among the short patterns, each descending, shape `[7, 8]`."""
-    kinds = {tuple(sorted(row, reverse=True)) for row in e8p_patterns()[:_SHORT].tolist()}
-    return torch.tensor(sorted(kinds))
+@dataclass(frozen=True)
+class _Tables:
+    """What rounding looks up, on one device.
+
+    Attributes:
+        kinds: distinct multisets of entries among the short patterns, each descending, float32, shape `[7, 8]`.
+        digits: their entries as digits (1/2, 3/2, 5/2 as 0, 1, 2), int64.
+        half_squares: half their squared norms, shape `[7]`.
+        odd: 1 where an odd number of minus signs is needed, shape `[7]`.
+        number: number of a pattern by its entries read as digits, shape `[3^8]`; -1 for none.
+        powers: 3^0 to 3^7.
+        long: patterns that are no short ones, shape `[29, 8]`.
+        long_odd: as `odd`, of those.
+        most: what the sorted sizes of a vector can score against a long pattern at most, as weights, shape `[8]`.
+        sign_bits: 2^8 to 2^14, and 0 for the last, whose sign follows, float32.
+        places: 0 to 7.
+        values: all codewords, shape `[65536, 8]`.
+    """
+
+    kinds: Tensor
+    digits: Tensor
+    half_squares: Tensor
+    odd: Tensor
+    number: Tensor
+    powers: Tensor
+    long: Tensor
+    long_odd: Tensor
+    most: Tensor
+    sign_bits: Tensor
+    places: Tensor
+    values: Tensor
 
 
 @cache
-def _pattern_index() -> Tensor:
-    """Number of a pattern by its entries read as digits (1/2, 3/2, 5/2 as 0, 1, 2), shape `[3^8]`; -1 for none."""
-    index = torch.full((3**LATTICE,), -1)
-    index[_digits(e8p_patterns())] = torch.arange(256)
-    return index
+def _tables(device: torch.device) -> _Tables:
+    patterns = e8p_patterns()
+    kinds = torch.tensor(sorted({tuple(sorted(row, reverse=True)) for row in patterns[:_SHORT].tolist()}))
+    powers = 3 ** torch.arange(LATTICE, device="cpu")
+    number = torch.full((3**LATTICE,), -1, device="cpu")
+    number[(_as_digits(patterns) * powers).sum(-1)] = torch.arange(256, device="cpu")
+    long = patterns[_SHORT:]
+    found = _Tables(
+        kinds,
+        _as_digits(kinds),
+        kinds.square().sum(-1) / 2,
+        e8p_odd(kinds).long(),
+        number,
+        powers,
+        long,
+        e8p_odd(long).long(),
+        torch.tensor([1.5] * 5 + [0.5] * 3, device="cpu"),
+        torch.tensor([*(2.0**bit for bit in range(8, 15)), 0.0], device="cpu"),
+        torch.arange(LATTICE, device="cpu"),
+        e8p_values(torch.arange(2**16, device="cpu"), patterns),
+    )
+    return _Tables(**{name: part.to(device) for name, part in vars(found).items()})
 
 
-def _digits(patterns: Tensor) -> Tensor:
-    powers = 3 ** torch.arange(LATTICE, device=patterns.device)
-    return ((patterns - 0.5).round().long() * powers).sum(-1)
+def _as_digits(patterns: Tensor) -> Tensor:
+    return (patterns - 0.5).round().long()
 
 
-def _nearest_shifted(y: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest_shifted(y: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
     """The nearest signed pattern to vectors of shape `[count, 8]`.
 
     Returns:
         Its number with the sign bits (bits 0 to 14), and the squared distance, each of shape `[count]`.
     """
-    size = y.abs()
+    size, minus = y.abs(), y < 0
     ordered, order = size.sort(-1, descending=True)
-    odd = (y < 0).sum(-1) & 1
-    kinds = _kinds().to(y)
+    odd = minus.sum(-1) & 1
     # |y - v|^2 = |y|^2 - 2 (y.v - |v|^2 / 2): the score is what stands in the brackets.
-    wrong = odd[:, None] != e8p_odd(kinds).long()
+    wrong = odd[:, None] != tables.odd
     # Every kind's smallest entry is 1/2, so that flipping the smallest coordinate costs its size.
-    score = ordered @ kinds.T - kinds.square().sum(-1) / 2 - torch.where(wrong, ordered[:, -1:], 0.0)
+    score = ordered @ tables.kinds.T - tables.half_squares - wrong * ordered[:, -1:]
     best, kind = score.max(-1)
-    pattern = torch.zeros_like(y).scatter_(-1, order, kinds[kind])
-    number = _pattern_index().to(y.device)[_digits(pattern)]
-    flipped = torch.where(wrong.gather(-1, kind[:, None]).squeeze(-1), order[:, -1], -1)
-    long = e8p_patterns()[_SHORT:].to(y)
+    number = tables.number[(tables.powers[order] * tables.digits[kind]).sum(-1)]
+    flipped = torch.where(_at(wrong, kind), order[:, -1], -1)
     # No vector scores more against a long pattern than its five largest coordinates allow.
-    bound = 1.5 * ordered[:, :5].sum(-1) + 0.5 * ordered[:, 5:].sum(-1) - long[0].square().sum() / 2
-    rows = (bound > best).nonzero().squeeze(-1)
+    half_square = tables.long[0].square().sum() / 2
+    rows = (ordered @ tables.most - half_square > best).nonzero().squeeze(-1)
     if len(rows):
         part = size[rows]
-        each = part[:, None, :] * long
+        each = part[:, None, :] * tables.long
         cost, place = each.min(-1)
-        missed = odd[rows, None] != e8p_odd(long).long()
-        longer = each.sum(-1) - long[0].square().sum() / 2 - torch.where(missed, 2 * cost, 0.0)
+        missed = odd[rows, None] != tables.long_odd
+        longer = each.sum(-1) - half_square - torch.where(missed, 2 * cost, 0.0)
         top, which = longer.max(-1)
         won = top > best[rows]
         which, winners = which[won], rows[won]
         number[winners] = _SHORT + which
         best[winners] = top[won]
-        at = place[won].gather(-1, which[:, None]).squeeze(-1)
-        flipped[winners] = torch.where(missed[won].gather(-1, which[:, None]).squeeze(-1), at, -1)
-    minus = (y < 0) ^ (flipped[:, None] == torch.arange(LATTICE, device=y.device))
-    signs = (minus[:, :7].long() << torch.arange(8, 15, device=y.device)).sum(-1)
-    return number | signs, y.square().sum(-1) - 2 * best
+        flipped[winners] = torch.where(_at(missed[won], which), _at(place[won], which), -1)
+    minus ^= flipped[:, None] == tables.places
+    return number | (minus.float() @ tables.sign_bits).long(), y.square().sum(-1) - 2 * best
 
 
 def nearest_e8p(x: Tensor) -> Tensor:
@@ -88,9 +126,10 @@ def nearest_e8p(x: Tensor) -> Tensor:
         Shape `[count]`, int64; see `codes.e8p_values`.
     """
     found = []
+    tables = _tables(x.device)
     for part in x.float().split(_CHUNK):
-        up, far_up = _nearest_shifted(part - 0.25)
-        down, far_down = _nearest_shifted(part + 0.25)
+        number, far = _nearest_shifted(torch.cat([part - 0.25, part + 0.25]), tables)
+        (up, down), (far_up, far_down) = number.split(len(part)), far.split(len(part))
         found.append(torch.where(far_up <= far_down, up, down | (1 << 15)))
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
 
@@ -131,6 +170,24 @@ def _at(values: Tensor, place: Tensor) -> Tensor:
     return values.gather(-1, place[:, None]).squeeze(-1)
 
 
+def decode_e8p(codes: Tensor) -> Tensor:
+    """What `codes.decode` gives for codes of the lattice, from a table of all codewords.
+
+    Args:
+        codes: uint8, shape `[rows, blocks, bits]`.
+
+    Returns:
+        Shape `[rows, 8 blocks]`, float32.
+    """
+    values, whole, bits = _tables(codes.device).values, codes.long(), codes.shape[-1]
+    found = values[whole[..., 0] | (whole[..., 1] << 8)]
+    if bits == 3:
+        found = found + SECOND_SCALE[3] * e8_short_values().to(codes.device)[whole[..., 2]]
+    elif bits == 4:
+        found = found + SECOND_SCALE[4] * values[whole[..., 2] | (whole[..., 3] << 8)]
+    return found.reshape(len(codes), -1)
+
+
 def round_e8p(x: Tensor, bits: int) -> Tensor:
     """Codes of the nearest codewords, uint8 of shape `[count, bits]`.
 
@@ -142,7 +199,7 @@ def round_e8p(x: Tensor, bits: int) -> Tensor:
     first = nearest_e8p(x)
     parts = [first & 255, first >> 8]
     if bits > 2:
-        rest = (x - e8p_values(first, e8p_patterns().to(x.device))) / SECOND_SCALE[bits]
+        rest = (x - _tables(x.device).values[first]) / SECOND_SCALE[bits]
         second = nearest_short(rest) if bits == 3 else nearest_e8p(rest)
         parts += [second] if bits == 3 else [second & 255, second >> 8]
     return torch.stack(parts, -1).to(torch.uint8)

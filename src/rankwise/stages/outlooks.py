@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -201,7 +201,7 @@ class Outlooks:
         """
         most = self._work.problem.candidates[site.name].with_ranks(q_bits)
         known = self.known(site, q_bits)
-        if known is None or known.basis.rank < (most if q_bits else 1):
+        if known is None or known.basis.rank < (most if q_bits else 1) or (q_bits and known.q is None):
             self._make(site, q_bits, with_basis=True)
             known = self.known(site, q_bits)
         assert known is not None
@@ -227,13 +227,11 @@ class Outlooks:
                 return work.recipe.method.outlook(weight, seen, q_bits, draw_for(work, site))
 
         outlook = where_it_fits(work, site, make)
-        outlook.basis.check_finite(site.name)
         # Without a Q the basis is what fits are sliced from; beside one it is for a search alone.
         most = min(site.m, site.n)
         if q_bits:
             most = work.problem.candidates[site.name].with_ranks(q_bits) if with_basis else 0
-        with self.folder.writing(self._file(site, q_bits)) as path:
-            save_outlook(path, outlook, most)
+        self._keep(site, q_bits, outlook, most)
 
     def look(self) -> None:
         """Make all outlooks that the allocation looks at and that are not there.
@@ -246,7 +244,32 @@ class Outlooks:
         left = [(site, q_bits) for site, q_bits in wanted if not self.folder.has(self._file(site, q_bits))]
         done = len(wanted) - len(left)
         for site, q_bits in work.reporter.track(left, "looking at weights", total=len(wanted), done=done):
-            self._make(site, q_bits, with_basis=work.looks >= Looks.OBJECTIVE)
+            # With the first of a site's its others may have been estimated.
+            if not self.folder.has(self._file(site, q_bits)):
+                self._look(site, [bits for other, bits in left if other is site])
+
+    def _look(self, site: Site, choices: Sequence[int]) -> None:
+        """Make outlooks of a site; without codes where losses are all that is looked at and can be estimated."""
+        work = self._work
+        estimated: Mapping[int, Outlook] = {}
+        if work.looks < Looks.OBJECTIVE:
+
+            def estimate(device: torch.device) -> Mapping[int, Outlook]:
+                weight, seen = weight_and_statistics(work, self._store, site, device)
+                with naming(site):
+                    return work.recipe.method.estimates(weight, seen, choices, draw_for(work, site))
+
+            estimated = where_it_fits(work, site, estimate)
+        for q_bits in choices:
+            if q_bits in estimated:
+                self._keep(site, q_bits, estimated[q_bits], 0)
+            else:
+                self._make(site, q_bits, with_basis=work.looks >= Looks.OBJECTIVE)
+
+    def _keep(self, site: Site, q_bits: int, outlook: Outlook, most: int) -> None:
+        outlook.basis.check_finite(site.name)
+        with self.folder.writing(self._file(site, q_bits)) as path:
+            save_outlook(path, outlook, most)
 
     def _share(self, site: Site) -> float:
         """The share of the text's tokens that come to a site: losses are estimated a token seen, and spent a token."""
