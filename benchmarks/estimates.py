@@ -58,7 +58,7 @@ def compare(model: str, shared: Path) -> dict[str, Any]:
                 started = time.perf_counter()
                 made = recipe.method.outlook(weight, seen, bits, stages.draw_for(work, site))
                 seconds[1] += time.perf_counter() - started
-                ratios[bits].append(float(estimates[bits].basis.energy.sum() / made.basis.energy.sum()))
+                ratios[bits].append(float(estimates[bits] / made.basis.energy.sum()))
     return {"ratios": ratios, "seconds": seconds}
 
 

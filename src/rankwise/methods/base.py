@@ -24,7 +24,7 @@ class Outlook:
 
     Attributes:
         basis: of what Q leaves of W, or of W itself.
-        q: codes of Q; None without Q, and where its loss alone was estimated.
+        q: codes of Q; None without Q.
         rotation: of Q.
         noise: by bits of L and R, the share of the energy that L R should take and a fit of it does not.
     """
@@ -129,8 +129,8 @@ class Method(BaseModel, ABC):
 
     def estimates(
         self, weight: Tensor, statistics: SiteStatistics, choices: Sequence[int], source: torch.Generator
-    ) -> Mapping[int, Outlook]:
-        """Outlooks without codes, for a plan that is made by losses: about what `outlook` says, for less work.
+    ) -> Mapping[int, float]:
+        """Losses beside nothing but Q, estimated without making codes; in the unit of energies.
 
         Args:
             weight: as for `outlook`.
@@ -139,7 +139,7 @@ class Method(BaseModel, ABC):
             source: for what is drawn.
 
         Returns:
-            By bits of Q; without those that `outlook` is to be asked for.
+            By bits of Q, all of them; or nothing, and `outlook` is asked.
         """
         return {}
 

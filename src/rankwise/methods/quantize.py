@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rankwise.factors import Basis, Factors, Fit
-from rankwise.methods.base import Looking, Outlook
+from rankwise.factors import Factors, Fit
+from rankwise.methods.base import Looking
 from rankwise.methods.quantizing import CURVATURE, QuantizingMethod, drawn_rotation, on, rounded, weighed_by_blocks
 from rankwise.quantizers import Hessian, Packed, Rotation, weighed_error
 from rankwise.sizes import Cut
@@ -39,7 +39,7 @@ class Quantize(QuantizingMethod):
 
     def estimates(
         self, weight: Tensor, statistics: SiteStatistics, choices: Sequence[int], source: torch.Generator
-    ) -> Mapping[int, Outlook]:
+    ) -> Mapping[int, float]:
         """What Q loses, by rounding some rows of the rotated weight in place of all.
 
         A random rotation leaves rows that are alike but for their length. An error is a share rho of the row itself and
@@ -63,7 +63,7 @@ class Quantize(QuantizingMethod):
         if not len(rows) or not whole > 0:
             return {}
         part = target[rows]
-        found = {}
+        found: dict[int, float] = {}
         for q_bits in choices:
             codebook = self.codes(q_bits)
             # A matrix without scales of its rows has one for all of it.
@@ -74,10 +74,7 @@ class Quantize(QuantizingMethod):
             along = float(((error @ measured) * part).sum() / ((part @ measured) * part).sum())
             across = error - along * part
             share = (((across @ measured) * across).sum(1) / squares[rows]).mean()
-            loss = of_output * float(share * squares.sum()) + along**2 * whole
-            m, n = weight.shape
-            nothing = Basis(weight.new_zeros(m, 0), weight.new_zeros(0, n), weight.new_tensor([loss]))
-            found[q_bits] = Outlook(nothing, None, rotation)
+            found[q_bits] = of_output * float(share * squares.sum()) + along**2 * whole
         return found
 
     def fit(

@@ -127,7 +127,7 @@ def nearest_e8p(x: Tensor) -> Tensor:
     """
     found = []
     tables = _tables(x.device)
-    for part in x.float().split(_CHUNK):
+    for part in x.float().split(_CHUNK) if len(x) else ():
         number, far = _nearest_shifted(torch.cat([part - 0.25, part + 0.25]), tables)
         (up, down), (far_up, far_down) = number.split(len(part)), far.split(len(part))
         found.append(torch.where(far_up <= far_down, up, down | (1 << 15)))

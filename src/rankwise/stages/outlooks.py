@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -201,7 +202,7 @@ class Outlooks:
         """
         most = self._work.problem.candidates[site.name].with_ranks(q_bits)
         known = self.known(site, q_bits)
-        if known is None or known.basis.rank < (most if q_bits else 1) or (q_bits and known.q is None):
+        if known is None or known.basis.rank < (most if q_bits else 1):
             self._make(site, q_bits, with_basis=True)
             known = self.known(site, q_bits)
         assert known is not None
@@ -227,49 +228,59 @@ class Outlooks:
                 return work.recipe.method.outlook(weight, seen, q_bits, draw_for(work, site))
 
         outlook = where_it_fits(work, site, make)
+        outlook.basis.check_finite(site.name)
         # Without a Q the basis is what fits are sliced from; beside one it is for a search alone.
         most = min(site.m, site.n)
         if q_bits:
             most = work.problem.candidates[site.name].with_ranks(q_bits) if with_basis else 0
-        self._keep(site, q_bits, outlook, most)
+        with self.folder.writing(self._file(site, q_bits)) as path:
+            save_outlook(path, outlook, most)
 
     def look(self) -> None:
-        """Make all outlooks that the allocation looks at and that are not there.
+        """Make all that the allocation looks at and that is not there.
 
         Raises:
             NotFiniteError: naming the site.
         """
         work = self._work
-        wanted = [(site, q_bits) for site in work.sites for q_bits in work.problem.candidates[site.name].choices]
-        left = [(site, q_bits) for site, q_bits in wanted if not self.folder.has(self._file(site, q_bits))]
-        done = len(wanted) - len(left)
-        for site, q_bits in work.reporter.track(left, "looking at weights", total=len(wanted), done=done):
-            # With the first of a site's its others may have been estimated.
-            if not self.folder.has(self._file(site, q_bits)):
-                self._look(site, [bits for other, bits in left if other is site])
-
-    def _look(self, site: Site, choices: Sequence[int]) -> None:
-        """Make outlooks of a site; without codes where losses are all that is looked at and can be estimated."""
-        work = self._work
-        estimated: Mapping[int, Outlook] = {}
-        if work.looks < Looks.OBJECTIVE:
-
-            def estimate(device: torch.device) -> Mapping[int, Outlook]:
-                weight, seen = weight_and_statistics(work, self._store, site, device)
-                with naming(site):
-                    return work.recipe.method.estimates(weight, seen, choices, draw_for(work, site))
-
-            estimated = where_it_fits(work, site, estimate)
-        for q_bits in choices:
-            if q_bits in estimated:
-                self._keep(site, q_bits, estimated[q_bits], 0)
-            else:
+        left = [site for site in work.sites if self._unseen(site)]
+        done = len(work.sites) - len(left)
+        for site in work.reporter.track(left, "looking at weights", total=len(work.sites), done=done):
+            self._estimate(site)
+            for q_bits in self._unseen(site):
                 self._make(site, q_bits, with_basis=work.looks >= Looks.OBJECTIVE)
 
-    def _keep(self, site: Site, q_bits: int, outlook: Outlook, most: int) -> None:
-        outlook.basis.check_finite(site.name)
-        with self.folder.writing(self._file(site, q_bits)) as path:
-            save_outlook(path, outlook, most)
+    def _unseen(self, site: Site) -> list[int]:
+        """The choices of a site that are still to be looked at; a search looks at the codes of all."""
+        choices = self._work.problem.candidates[site.name].choices
+        if self._work.looks < Looks.OBJECTIVE and self.folder.has(self._losses(site)):
+            return []
+        return [q_bits for q_bits in choices if not self.folder.has(self._file(site, q_bits))]
+
+    def _losses(self, site: Site) -> str:
+        return f"{site.name}.losses.json"
+
+    def _estimate(self, site: Site) -> None:
+        """Keep the losses that the method estimates without codes, if it does."""
+        work = self._work
+        if self.folder.has(self._losses(site)):
+            return
+
+        def estimate(device: torch.device) -> Mapping[int, float]:
+            weight, seen = weight_and_statistics(work, self._store, site, device)
+            with naming(site):
+                choices = work.problem.candidates[site.name].choices
+                return work.recipe.method.estimates(weight, seen, choices, draw_for(work, site))
+
+        losses = where_it_fits(work, site, estimate)
+        if not all(map(math.isfinite, losses.values())):
+            raise NotFiniteError(
+                "An estimated loss is not finite.",
+                where=site.name,
+                remedy="--set precision=float32 if the model overflows in half precision; else the checkpoint is damaged",
+            )
+        if losses:
+            self.folder.write_json(self._losses(site), {str(q_bits): loss for q_bits, loss in losses.items()})
 
     def _share(self, site: Site) -> float:
         """The share of the text's tokens that come to a site: losses are estimated a token seen, and spent a token."""
@@ -286,7 +297,12 @@ class Outlooks:
             energies: dict[int, Tensor] = {}
             noise: dict[int, Mapping[int, float]] = {}
             table = work.problem.candidates[site.name]
+            # What was estimated counts even where codes are there, so that a plan does not depend on earlier runs.
+            estimated = self.folder.read_json(self._losses(site)) if self.folder.has(self._losses(site)) else {}
             for q_bits in table.choices:
+                if str(q_bits) in estimated:
+                    energies[q_bits], noise[q_bits] = torch.tensor([estimated[str(q_bits)]]), {}
+                    continue
                 with safe_open(self.folder.path / self._file(site, q_bits), framework="pt") as file:
                     energies[q_bits], noise[q_bits] = file.get_tensor("energy"), _noise_of(file.get_tensor("noise"))
             losses = estimated_losses(table, energies, noise) * self._share(site)
