@@ -277,7 +277,7 @@ class Outlooks:
             raise NotFiniteError(
                 "An estimated loss is not finite.",
                 where=site.name,
-                remedy="--set precision=float32 if the model overflows in half precision; else the checkpoint is damaged",
+                remedy="--set precision=float32 if the model overflows in half precision",
             )
         if losses:
             self.folder.write_json(self._losses(site), {str(q_bits): loss for q_bits, loss in losses.items()})
