@@ -59,6 +59,27 @@ OWN_METRIC = "methods/test_own_metric.py"
 
 MUTANTS = (
     Mutant(
+        "the share of an error along its own row is not counted",
+        "methods/quantize.py",
+        " + along**2 * whole",
+        "",
+        ("methods/test_estimates.py",),
+    ),
+    Mutant(
+        "a plan takes what an earlier run measured before what it estimates itself",
+        "stages/outlooks.py",
+        "if str(q_bits) in estimated:",
+        "if str(q_bits) in estimated and not self.folder.has(self._file(site, q_bits)):",
+        ("methods/test_caldera.py",),
+    ),
+    Mutant(
+        "rows are taken to be of one length",
+        "methods/quantize.py",
+        "(across @ measured) * across).sum(1) / squares[rows]).mean()",
+        "(across @ measured) * across).sum(1)).mean() / squares[rows].mean()",
+        ("methods/test_estimates.py",),
+    ),
+    Mutant(
         "products of attention are not counted among a model's operations",
         "evaluation/operations.py",
         "round(per_token * tokens) + (attended or 0)",

@@ -1,0 +1,83 @@
+"""Losses of codes that are estimated from some rows, beside those of making all codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rankwise import compress
+from rankwise.methods.quantize import SAMPLED_ROWS, Quantize
+from rankwise.recipes import recipe_from
+from rankwise.statistics.input_moments import InputMoments
+from rankwise.statistics.moment_sums import MomentTotals
+
+CHOICES = (2, 3, 4)
+
+
+class Seen:
+    """Statistics of inputs and gradients that are correlated, some far larger than others."""
+
+    def __init__(self, m: int, n: int, source: torch.Generator) -> None:
+        def moment(size: int) -> Tensor:
+            spread = torch.linspace(0, 4, size).exp() * torch.randn(2 * size, size, generator=source)
+            mixed = spread @ torch.randn(size, size, generator=source)
+            return (mixed.T @ mixed / len(mixed)).double()
+
+        self.bias = None
+        self._inputs = MomentTotals(2, torch.zeros(n, dtype=torch.float64), 2 * moment(n))
+        self._curvature = moment(m)[None]
+
+    def of(self, statistic: Any) -> Any:
+        return self._inputs if isinstance(statistic, InputMoments) else self._curvature
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (256, 96), (192, 320)], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"codebook": "uniform"}, {"row_scales": False}, {"feedback": False}], ids=str)
+def test_estimates_are_near_what_codes_lose(shape: tuple[int, int], settings: dict[str, Any]) -> None:
+    source = torch.Generator().manual_seed(sum(shape))
+    seen: Any = Seen(*shape, source)
+    weight = torch.randn(shape, generator=source).double() * torch.linspace(0.1, 3, shape[0])[:, None]
+    method = Quantize(**settings)
+    found = method.estimates(weight, seen, CHOICES, torch.Generator().manual_seed(1))
+    assert list(found) == list(CHOICES)
+    for bits in CHOICES:
+        made = float(method.outlook(weight, seen, bits, torch.Generator().manual_seed(1)).basis.energy.sum())
+        assert found[bits] == pytest.approx(made, rel=0.35), bits
+    assert found[2] > 2 * found[3] > 4 * found[4]
+
+
+@pytest.mark.parametrize(
+    ("rows", "choices", "settings", "scale"),
+    [
+        (2 * SAMPLED_ROWS - 1, CHOICES, {}, 1.0),
+        (128, (3,), {}, 1.0),
+        (128, CHOICES, {"hadamard": False}, 1.0),
+        (128, CHOICES, {}, 0.0),
+    ],
+    ids=["few rows", "no choice", "rows are not alike", "a weight of zeros"],
+)
+def test_nothing_is_estimated_where_it_saves_or_says_nothing(
+    rows: int, choices: tuple[int, ...], settings: dict[str, Any], scale: float
+) -> None:
+    source = torch.Generator().manual_seed(0)
+    seen: Any = Seen(rows, 64, source)
+    weight = scale * torch.randn(rows, 64, generator=source).double()
+    assert not Quantize(**settings).estimates(weight, seen, choices, source)
+
+
+def test_codes_are_made_for_what_the_plan_chose_alone(settings: Callable[..., dict[str, Any]]) -> None:
+    values = settings(method="quantize", budget={"bits": 3.5, "rank_multiple": 1})
+    result = compress(recipe_from(values))
+    run = Path(result.report.run_directory)
+    wide = [name for name, (m, _) in result.plan.shapes.items() if m >= 2 * SAMPLED_ROWS]
+    assert len(wide) == 4
+    seen = next(run.glob("outlooks-quantize-*"))
+    fits = next(run.glob("fits-quantize-*"))
+    for name in wide:
+        assert [path.name for path in seen.glob(f"{name}.*")] == [f"{name}.losses.json"]
+        assert len(list(fits.glob(f"{name}.*.safetensors"))) == 1
