@@ -156,6 +156,11 @@ MIXED = Grid(
 )
 
 
+def _last_table(name: str) -> str:
+    """The table that a results file ends with."""
+    return (RESULTS / f"{name}.md").read_text().rstrip().rpartition("\n\n")[2]
+
+
 def page() -> str:
     """The page's text."""
     everything = json.loads((RESULTS / "compare.json").read_text())
@@ -168,9 +173,10 @@ def page() -> str:
         "steps": STEPS,
         "mixed": MIXED,
     }
+    on_gpu = {name: _last_table(f"{name}-gpu") for name in ("runs", "trials")}
     text = (Path(__file__).resolve().parent / "results_page.md.j2").read_text()
     return Template(text, keep_trailing_newline=True).render(
-        compare=rows.strip(), date=everything["date"], **{name: grid.table() for name, grid in tables.items()}
+        compare=rows.strip(), date=everything["date"], **on_gpu, **{name: grid.table() for name, grid in tables.items()}
     )
 
 

@@ -205,6 +205,17 @@ def of_speed() -> Iterator[tuple[str, str]]:
     more = max(ratio("pivoted", *cell) / ratio("two factors", *cell) - 1 for cell in cells)
     saved = max(1 - ratio("pivoted, ranks of two factors", *cell) / ratio("two factors", *cell) for cell in cells)
     yield STORAGE, f"take up to {more:.0%} more time than two factors; at equal rank they save up to {saved:.0%}"
+
+
+    def on_gpu(figure: str, variant: str, mode: str) -> float:
+        return one("speed-gpu", figure, "models", variant=variant, keep=0.8, mode=mode)
+
+    slow = [on_gpu("ratio", way, "decode, batch 1") for way in ways]
+    yield README, "{:.2f} times (two factors, keep 0.8) or {:.2f} times".format(*slow)
+    many_at_once = [on_gpu("ratio", way, "prefill 8 x 512") for way in ways]
+    yield README, "8 x 512 tokens at once take {:.2f} and {:.2f} of its time".format(*many_at_once)
+    token = median(1000 * on_gpu("seconds", way, "decode, batch 1") / r for way, r in zip(ways, slow, strict=True))
+    yield STORAGE, f"the dense model's token takes {token:.0f} ms"
     parts = {record["tokens"]: record["milliseconds"] for record in results("speed-cpu")["parts"]}
     many, some = parts[4096], parts[512]
     joined, order = many["products and joining"], many["order by gather"]

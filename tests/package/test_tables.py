@@ -158,6 +158,19 @@ TABLES = {
         },
         "models",
     ),
+    ("docs/storage.md", "speed-gpu"): Shown(
+        {
+            "two factors, keep 0.8": {"variant": "two factors", "keep": 0.8},
+            "pivoted, keep 0.8": {"variant": "pivoted", "keep": 0.8},
+            "two factors, keep 0.5": {"variant": "two factors", "keep": 0.5},
+            "pivoted, keep 0.5": {"variant": "pivoted", "keep": 0.5},
+        },
+        {
+            mode: ({"mode": mode}, ["ratio", "operations_ratio"])
+            for mode in ("prefill 1 x 512", "prefill 8 x 512", "decode, batch 1", "decode, batch 8")
+        },
+        "models",
+    ),
 }
 """Tables of measurements: page, results file."""
 
