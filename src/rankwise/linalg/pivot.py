@@ -60,18 +60,20 @@ def independent_rows(left: Tensor, limit: float = LARGEST_ENTRY) -> tuple[Tensor
     upper_part = packed[:rank].tril(-1)
     # basis[order] = [L1; L2] U, so T = L2 L1^{-1}.
     rest = torch.linalg.solve_triangular(upper_part, packed[rank:], upper=False, left=False, unitriangular=True)
+    rest = rest.contiguous()
     for _ in range(_MOST_EXCHANGES if rest.numel() else 0):
-        at = int(rest.abs().argmax())
-        row, column = divmod(at, rank)
-        entry = rest[row, column].clone()
-        if not abs(float(entry)) > limit:
+        at = rest.abs().argmax()
+        # Read back together: a GPU is waited for once an exchange.
+        place, entry = torch.stack([at.double(), rest.view(-1)[at].double()]).tolist()
+        if not abs(entry) > limit:
             break
+        row, column = divmod(int(place), rank)
         # Row `row` of T and pivot `column` change places: a rank-one change of T.
         replaced = rest[row].clone()
         replaced[column] -= 1
         along = rest[:, column].clone()
         along[row] += 1
-        rest.addr_(along, replaced, alpha=-1 / float(entry))
+        rest.addr_(along, replaced, alpha=-1 / entry)
         places[rank + row], places[column] = places[column], places[rank + row]
     order = torch.tensor(places, device=left.device)
     first, columns = order[:rank].sort()
