@@ -68,8 +68,8 @@ MUTANTS = (
     Mutant(
         "a plan takes what an earlier run measured before what it estimates itself",
         "stages/outlooks.py",
-        "if str(q_bits) in estimated:",
-        "if str(q_bits) in estimated and not self.folder.has(self._file(site, q_bits)):",
+        "if q_bits in estimated:",
+        "if q_bits in estimated and not self.folder.has(self._file(site, q_bits)):",
         ("methods/test_caldera.py",),
     ),
     Mutant(

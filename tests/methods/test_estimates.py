@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rankwise import compress
+from rankwise.errors import RankwiseError
 from rankwise.methods.quantize import SAMPLED_ROWS, Quantize
 from rankwise.recipes import recipe_from
 from rankwise.statistics.input_moments import InputMoments
@@ -81,3 +82,23 @@ def test_codes_are_made_for_what_the_plan_chose_alone(settings: Callable[..., di
     for name in wide:
         assert [path.name for path in seen.glob(f"{name}.*")] == [f"{name}.losses.json"]
         assert len(list(fits.glob(f"{name}.*.safetensors"))) == 1
+
+
+def test_a_method_that_rounds_in_its_own_way_is_not_estimated_as_if_it_did_not() -> None:
+    class Own(Quantize):
+        def alone(self, weight: Tensor, hessian: Any, rotation: Any, q_bits: int) -> Any:
+            return super().alone(weight / 2, hessian, rotation, q_bits)
+
+    source = torch.Generator().manual_seed(0)
+    seen: Any = Seen(128, 64, source)
+    weight = torch.randn(128, 64, generator=source).double()
+    assert Quantize().estimates(weight, seen, CHOICES, source)
+    assert not Own().estimates(weight, seen, CHOICES, source)
+
+
+def test_estimates_that_miss_a_choice_are_refused(
+    settings: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Quantize, "estimates", lambda *_: {2: 1.0})
+    with pytest.raises(RankwiseError, match=r"quantize estimates losses of \[2\] bits, asked for \[2, 3, 4\]"):
+        compress(recipe_from(settings(method="quantize", budget={"bits": 3.5, "rank_multiple": 1})))

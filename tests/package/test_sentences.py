@@ -206,7 +206,6 @@ def of_speed() -> Iterator[tuple[str, str]]:
     saved = max(1 - ratio("pivoted, ranks of two factors", *cell) / ratio("two factors", *cell) for cell in cells)
     yield STORAGE, f"take up to {more:.0%} more time than two factors; at equal rank they save up to {saved:.0%}"
 
-
     def on_gpu(figure: str, variant: str, mode: str) -> float:
         return one("speed-gpu", figure, "models", variant=variant, keep=0.8, mode=mode)
 

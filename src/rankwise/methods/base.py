@@ -121,10 +121,10 @@ class Method(BaseModel, ABC):
         """What each rank beside a Q of so many bits would lose.
 
         Args:
-            weight: W, shape `[m, n]`, float64.
-            statistics: what was collected at this site.
+            weight: W, shape `[m, n]`, float64, on the model's device, or on the CPU where that failed.
+            statistics: what was collected at this site, seen on the same device.
             q_bits: bits a weight of Q; 0 for no Q.
-            source: for what is drawn.
+            source: for what is drawn, on the CPU.
         """
 
     def estimates(

@@ -48,7 +48,9 @@ class Quantize(QuantizingMethod):
 
             tr(F E M E^T) ~ tr(F) / m  sum_i s_i^2  mean_j e_j / s_j^2  +  rho^2 tr(F W M W^T)
         """
-        if not self.hadamard or len(choices) < 2 or len(weight) < 2 * SAMPLED_ROWS:
+        # A method made of this one rounds in its own way.
+        own = type(self).alone is not Quantize.alone or type(self).outlook is not QuantizingMethod.outlook
+        if own or not self.hadamard or len(choices) < 2 or len(weight) < 2 * SAMPLED_ROWS:
             return {}
         seen = statistics.of(InputMoments()).second_moment().to(weight)
         curvature = statistics.of(CURVATURE).to(weight)
@@ -69,8 +71,8 @@ class Quantize(QuantizingMethod):
             # A matrix without scales of its rows has one for all of it.
             scale = codebook.scales(target, feedback=self.feedback)
             feedback = Hessian(metric, hessian.damping).feedback(codebook.tile[1]) if self.feedback else None
-            own = scale[rows] if len(scale) == len(target) else scale
-            error = part - rounded(self, codebook, part, metric, feedback, own).dense()
+            of_rows = scale[rows] if len(scale) == len(target) else scale
+            error = part - rounded(self, codebook, part, metric, feedback, of_rows).dense()
             along = float(((error @ measured) * part).sum() / ((part @ measured) * part).sum())
             across = error - along * part
             share = (((across @ measured) * across).sum(1) / squares[rows]).mean()

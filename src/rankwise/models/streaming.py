@@ -101,7 +101,9 @@ class Streaming:
             place = torch.device("cpu") if name.startswith(self._inside) else self.device
             if parameter.dtype == dtype and parameter.device == place:
                 continue
-            before = parameter.data
+            before, held = parameter.data, self._cast.get(name)
+            if held is not None and held[1].data_ptr() == before.data_ptr():
+                before = held[0]  # as it was read
             on_cpu = place.type == "cpu"
             parameter.data = into_file(before, self.folder, dtype) if on_cpu else before.to(place, dtype)
             if parameter.ndim > 1:

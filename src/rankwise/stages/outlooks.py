@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankwise.allocation import Looks, Problem
-from rankwise.errors import NotFiniteError
+from rankwise.errors import NotFiniteError, RankwiseError
 from rankwise.factors import Basis
-from rankwise.methods import Looking, Outlook, estimated_losses
+from rankwise.methods import Looking, Method, Outlook, estimated_losses
 from rankwise.models import Site
 from rankwise.quantizers import Packed, Rotation
+from rankwise.reading import one_line
 from rankwise.stages.routed import note_experts
 from rankwise.stages.work import Work, calibration_key, model_key
 from rankwise.statistics import HIDDEN_GB, SiteStatistics, Statistic, Store, collecting, save_totals
@@ -86,22 +87,30 @@ def weight_and_statistics(
 
 
 def where_it_fits(work: Work, site: Site, make: Callable[[torch.device], X]) -> X:
-    """What `make` gives on the model's device, or on the CPU where that has too little memory.
+    """What `make` gives on the model's device, or on the CPU where that has too little memory or cannot do it.
 
     Args:
         work: the run.
         site: what is made is of this one.
-        make: is called with a device, and again with another when there is no memory on the first.
+        make: is called with a device, and again with the CPU when a GPU failed.
     """
     device = work.loaded.model.device
     try:
         return make(device)
-    except torch.OutOfMemoryError:
-        if device.type == "cpu":
+    except (RuntimeError, NotFiniteError) as problem:
+        if device.type == "cpu" or not _may_be_the_gpu(problem):
             raise
+        why = one_line(problem)
     torch.cuda.empty_cache()
-    work.reporter.note(f"{site.name}: the GPU has too little memory left for its decomposition; it is made on the CPU")
+    work.reporter.note(f"{site.name}: decomposed on the CPU, because the GPU could not ({why})")
     return make(torch.device("cpu"))
+
+
+def _may_be_the_gpu(problem: Exception) -> bool:
+    """Whether the CPU may do what a GPU failed at: it had no memory left, or its eigensolver gave up."""
+    if isinstance(problem, torch.OutOfMemoryError) or isinstance(problem.__cause__, torch.linalg.LinAlgError):
+        return True
+    return any(each in str(problem) for each in ("CUSOLVER_STATUS", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory"))
 
 
 @contextmanager
@@ -243,33 +252,40 @@ class Outlooks:
             NotFiniteError: naming the site.
         """
         work = self._work
-        left = [site for site in work.sites if self._unseen(site)]
+        left = [site for site in work.sites if self._estimated(site) is None or self._unseen(site)]
         done = len(work.sites) - len(left)
         for site in work.reporter.track(left, "looking at weights", total=len(work.sites), done=done):
-            self._estimate(site)
+            if self._estimated(site) is None:
+                self._estimate(site)
             for q_bits in self._unseen(site):
                 self._make(site, q_bits, with_basis=work.looks >= Looks.OBJECTIVE)
 
     def _unseen(self, site: Site) -> list[int]:
         """The choices of a site that are still to be looked at; a search looks at the codes of all."""
         choices = self._work.problem.candidates[site.name].choices
-        if self._work.looks < Looks.OBJECTIVE and self.folder.has(self._losses(site)):
+        if self._work.looks < Looks.OBJECTIVE and self._estimated(site):
             return []
         return [q_bits for q_bits in choices if not self.folder.has(self._file(site, q_bits))]
 
     def _losses(self, site: Site) -> str:
         return f"{site.name}.losses.json"
 
+    def _estimated(self, site: Site) -> dict[int, float] | None:
+        """By bits of Q, losses that the method estimated without codes, perhaps none; None if it was not asked yet."""
+        if self._work.looks < Looks.LOSSES or type(self._work.recipe.method).estimates is Method.estimates:
+            return {}
+        if not self.folder.has(self._losses(site)):
+            return None
+        return {int(q_bits): loss for q_bits, loss in self.folder.read_json(self._losses(site)).items()}
+
     def _estimate(self, site: Site) -> None:
-        """Keep the losses that the method estimates without codes, if it does."""
+        """Keep the losses that the method estimates without codes; that there are none, too."""
         work = self._work
-        if self.folder.has(self._losses(site)):
-            return
+        choices = work.problem.candidates[site.name].choices
 
         def estimate(device: torch.device) -> Mapping[int, float]:
             weight, seen = weight_and_statistics(work, self._store, site, device)
             with naming(site):
-                choices = work.problem.candidates[site.name].choices
                 return work.recipe.method.estimates(weight, seen, choices, draw_for(work, site))
 
         losses = where_it_fits(work, site, estimate)
@@ -279,8 +295,13 @@ class Outlooks:
                 where=site.name,
                 remedy="--set precision=float32 if the model overflows in half precision",
             )
-        if losses:
-            self.folder.write_json(self._losses(site), {str(q_bits): loss for q_bits, loss in losses.items()})
+        if losses and set(losses) != set(choices):
+            raise RankwiseError(
+                f"{work.recipe.method.label} estimates losses of {sorted(losses)} bits, asked for {sorted(choices)}.",
+                where=site.name,
+                remedy="estimates gives a loss for every choice, or nothing",
+            )
+        self.folder.write_json(self._losses(site), {str(q_bits): loss for q_bits, loss in losses.items()})
 
     def _share(self, site: Site) -> float:
         """The share of the text's tokens that come to a site: losses are estimated a token seen, and spent a token."""
@@ -298,10 +319,10 @@ class Outlooks:
             noise: dict[int, Mapping[int, float]] = {}
             table = work.problem.candidates[site.name]
             # What was estimated counts even where codes are there, so that a plan does not depend on earlier runs.
-            estimated = self.folder.read_json(self._losses(site)) if self.folder.has(self._losses(site)) else {}
+            estimated = self._estimated(site) or {}
             for q_bits in table.choices:
-                if str(q_bits) in estimated:
-                    energies[q_bits], noise[q_bits] = torch.tensor([estimated[str(q_bits)]]), {}
+                if q_bits in estimated:
+                    energies[q_bits], noise[q_bits] = torch.tensor([estimated[q_bits]]), {}
                     continue
                 with safe_open(self.folder.path / self._file(site, q_bits), framework="pt") as file:
                     energies[q_bits], noise[q_bits] = file.get_tensor("energy"), _noise_of(file.get_tensor("noise"))
