@@ -84,6 +84,7 @@ TABLES = {
             "HQQ, 3 bits": {"way": "HQQ 3 bits, groups of 64"},
             "ours, codes alone, 2.5 bits": {"way": "quantize", "asked": 2.5},
             "llama.cpp Q2_K": {"way": "llama.cpp Q2_K"},
+            "ours, codes alone, 4 bits": {"way": "quantize", "asked": 4.0},
             "llama.cpp Q4_K": {"way": "llama.cpp Q4_K"},
         },
         {
