@@ -2,7 +2,8 @@
 
 python benchmarks/speed.py
 
-On a CPU one block in float32; on a GPU, which is used when there is one, the whole shape in bfloat16 (under 8 minutes).
+On a CPU one block in float32; on a GPU, which is used when there is one, the whole shape in bfloat16 (a minute on an
+H100).
 Rounds take turns, and every figure is a ratio to the dense model within its round. Beside each stand the ratios of
 floating-point operations and of bytes, below which no time can fall for long.
 """

@@ -312,14 +312,14 @@ MUTANTS = (
     ),
     Mutant(
         "a site draws the same whatever the seed",
-        "stages/outlooks.py",
+        "stages/at_site.py",
         'f"{work.recipe.seed}:{site.name}"',
         'f"{site.name}"',
         ("stages/test_keys.py",),
     ),
     Mutant(
         "all sites draw the same",
-        "stages/outlooks.py",
+        "stages/at_site.py",
         'f"{work.recipe.seed}:{site.name}"',
         'f"{work.recipe.seed}"',
         ("stages/test_keys.py",),

@@ -1,6 +1,6 @@
 """The same models come out of a GPU as out of a CPU: every method, way to hold a model, search, repair and training.
 
-`make test-gpu` runs these and no others; the first GPU and its memory of 2 GB are enough.
+`make test-gpu` runs these and no others, on the first GPU.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def bundled_settings(bundled: Path) -> Settings:
 
 @pytest.fixture
 def coded(settings: Settings) -> Settings:
-    """A run of two bits on the tiny model, with changes on top: codes are slow to find on the CPU that is compared."""
+    """A run of few bits on the tiny model, with changes on top: codes are slow to find on the CPU that is compared."""
 
     def make(**changes: Any) -> dict[str, Any]:
         return settings(**{"method": "quantize", "budget": {"bits": 2.5}, **ON_GPU, **changes})

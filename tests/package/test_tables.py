@@ -69,6 +69,11 @@ def named(key: str, *names: str) -> dict[str, Record]:
     return {name: {key: name} for name in names}
 
 
+SPEEDS: dict[str, tuple[Record, list[str]]] = {
+    mode: ({"mode": mode}, ["ratio", "operations_ratio"])
+    for mode in ("prefill 1 x 512", "prefill 8 x 512", "decode, batch 1", "decode, batch 8")
+}
+
 TABLES = {
     ("README.md", "compare"): Shown(
         {
@@ -153,10 +158,7 @@ TABLES = {
             "pivoted, keep 0.5": {"variant": "pivoted", "keep": 0.5},
             "pivoted, the ranks of the fourth row": {"variant": "pivoted, ranks of two factors", "keep": 0.5},
         },
-        {
-            mode: ({"mode": mode}, ["ratio", "operations_ratio"])
-            for mode in ("prefill 1 x 512", "prefill 8 x 512", "decode, batch 1", "decode, batch 8")
-        },
+        SPEEDS,
         "models",
     ),
     ("docs/storage.md", "speed-gpu"): Shown(
@@ -166,10 +168,7 @@ TABLES = {
             "two factors, keep 0.5": {"variant": "two factors", "keep": 0.5},
             "pivoted, keep 0.5": {"variant": "pivoted", "keep": 0.5},
         },
-        {
-            mode: ({"mode": mode}, ["ratio", "operations_ratio"])
-            for mode in ("prefill 1 x 512", "prefill 8 x 512", "decode, batch 1", "decode, batch 8")
-        },
+        SPEEDS,
         "models",
     ),
 }

@@ -65,12 +65,13 @@ class Quantize(QuantizingMethod):
         if not len(rows) or not whole > 0:
             return {}
         part = target[rows]
+        width = self.codes(choices[0]).tile[1]
+        feedback = Hessian(metric, hessian.damping).feedback(width) if self.feedback else None
         found: dict[int, float] = {}
         for q_bits in choices:
             codebook = self.codes(q_bits)
             # A matrix without scales of its rows has one for all of it.
             scale = codebook.scales(target, feedback=self.feedback)
-            feedback = Hessian(metric, hessian.damping).feedback(codebook.tile[1]) if self.feedback else None
             of_rows = scale[rows] if len(scale) == len(target) else scale
             error = part - rounded(self, codebook, part, metric, feedback, of_rows).dense()
             along = float(((error @ measured) * part).sum() / ((part @ measured) * part).sum())

@@ -1,10 +1,11 @@
 """What each line of the flows does, in the same order. Every stage is keyed by all that its result depends on."""
 
+from rankwise.stages.at_site import draw_for, weight_and_statistics
 from rankwise.stages.comparing import Cell, Protocol, Rows, cells_of, measure_cell, measure_dense, write_comparison
 from rankwise.stages.finish import score, speed, write
 from rankwise.stages.fitting import fit_sites, store_layers, store_sites
 from rankwise.stages.memory import Need, available_memory, chosen_memory, expected_need, require_config
-from rankwise.stages.outlooks import Outlooks, collect_statistics, draw_for, weight_and_statistics
+from rankwise.stages.outlooks import Outlooks, collect_statistics
 from rankwise.stages.planning import Chosen, check_budget, choose_cuts, judging, objective_key, select_samples
 from rankwise.stages.repairing import Repairing, judge_repair, prepare_repair, repair_step
 from rankwise.stages.work import Texts, Work, begin, read_sequences, read_texts

@@ -21,7 +21,8 @@ from rankwise.progress import Reporter
 from rankwise.quantizers import Packed, Rotation
 from rankwise.runs import Folder
 from rankwise.sizes import Cut, Form, Plan
-from rankwise.stages.outlooks import Outlooks, draw_for, naming, weight_and_statistics, where_it_fits
+from rankwise.stages.at_site import draw_for, naming, on_gpu_or_cpu, weight_and_statistics
+from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.work import Work, calibration_key
 from rankwise.statistics import Store
 
@@ -98,7 +99,7 @@ class _Fits:
                 return self._method.fit(weight, seen, cut, draw_for(self._work, site), looking)
 
         # A cut that is not coded is a slice of a basis.
-        factors, fit = where_it_fits(self._work, site, fit_on) if cut.coded else fit_on(torch.device("cpu"))
+        factors, fit = on_gpu_or_cpu(self._work, site, fit_on) if cut.coded else fit_on(torch.device("cpu"))
         fit.check_finite(site.name)
         return factors, fit.facts()
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -20,12 +17,10 @@ from rankwise.factors import Basis
 from rankwise.methods import Looking, Method, Outlook, estimated_losses
 from rankwise.models import Site
 from rankwise.quantizers import Packed, Rotation
-from rankwise.reading import one_line
+from rankwise.stages.at_site import draw_for, naming, on_gpu_or_cpu, weight_and_statistics
 from rankwise.stages.routed import note_experts
 from rankwise.stages.work import Work, calibration_key, model_key
-from rankwise.statistics import HIDDEN_GB, SiteStatistics, Statistic, Store, collecting, save_totals
-
-X = TypeVar("X")
+from rankwise.statistics import HIDDEN_GB, Statistic, Store, collecting, save_totals
 
 
 def collect_statistics(work: Work) -> Store:
@@ -75,65 +70,6 @@ def collect_statistics(work: Work) -> Store:
 def _note(work: Work, statistic: Statistic) -> None:
     """Say again what a statistic says of how it adds, so that it is kept with the stage of this one alone."""
     statistic.sums(statistic.streams(work.sites), len(work.texts.calibration.ids), work.reporter)
-
-
-def weight_and_statistics(
-    work: Work, store: Store, site: Site, device: torch.device | str = "cpu"
-) -> tuple[Tensor, SiteStatistics]:
-    """W in float64 on a device, shape `[m, n]`, and what was collected at its site, which is seen there."""
-    weight = site.weight(work.loaded.model).to(device).double()
-    bias = site.bias(work.loaded.model)
-    return weight, SiteStatistics(site, weight, None if bias is None else bias.to(device), store)
-
-
-def where_it_fits(work: Work, site: Site, make: Callable[[torch.device], X]) -> X:
-    """What `make` gives on the model's device, or on the CPU where that has too little memory or cannot do it.
-
-    Args:
-        work: the run.
-        site: what is made is of this one.
-        make: is called with a device, and again with the CPU when a GPU failed.
-    """
-    device = work.loaded.model.device
-    try:
-        return make(device)
-    except (RuntimeError, NotFiniteError) as problem:
-        if device.type == "cpu" or not _may_be_the_gpu(problem):
-            raise
-        why = one_line(problem)
-    torch.cuda.empty_cache()
-    work.reporter.note(f"{site.name}: decomposed on the CPU, because the GPU could not ({why})")
-    return make(torch.device("cpu"))
-
-
-def _may_be_the_gpu(problem: Exception) -> bool:
-    """Whether the CPU may do what a GPU failed at: it had no memory left, or its eigensolver gave up."""
-    if isinstance(problem, torch.OutOfMemoryError) or isinstance(problem.__cause__, torch.linalg.LinAlgError):
-        return True
-    return any(each in str(problem) for each in ("CUSOLVER_STATUS", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory"))
-
-
-@contextmanager
-def naming(site: Site) -> Iterator[None]:
-    """Give a numerical failure the name of its site.
-
-    Raises:
-        NotFiniteError: naming it.
-    """
-    try:
-        yield
-    except (torch.linalg.LinAlgError, ValueError) as problem:
-        raise NotFiniteError(
-            f"The decomposition failed: {problem}.",
-            where=site.name,
-            remedy="use more calibration text, or another method",
-        ) from problem
-
-
-def draw_for(work: Work, site: Site) -> torch.Generator:
-    """A generator for one site: what it draws does not depend on the other sites."""
-    digest = hashlib.sha256(f"{work.recipe.seed}:{site.name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def save_outlook(path: Path, outlook: Outlook, most: int) -> None:
@@ -236,7 +172,7 @@ class Outlooks:
             with naming(site):
                 return work.recipe.method.outlook(weight, seen, q_bits, draw_for(work, site))
 
-        outlook = where_it_fits(work, site, make)
+        outlook = on_gpu_or_cpu(work, site, make)
         outlook.basis.check_finite(site.name)
         # Without a Q the basis is what fits are sliced from; beside one it is for a search alone.
         most = min(site.m, site.n)
@@ -276,7 +212,9 @@ class Outlooks:
             return {}
         if not self.folder.has(self._losses(site)):
             return None
-        return {int(q_bits): loss for q_bits, loss in self.folder.read_json(self._losses(site)).items()}
+        found = {int(q_bits): loss for q_bits, loss in self.folder.read_json(self._losses(site)).items()}
+        # Another budget may have left other choices.
+        return None if found and not found.keys() >= set(self._work.problem.candidates[site.name].choices) else found
 
     def _estimate(self, site: Site) -> None:
         """Keep the losses that the method estimates without codes; that there are none, too."""
@@ -288,7 +226,7 @@ class Outlooks:
             with naming(site):
                 return work.recipe.method.estimates(weight, seen, choices, draw_for(work, site))
 
-        losses = where_it_fits(work, site, estimate)
+        losses = on_gpu_or_cpu(work, site, estimate)
         if not all(map(math.isfinite, losses.values())):
             raise NotFiniteError(
                 "An estimated loss is not finite.",
