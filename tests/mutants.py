@@ -73,10 +73,10 @@ MUTANTS = (
         ("methods/test_caldera.py",),
     ),
     Mutant(
-        "rows are taken to be of one length",
+        "the loss of some rows is taken for that of all",
         "methods/quantize.py",
-        "(across @ measured) * across).sum(1) / squares[rows]).mean()",
-        "(across @ measured) * across).sum(1)).mean() / squares[rows].mean()",
+        "float(share * squares.sum())",
+        "float(share * squares[rows].sum())",
         ("methods/test_estimates.py",),
     ),
     Mutant(

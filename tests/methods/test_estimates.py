@@ -52,6 +52,20 @@ def test_estimates_are_near_what_codes_lose(shape: tuple[int, int], settings: di
     assert found[2] > 2 * found[3] > 4 * found[4]
 
 
+def test_what_rounding_takes_off_a_weight_as_a_whole_is_counted() -> None:
+    """Rounded to the nearest, all rows shrink alike, and what the outputs heed most shrinks with them."""
+    source = torch.Generator().manual_seed(0)
+    seen: Any = Seen(128, 96, source)
+    outputs = torch.linalg.eigh(seen.of("curvature")[0])[1][:, -1]
+    inputs = torch.linalg.eigh(seen.of(InputMoments()).second_moment())[1][:, -1]
+    weight = torch.randn(128, 96, generator=source).double() + 30 * torch.outer(outputs, inputs)
+    method = Quantize(feedback=False)
+    found = method.estimates(weight, seen, CHOICES, torch.Generator().manual_seed(1))
+    for bits in CHOICES:
+        made = float(method.outlook(weight, seen, bits, torch.Generator().manual_seed(1)).basis.energy.sum())
+        assert found[bits] == pytest.approx(made, rel=0.2), bits
+
+
 @pytest.mark.parametrize(
     ("rows", "choices", "settings", "scale"),
     [
