@@ -19,8 +19,8 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from rankwise.errors import ModelError
-from rankwise.layers import low_rank, needs, pivoted, quantized, replace
-from rankwise.models import experts
+from rankwise.layers import biased, low_rank, needs, pivoted, quantized, replace
+from rankwise.models import experts, resizing
 from rankwise.quantizers import codes, rotation
 
 MODULE_NAME = "modeling_rankwise"
@@ -50,6 +50,7 @@ class Rankwise{base}(FillsAsOriginal, {base}):
     def __init__(self, config):
         require(config.rankwise)
         super().__init__(config)
+        resize_blocks(self, config.rankwise.get("blocks", {{}}))
         unfuse(self, config.rankwise.get("experts", []))
         replace_linears(self, config.rankwise["layers"], getattr(config, "rankwise_cache_dense", "auto"))
         self.post_init()
@@ -70,7 +71,7 @@ def model_type_for(base_model_type: str) -> str:
     return f"rankwise_{base_model_type}"
 
 
-_SOURCES = (needs, codes, rotation, experts, low_rank, pivoted, quantized, replace)
+_SOURCES = (needs, codes, rotation, experts, resizing, biased, low_rank, pivoted, quantized, replace)
 
 
 def _is_heading(node: ast.AST) -> bool:
@@ -173,6 +174,7 @@ def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
     exec(compile(source, module.__name__, "exec"), module.__dict__)
     # One class of each layer in this process, so that isinstance finds them.
     module.__dict__.update(
+        BiasedLinear=biased.BiasedLinear,
         LowRankLinear=low_rank.LowRankLinear,
         PivotedLinear=pivoted.PivotedLinear,
         QuantizedLinear=quantized.QuantizedLinear,
@@ -182,5 +184,6 @@ def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
         unfuse=experts.unfuse,
         LAYERS=replace.LAYERS,
         replace_linears=replace.replace_linears,
+        resize_blocks=resizing.resize_blocks,
     )
     return getattr(module, f"Rankwise{causal_class.__name__}")

@@ -16,9 +16,9 @@ from rankwise.checkpoints.load import CACHE_KEY, CHECKPOINT_KEY, LoadedModel
 from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, base_classes, model_type_for, modeling_source
 from rankwise.errors import ModelError, NotFiniteError
 from rankwise.layers import dense_layer, kind_of
-from rankwise.layers.needs import FORMAT_VERSION, MINIMUM_TRANSFORMERS, WITHOUT_EXPERTS
+from rankwise.layers.needs import FORMAT_VERSION, MINIMUM_TRANSFORMERS, WITHOUT_BLOCKS, WITHOUT_EXPERTS
 from rankwise.linalg import all_finite
-from rankwise.models import Site, UnfusedExperts, fuse
+from rankwise.models import Site, UnfusedExperts, decoder_blocks, fuse
 
 
 def low_rank_layers(model: Any, sites: Sequence[Site]) -> dict[str, dict[str, Any]]:
@@ -27,9 +27,32 @@ def low_rank_layers(model: Any, sites: Sequence[Site]) -> dict[str, dict[str, An
     layers = {}
     for site in sites:
         module = site.module(model)
-        if kind_of(module).replaced:
+        if hasattr(module, "description"):
             layers[site.name.removeprefix(prefix)] = {"shape": [site.m, site.n], **module.description()}
     return layers
+
+
+def sizes_of_blocks(model: Any) -> dict[str, dict[str, int]]:
+    """Settings of blocks that differ, by path inside the base model, as `resize_blocks` takes them."""
+    config = model.config
+    if not getattr(config, "is_heterogeneous", False):
+        return {}
+    prefix, blocks = decoder_blocks(model)
+    inside, names = prefix.removeprefix(model.base_model_prefix + "."), sorted(config.per_layer_attributes)
+    own = [config.per_layer_config[index] for index in range(len(blocks))]
+    return {f"{inside}.{index}": {name: getattr(each, name) for name in names} for index, each in enumerate(own)}
+
+
+def _format_of(layers: Mapping[str, Mapping[str, Any]], blocks: Mapping[str, Any], experts: Sequence[str]) -> int:
+    """The oldest format that can say it."""
+    if blocks or any(form.get("storage") == "dense" for form in layers.values()):
+        return FORMAT_VERSION
+    return WITHOUT_BLOCKS if experts else WITHOUT_EXPERTS
+
+
+def is_plain(model: Any, sites: Sequence[Site]) -> bool:
+    """Whether the architecture's own code and config say all of a model: no layer of ours, no block of its own size."""
+    return not low_rank_layers(model, sites) and not sizes_of_blocks(model)
 
 
 def _write_weights(model: Any, folder: Path, max_shard_size: str) -> None:
@@ -87,6 +110,7 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
     config = json.loads(model.config.to_json_string(use_diff=False))
     base_type = classes[0].model_type  # type: ignore[attr-defined]
     prefix = model.base_model_prefix + "."
+    layers, blocks = low_rank_layers(model, sites), sizes_of_blocks(model)
     experts = [name.removeprefix(prefix) for name, each in model.named_modules() if isinstance(each, UnfusedExperts)]
     config.update(
         model_type=model_type_for(base_type),
@@ -94,12 +118,13 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
         auto_map=auto_map(*classes),
         **{
             CHECKPOINT_KEY: {
-                "format": FORMAT_VERSION if experts else WITHOUT_EXPERTS,
+                "format": _format_of(layers, blocks, experts),
                 "needs": {"transformers": f">={MINIMUM_TRANSFORMERS}"},
                 "base_model_type": base_type,
                 "base_architecture": classes[2].__name__,
-                "layers": low_rank_layers(model, sites),
+                "layers": layers,
                 **({"experts": experts} if experts else {}),
+                **({"blocks": blocks} if blocks else {}),
             }
         },
     )

@@ -1,5 +1,6 @@
 """Modules that take the place of a linear layer."""
 
+from rankwise.layers.biased import BiasedLinear
 from rankwise.layers.decoding import decoded_once, keep_decoded
 from rankwise.layers.fold import fold_orders
 from rankwise.layers.kinds import KINDS, Kind, dense_layer, is_linear, kind_of, substitute
@@ -12,6 +13,7 @@ from rankwise.layers.stored import sixteen
 
 __all__ = [
     "KINDS",
+    "BiasedLinear",
     "Kind",
     "LowRankLinear",
     "PackedMatrix",

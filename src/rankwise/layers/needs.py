@@ -8,12 +8,13 @@ import re
 
 import transformers
 
-FORMAT_VERSION = 5
-"""Of a config's `rankwise` entry, the newest that is read. Since 5 it may name experts that are taken apart, since 4 a
+FORMAT_VERSION = 6
+"""Of a config's `rankwise` entry, the newest that is read. Since 6 it may name blocks of sizes of their own and dense
+layers with a bias, since 5 it may name experts that are taken apart, since 4 a
 pivoted layer names the type of its order; earlier ones are read too."""
 
-WITHOUT_EXPERTS = 4
-"""Of an entry that names no experts: older readers read it as well."""
+WITHOUT_BLOCKS, WITHOUT_EXPERTS = 5, 4
+"""Of an entry that names no such blocks or layers, and no experts: older readers read it as well."""
 
 MINIMUM_TRANSFORMERS = "5.10"
 """The oldest transformers whose loading this code was written for."""

@@ -8,11 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from rankwise.layers.biased import BiasedLinear
 from rankwise.layers.low_rank import LowRankLinear
 from rankwise.layers.pivoted import PivotedLinear
 from rankwise.layers.quantized import QuantizedLinear, cache_dense
 
-LAYERS: dict = {"two_factor": LowRankLinear, "pivoted": PivotedLinear, "quantized": QuantizedLinear}
+LAYERS: dict = {
+    "two_factor": LowRankLinear,
+    "pivoted": PivotedLinear,
+    "quantized": QuantizedLinear,
+    "dense": BiasedLinear,
+}
 """The layers that a checkpoint may hold in place of a linear one, by how they store it."""
 
 

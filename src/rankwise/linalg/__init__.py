@@ -4,6 +4,7 @@ from rankwise.linalg.decompose import Decomposition, balanced, balancing, decomp
 from rankwise.linalg.finite import all_finite
 from rankwise.linalg.metrics import InputMetric, OutputMetric, psd_factor
 from rankwise.linalg.pivot import Pivoted, pivot
+from rankwise.linalg.removal import compensated, damped, removal_losses, removal_order
 
 __all__ = [
     "Decomposition",
@@ -13,7 +14,11 @@ __all__ = [
     "all_finite",
     "balanced",
     "balancing",
+    "compensated",
+    "damped",
     "decompose",
     "pivot",
     "psd_factor",
+    "removal_losses",
+    "removal_order",
 ]

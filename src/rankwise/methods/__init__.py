@@ -13,9 +13,13 @@ from rankwise.methods.asvd import ASVD
 from rankwise.methods.base import Factorisation, Looking, Method, Outlook, estimated_losses, make_basis
 from rankwise.methods.bolaco import Bolaco
 from rankwise.methods.caldera import Caldera
+from rankwise.methods.flap import FLAP
 from rankwise.methods.fwsvd import FWSVD
+from rankwise.methods.llm_pruner import LLMPruner
 from rankwise.methods.mixed import Mixed
 from rankwise.methods.plugins import Plugged, in_file, is_plugin, plugin_class
+from rankwise.methods.pruned import Pruned
+from rankwise.methods.pruning import Part, Pruning
 from rankwise.methods.quantize import Quantize
 from rankwise.methods.svd import SVD
 from rankwise.methods.svd_llm import SVDLLM
@@ -32,6 +36,9 @@ METHODS: dict[str, type[Method]] = {
     "quantize": Quantize,
     "caldera": Caldera,
     "mixed": Mixed,
+    "flap": FLAP,
+    "llm_pruner": LLMPruner,
+    "pruned": Pruned,
 }
 
 
@@ -58,14 +65,20 @@ AnyMethod = Annotated[
     | Annotated[Quantize, Tag("quantize")]
     | Annotated[Caldera, Tag("caldera")]
     | Annotated[Mixed, Tag("mixed")]
+    | Annotated[FLAP, Tag("flap")]
+    | Annotated[LLMPruner, Tag("llm_pruner")]
+    | Annotated[Pruned, Tag("pruned")]
     | Annotated[Plugged, Tag("plugin")],
     Discriminator(_kind),
 ]
 """A method as a node of a recipe, told by its name."""
 
 
-FACTORISATIONS = tuple(name for name, method in METHODS.items() if method.keeps_factors)
-"""The methods that give factors, which compare at equal kept fractions."""
+FACTORISATIONS = tuple(name for name, method in METHODS.items() if method.keeps_factors and not method.prunes)
+"""The methods that give factors alone."""
+
+IN_NUMBERS = tuple(name for name, method in METHODS.items() if method.default_keep is not None)
+"""The methods whose size is a number of numbers, of factors or of weights, which compare at equal kept fractions."""
 
 
 def method_class(name: object) -> type[Method] | None:
@@ -93,12 +106,15 @@ def method_named(name: str) -> Method:
 
 __all__ = [
     "FACTORISATIONS",
+    "IN_NUMBERS",
     "METHODS",
     "AnyMethod",
     "Factorisation",
     "Looking",
     "Method",
     "Outlook",
+    "Part",
+    "Pruning",
     "estimated_losses",
     "in_file",
     "make_basis",

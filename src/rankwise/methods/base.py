@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -49,6 +49,7 @@ class Method(BaseModel, ABC):
         one_unit: whether losses of different sites are in one unit, so that size can be traded between sites by them.
         default_keep: kept fraction where no size is given; None where the settings may say it all.
         keeps_factors: whether what it makes is L R in numbers, which repairs know how to mend.
+        prunes: whether it takes units out of the model before anything else, see `methods/pruning.py`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,6 +57,7 @@ class Method(BaseModel, ABC):
     one_unit: ClassVar[bool] = False
     default_keep: ClassVar[float | None] = 0.8
     keeps_factors: ClassVar[bool] = True
+    prunes: ClassVar[bool] = False
 
     name: str
 
@@ -68,6 +70,16 @@ class Method(BaseModel, ABC):
     def adds_bias(self) -> bool:
         """Whether it makes up for the mean of what is dropped by a bias."""
         return bool(getattr(self, "bias", False))
+
+    @classmethod
+    def defaults(cls, budget: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that follow from how a recipe's budget is spelled, where they are not given."""
+        return {}
+
+    @property
+    def repairable(self) -> bool:
+        """Whether what it makes under its settings is L R in numbers."""
+        return self.keeps_factors
 
     def check_size(self, asked: Budget, allocation: str) -> None:
         """Raise when a recipe's budget does not say how large the result may be, in this method's terms.

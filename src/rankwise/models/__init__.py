@@ -1,10 +1,12 @@
 """What a model is made of: linear weights, blocks run one at a time, a head, and the original beside its successor."""
 
 from rankwise.models.blocks import BlockRunner, allocate
+from rankwise.models.couplings import Coupling, Section, find_couplings
 from rankwise.models.experts import UnfusedExperts, fuse
 from rankwise.models.head import LOGITS, Head, Logits
 from rankwise.models.original import Original
 from rankwise.models.recompute import recomputed
+from rankwise.models.shrinking import shrink, usable_couplings
 from rankwise.models.sites import (
     Site,
     decoder_blocks,
@@ -19,9 +21,11 @@ from rankwise.models.unfusing import Unfused, unfuse_experts
 __all__ = [
     "LOGITS",
     "BlockRunner",
+    "Coupling",
     "Head",
     "Logits",
     "Original",
+    "Section",
     "Site",
     "Streaming",
     "Unfused",
@@ -29,6 +33,7 @@ __all__ = [
     "allocate",
     "decoder_blocks",
     "empty_in_file",
+    "find_couplings",
     "find_sites",
     "fuse",
     "fused_expert_parameters",
@@ -36,5 +41,7 @@ __all__ = [
     "place_of",
     "recomputed",
     "share_inputs",
+    "shrink",
     "unfuse_experts",
+    "usable_couplings",
 ]

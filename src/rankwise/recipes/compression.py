@@ -196,7 +196,9 @@ class Recipe(_Node):
     @model_validator(mode="after")
     def _size_for_method(self) -> Recipe:
         self.method.check_size(self.budget, self.allocation.name)
-        if self.repair.steps and not self.method.keeps_factors:
+        if self.repair.steps and self.method.prunes and not self.method.repairable:
+            raise ValueError(f"{self.method.name} leaves no factors to repair: see rankwise finetune")
+        if self.repair.steps and not self.method.repairable:
             raise ValueError(
                 f"no repair knows codes: {self.method.name} is followed by rankwise finetune --method lowrank"
             )
@@ -230,6 +232,9 @@ class Recipe(_Node):
         if not sized and "keep" not in budget and kind.default_keep is not None:
             budget["keep"] = kind.default_keep
         values = {**values, "budget": budget}
+        if follows := kind.defaults(budget):
+            given = method.model_dump(exclude_unset=True) if isinstance(method, BaseModel) else method
+            values["method"] = {**follows, **(given if isinstance(given, Mapping) else {}), "name": name}
         if "allocation" not in values:
             # Where nothing says a size, there is nothing to spend.
             spends = sized or kind.default_keep is not None

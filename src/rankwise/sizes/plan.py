@@ -42,7 +42,9 @@ class Plan(BaseModel):
         size: bytes of all weight files asked for.
         rank_multiple: what ranks are multiples of.
         form: how cuts are stored.
-        shapes: by site name, `[m, n]`.
+        shapes: by site name, `[m, n]`, without the units that were taken out.
+        stays: by name of a module that lost units (channels, or groups of heads), those that stay.
+        whole_weights: numbers in the weights of the whole model, where units were taken out.
         cuts: by site name.
         groups: by group of the search (or by role), what it takes a weight: a fraction, or bits, as spelled.
         space: the search's space, `5x1` or `spectral`; None when nothing was searched.
@@ -65,6 +67,8 @@ class Plan(BaseModel):
     form: Form
     shapes: Annotated[dict[str, tuple[Side, Side]], Field(min_length=1)]
     cuts: dict[str, Cut]
+    stays: dict[str, Annotated[list[Annotated[int, Field(ge=0, lt=1 << 40)]], Field(min_length=1)]] = {}
+    whole_weights: Annotated[int, Field(gt=0)] | None = None
     groups: dict[str, float] = {}
     space: str | None = None
     coordinates: dict[str, float] = {}
@@ -101,8 +105,8 @@ class Plan(BaseModel):
 
     @property
     def weights(self) -> int:
-        """Numbers in the dense weights of all sites."""
-        return sum(m * n for m, n in self.shapes.values())
+        """Numbers in the dense weights of all sites, before any units were taken out."""
+        return self.whole_weights or sum(m * n for m, n in self.shapes.values())
 
     def site_bits(self, name: str) -> int:
         """Bits of the site of this name."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -33,19 +34,37 @@ def collect_statistics(work: Work) -> Store:
     requests = method.requests()
     if work.looks >= Looks.LOSSES:
         requests += method.plan_requests()
+    store = collect_requests(work, requests, work.sites)
+    note_experts(work.sites, store, work.reporter)
+    return store
+
+
+def collect_requests(
+    work: Work, requests: Sequence[Statistic], sites: Sequence[Site], beside: Mapping[str, Any] | None = None
+) -> Store:
+    """Collect some statistics at some sites, where no finished stage holds them.
+
+    Args:
+        work: the run.
+        requests: what is collected.
+        sites: where.
+        beside: what their stages depend on besides; where these are not all sites, which they are.
+
+    Raises:
+        NotFiniteError: naming the layer.
+    """
+    common = {**calibration_key(work), **(beside or {})}
     stages = {
-        statistic: work.stage(
-            f"statistics-{statistic.name}", {**calibration_key(work), "statistic": statistic.settings()}
-        )
+        statistic: work.stage(f"statistics-{statistic.name}", {**common, "statistic": statistic.settings()})
         for statistic in requests
     }
     missing = [statistic for statistic, stage in stages.items() if not stage.taken_over()]
     if missing:
-        snapshot = work.stage("snapshot", {**calibration_key(work), "statistics": [s.settings() for s in missing]})
+        snapshot = work.stage("snapshot", {**common, "statistics": [s.settings() for s in missing]})
         folders = {statistic: stages[statistic].begun() for statistic in missing}
         found = collecting(
             work.loaded.model,
-            work.sites,
+            sites,
             work.texts.calibration.ids,
             missing,
             batch_size=work.recipe.calibration.batch_size,
@@ -60,16 +79,14 @@ def collect_statistics(work: Work) -> Store:
                 save_totals(path, totals)
         for statistic in missing:
             with stages[statistic].making():
-                _note(work, statistic)
+                _note(work, statistic, sites)
         snapshot.discard()
-    store = Store({statistic: stage.folder for statistic, stage in stages.items()}, work.sites)
-    note_experts(work.sites, store, work.reporter)
-    return store
+    return Store({statistic: stage.folder for statistic, stage in stages.items()}, sites)
 
 
-def _note(work: Work, statistic: Statistic) -> None:
+def _note(work: Work, statistic: Statistic, sites: Sequence[Site]) -> None:
     """Say again what a statistic says of how it adds, so that it is kept with the stage of this one alone."""
-    statistic.sums(statistic.streams(work.sites), len(work.texts.calibration.ids), work.reporter)
+    statistic.sums(statistic.streams(sites), len(work.texts.calibration.ids), work.reporter)
 
 
 def save_outlook(path: Path, outlook: Outlook, most: int) -> None:

@@ -21,6 +21,7 @@ from rankwise.models import Site
 from rankwise.reports import KeptPredictions, SearchSummary, SearchTimes, ValidationText
 from rankwise.sizes import Plan
 from rankwise.stages.outlooks import Outlooks
+from rankwise.stages.pruning import check_pruning
 from rankwise.stages.work import Work, calibration_key
 
 
@@ -30,7 +31,10 @@ def check_budget(work: Work) -> None:
     Raises:
         BudgetError: saying what has to be kept at least.
     """
-    work.recipe.allocation.check(work.problem)
+    if work.recipe.method.prunes:
+        check_pruning(work)
+    else:
+        work.recipe.allocation.check(work.problem)
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,8 @@ def _plan(work: Work, choice: Choice) -> Plan:
         allocation=recipe.allocation.name,
         fingerprint=work.fingerprint,
         method_settings=recipe.method.model_dump(exclude={"name"}),
+        stays={name: units.tolist() for name, units in work.stays.items()},
+        whole_weights=work.problem.allowance.weights if work.stays else None,
         groups=choice.groups,
         space=choice.space,
         coordinates=choice.coordinates,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from rankwise.allocation import Looks, Problem
 from rankwise.checkpoints import LoadedModel, fingerprint
@@ -60,6 +61,8 @@ class Work:
         fingerprint: hash of its weights.
         reporter: told about progress.
         problem: what the allocation chooses from: candidates, how they are stored, and what is allowed.
+        stays: by coupling that lost units, those that stay; empty where none were taken out.
+        units: how many these had.
         memory: the way the model is held: `whole`, `blocks` or `disk`.
         need: what that was expected to take, where an estimate was made.
     """
@@ -74,6 +77,8 @@ class Work:
     problem: Problem
     memory: str = "whole"
     need: Need | None = None
+    stays: Mapping[str, Tensor] = field(default_factory=dict)
+    units: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def looks(self) -> Looks:
@@ -236,12 +241,19 @@ def begin(
         )
     if calibration.cut:
         reporter.note("the calibration source is very large; its first 64 million characters were read")
-    problem = _problem(recipe, loaded, sites)
+    problem = problem_of(recipe, loaded, sites, sum(site.parameters for site in sites))
     return Work(recipe, run, loaded, texts, sites, mark, reporter, problem, memory, need)
 
 
-def _problem(recipe: Recipe, loaded: LoadedModel, sites: list[Site]) -> Problem:
-    """Candidates of every site, without losses, and what they may take together."""
+def problem_of(recipe: Recipe, loaded: LoadedModel, sites: list[Site], weights: int) -> Problem:
+    """Candidates of every site, without losses, and what they may take together.
+
+    Args:
+        recipe: the whole run.
+        loaded: the model.
+        sites: its sites.
+        weights: numbers that the budget is of: those of the sites before units were taken out.
+    """
     method, budget = recipe.method, recipe.budget
     number_bits = 8 * max(loaded.stored_dtypes[f"{site.name}.weight"].itemsize for site in sites)
     form = method.form(budget, number_bits)
@@ -250,7 +262,6 @@ def _problem(recipe: Recipe, loaded: LoadedModel, sites: list[Site]) -> Problem:
         for shape in dict.fromkeys((site.m, site.n) for site in sites)
     }
     candidates = {site.name: by_shape[site.m, site.n] for site in sites}
-    weights = sum(site.parameters for site in sites)
     allowance = Allowance(budget, weights, number_bits, _rest_bytes(loaded, sites, method.adds_bias))
     if budget.size is not None:
         allowance.require(0, what="no weight at all and the rest of the model")

@@ -1,0 +1,219 @@
+"""Pruning: units are taken out of the model before anything else is measured, where the method takes units out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rankwise.checkpoints import fingerprint
+from rankwise.errors import BudgetError, RecipeError
+from rankwise.layers import BiasedLinear
+from rankwise.methods import Part, Pruning
+from rankwise.models import Coupling, Site, find_sites, share_inputs, shrink, usable_couplings
+from rankwise.runs import Stage
+from rankwise.sizes import Plan
+from rankwise.stages.at_site import naming, weight_and_statistics
+from rankwise.stages.outlooks import collect_requests
+from rankwise.stages.work import Work, calibration_key, problem_of
+from rankwise.statistics import SiteStatistics, Store
+
+_STAYS, _CONSUMERS = "stays.json", "consumers.safetensors"
+
+
+def couplings_of(work: Work) -> list[Coupling]:
+    """What may lose units; what may not is said.
+
+    Raises:
+        ModelError: naming the architecture, when nothing may.
+    """
+    probe = work.texts.calibration.ids[:1, :64].to(work.loaded.model.device)
+    found, reasons = usable_couplings(work.loaded.model, work.sites, probe, BiasedLinear)
+    for kind, reason in reasons.items():
+        layers = "attention" if kind == "heads" else "feed-forward"
+        work.reporter.note(f"no units are taken out of {layers} layers: {reason}")
+    return found
+
+
+def check_pruning(work: Work) -> None:
+    """Find out before anything slow that pruning cannot meet the budget.
+
+    Raises:
+        BudgetError: saying what has to be kept at least.
+        RecipeError: when the model is not held whole.
+    """
+    method = work.recipe.method
+    assert isinstance(method, Pruning)
+    if work.memory != "whole":
+        raise RecipeError(
+            f"{method.name} takes units out of a model that is whole in memory, not held by {work.memory}.",
+            where="memory",
+            remedy="give --memory whole, or a method that keeps shapes, such as two_sided",
+        )
+    problem = work.problem
+    if not problem.allowance.sized:
+        raise BudgetError(f"{method.name} needs a size.", where="budget", remedy="give --keep, --bits or --size")
+    sites = {site.name: site for site in work.sites}
+    parts = [Part(coupling, sites, _nothing) for coupling in couplings_of(work)]
+    least = (method.least(parts) + _others(work, parts)) * problem.form.number_bits
+    if method.rests:
+        return
+    problem.allowance.require(least, ", lower method.multiple, or protect fewer layers", "the fewest units")
+
+
+def _nothing(name: str) -> tuple[Tensor, SiteStatistics]:
+    raise KeyError(name)
+
+
+def _others(work: Work, parts: list[Part]) -> int:
+    """Numbers of the sites that lose nothing."""
+    coupled = {name for part in parts for name in part.coupling.sites}
+    return sum(site.parameters for site in work.sites if site.name not in coupled)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a pruning decided.
+
+    Attributes:
+        stays: by coupling that loses units, those that stay.
+        consumers: by site name, W' and the bias of what reads them.
+    """
+
+    stays: dict[str, Tensor]
+    consumers: dict[str, tuple[Tensor, Tensor | None]]
+
+
+def prune(work: Work) -> Work:
+    """Take units out of the model, as many as its method and budget say.
+
+    Returns:
+        The run with the smaller model: its sites, fingerprint and problem; the budget is that of the original.
+
+    Raises:
+        BudgetError: when nothing fits.
+        NotFiniteError: naming the layer.
+    """
+    method, loaded = work.recipe.method, work.loaded
+    assert isinstance(method, Pruning)
+    couplings = couplings_of(work)
+    key = {**calibration_key(work), "method": method.model_dump(), "budget": work.recipe.budget.model_dump()}
+    plan = getattr(work.recipe.allocation, "plan", None)
+    if plan is not None:
+        key["plan"] = json.loads(Plan.load(Path(plan)).model_dump_json(include={"stays"}))
+    stage = work.stage("pruning", key)
+    if not stage.taken_over():
+        found = _decide(work, method, couplings, plan)
+        with stage.making() as folder:
+            folder.write_json(_STAYS, {name: units.tolist() for name, units in found.stays.items()})
+            with folder.writing(_CONSUMERS) as path:
+                save_file(_tensors(found.consumers), path)
+    found = _read(stage)
+    small = shrink(loaded.model, couplings, work.sites, found.stays, found.consumers, BiasedLinear)
+    dtypes = {name: loaded.stored_dtypes.get(name) for name, _ in small.named_parameters()}
+    loaded.stored_dtypes = {
+        name: dtype or loaded.stored_dtypes[name.rpartition(".")[0] + ".weight"] for name, dtype in dtypes.items()
+    }
+    loaded.model = small
+    probe = work.texts.calibration.ids[:1].to(small.device)
+    sites = share_inputs(small, find_sites(small), probe)
+    weights = work.problem.allowance.weights
+    by_name = {coupling.name: coupling for coupling in couplings}
+    return replace(
+        work,
+        sites=sites,
+        fingerprint=fingerprint(small, loaded.stored_dtypes),
+        problem=problem_of(work.recipe, loaded, sites, weights),
+        stays=found.stays,
+        units={name: by_name[name].units for name in found.stays},
+    )
+
+
+def _decide(work: Work, method: Pruning, couplings: list[Coupling], plan: str | None) -> Pruned:
+    """What stays, from statistics of the whole model; or what a plan says stays."""
+    by_name = {site.name: site for site in work.sites}
+    names: set[str] = set()
+    for coupling in couplings:
+        names |= {coupling.columns.site} if method.at_consumers else set(coupling.sites)
+    watched = [site for site in work.sites if site.name in names]
+    store = collect_requests(work, method.pruning_requests(), watched, beside={"sites": sorted(names)})
+    parts = [Part(coupling, by_name, partial(_seen, work, store, by_name)) for coupling in couplings]
+    if plan is not None:
+        stays = _planned(Plan.load(Path(plan)), couplings, plan)
+    else:
+        scores = {}
+        for part in work.reporter.track(parts, "scoring units", total=len(parts)):
+            with naming(by_name[part.coupling.columns.site]):
+                scores[part.coupling.name] = method.scores(part)
+        stays = method.stays(parts, scores, _allowed(work, method, parts), work.problem.form)
+    stays = {part.coupling.name: stays[part.coupling.name] for part in parts if _loses(part, stays)}
+    found: dict[str, tuple[Tensor, Tensor | None]] = {}
+    losing = [part for part in parts if part.coupling.name in stays]
+    for part in work.reporter.track(losing, "taking units out", total=len(losing)):
+        site = by_name[part.coupling.columns.site]
+        with naming(site):
+            made = method.consumer(part, stays[part.coupling.name])
+        if made is not None:
+            found[site.name] = made
+    return Pruned(stays, found)
+
+
+def _allowed(work: Work, method: Pruning, parts: list[Part]) -> int:
+    """Bits that the weights of couplings may take: all but those of the others, which stay as they are, or their share
+    where others are made smaller as well.
+    """
+    allowance, others = work.problem.allowance, _others(work, parts)
+    if method.rests:
+        return allowance.bits * (allowance.weights - others) // allowance.weights
+    return allowance.bits - others * work.problem.form.number_bits
+
+
+def _loses(part: Part, stays: Mapping[str, Tensor]) -> bool:
+    name = part.coupling.name
+    return name in stays and len(stays[name]) < part.coupling.units
+
+
+def _planned(plan: Plan, couplings: list[Coupling], where: str) -> dict[str, Tensor]:
+    """The units that a plan keeps.
+
+    Raises:
+        BudgetError: when it was made for other layers.
+    """
+    by_name = {coupling.name: coupling for coupling in couplings}
+    for name, units in plan.stays.items():
+        if name not in by_name or max(units) >= by_name[name].units:
+            raise BudgetError(
+                f"The plan takes units out of {name}, which has none of that number here.",
+                where=where,
+                remedy="use a plan made for a model with the same layers",
+            )
+    return {name: torch.tensor(units) for name, units in plan.stays.items()}
+
+
+def _seen(work: Work, store: Store, sites: Mapping[str, Site], name: str) -> tuple[Tensor, SiteStatistics]:
+    return weight_and_statistics(work, store, sites[name])
+
+
+def _tensors(consumers: Mapping[str, tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
+    parts = {}
+    for name, (weight, bias) in consumers.items():
+        parts[f"{name}.weight"] = weight.float().cpu().contiguous()
+        if bias is not None:
+            parts[f"{name}.bias"] = bias.float().cpu().contiguous()
+    return parts
+
+
+def _read(stage: Stage) -> Pruned:
+    stays = json.loads((stage.folder / _STAYS).read_text())
+    parts = load_file(stage.folder / _CONSUMERS)
+    names = [name.removesuffix(".weight") for name in parts if name.endswith(".weight")]
+    return Pruned(
+        {name: torch.tensor(units) for name, units in stays.items()},
+        {name: (parts[f"{name}.weight"], parts.get(f"{name}.bias")) for name in names},
+    )
