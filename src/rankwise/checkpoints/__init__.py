@@ -13,7 +13,7 @@ from rankwise.checkpoints.output import (
     writing,
 )
 from rankwise.checkpoints.reload import check_reload
-from rankwise.checkpoints.save import save_dense, save_low_rank
+from rankwise.checkpoints.save import is_plain, save_dense, save_low_rank
 
 __all__ = [
     "FILES_FILE",
@@ -30,6 +30,7 @@ __all__ = [
     "made_from",
     "read_config",
     "reserved",
+    "is_plain",
     "save_dense",
     "save_low_rank",
     "writing",

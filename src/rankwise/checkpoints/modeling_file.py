@@ -19,7 +19,7 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from rankwise.errors import ModelError
-from rankwise.layers import low_rank, needs, pivoted, quantized, replace
+from rankwise.layers import low_rank, narrow, needs, pivoted, quantized, replace
 from rankwise.models import experts
 from rankwise.quantizers import codes, rotation
 
@@ -50,6 +50,7 @@ class Rankwise{base}(FillsAsOriginal, {base}):
     def __init__(self, config):
         require(config.rankwise)
         super().__init__(config)
+        narrow_stream(self, config.rankwise.get("stream", {{}}))
         unfuse(self, config.rankwise.get("experts", []))
         replace_linears(self, config.rankwise["layers"], getattr(config, "rankwise_cache_dense", "auto"))
         self.post_init()
@@ -70,7 +71,7 @@ def model_type_for(base_model_type: str) -> str:
     return f"rankwise_{base_model_type}"
 
 
-_SOURCES = (needs, codes, rotation, experts, low_rank, pivoted, quantized, replace)
+_SOURCES = (needs, codes, rotation, experts, narrow, low_rank, pivoted, quantized, replace)
 
 
 def _is_heading(node: ast.AST) -> bool:
@@ -180,6 +181,8 @@ def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
         Expert=experts.Expert,
         UnfusedExperts=experts.UnfusedExperts,
         unfuse=experts.unfuse,
+        NarrowNorm=narrow.NarrowNorm,
+        narrow_stream=narrow.narrow_stream,
         LAYERS=replace.LAYERS,
         replace_linears=replace.replace_linears,
     )

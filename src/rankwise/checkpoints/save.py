@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from rankwise.checkpoints.load import CACHE_KEY, CHECKPOINT_KEY, LoadedModel
 from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, base_classes, model_type_for, modeling_source
 from rankwise.errors import ModelError, NotFiniteError
-from rankwise.layers import dense_layer, kind_of
-from rankwise.layers.needs import FORMAT_VERSION, MINIMUM_TRANSFORMERS, WITHOUT_EXPERTS
+from rankwise.layers import dense_layer, kind_of, stream_of
+from rankwise.layers.needs import FORMAT_VERSION, MINIMUM_TRANSFORMERS, WITHOUT_EXPERTS, WITHOUT_STREAM
 from rankwise.linalg import all_finite
 from rankwise.models import Site, UnfusedExperts, fuse
 
@@ -30,6 +30,11 @@ def low_rank_layers(model: Any, sites: Sequence[Site]) -> dict[str, dict[str, An
         if kind_of(module).replaced:
             layers[site.name.removeprefix(prefix)] = {"shape": [site.m, site.n], **module.description()}
     return layers
+
+
+def is_plain(model: Any, sites: Sequence[Site]) -> bool:
+    """Whether the architecture's own code and config say all of a model: no layer of ours, no stream cut by adapters."""
+    return not low_rank_layers(model, sites) and not stream_of(model)
 
 
 def _write_weights(model: Any, folder: Path, max_shard_size: str) -> None:
@@ -88,18 +93,20 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
     base_type = classes[0].model_type  # type: ignore[attr-defined]
     prefix = model.base_model_prefix + "."
     experts = [name.removeprefix(prefix) for name, each in model.named_modules() if isinstance(each, UnfusedExperts)]
+    stream = stream_of(model)
     config.update(
         model_type=model_type_for(base_type),
         architectures=[f"Rankwise{classes[2].__name__}"],
         auto_map=auto_map(*classes),
         **{
             CHECKPOINT_KEY: {
-                "format": FORMAT_VERSION if experts else WITHOUT_EXPERTS,
+                "format": FORMAT_VERSION if stream else WITHOUT_STREAM if experts else WITHOUT_EXPERTS,
                 "needs": {"transformers": f">={MINIMUM_TRANSFORMERS}"},
                 "base_model_type": base_type,
                 "base_architecture": classes[2].__name__,
                 "layers": low_rank_layers(model, sites),
                 **({"experts": experts} if experts else {}),
+                **({"stream": stream} if stream else {}),
             }
         },
     )

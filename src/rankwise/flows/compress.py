@@ -93,6 +93,9 @@ def compress(
         stages.check_budget(work)
         with reporter.stage("evaluate dense"):
             dense_score, dense_speed = stages.score(work, "dense"), stages.speed(work)
+        if recipe.method.prunes:
+            with reporter.stage("pruning"):
+                work = stages.slice_residual(work)
         with reporter.stage("statistics"):
             store = stages.collect_statistics(work)
         outlooks = stages.Outlooks(work, store)

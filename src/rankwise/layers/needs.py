@@ -8,12 +8,12 @@ import re
 
 import transformers
 
-FORMAT_VERSION = 5
-"""Of a config's `rankwise` entry, the newest that is read. Since 5 it may name experts that are taken apart, since 4 a
-pivoted layer names the type of its order; earlier ones are read too."""
+FORMAT_VERSION = 6
+"""Of a config's `rankwise` entry, the newest that is read. Since 6 it may say how a residual stream was cut, since 5 it
+may name experts that are taken apart, since 4 a pivoted layer names the type of its order; earlier ones are read too."""
 
-WITHOUT_EXPERTS = 4
-"""Of an entry that names no experts: older readers read it as well."""
+WITHOUT_STREAM, WITHOUT_EXPERTS = 5, 4
+"""Of an entry that says nothing of a stream, and names no experts either: older readers read it as well."""
 
 MINIMUM_TRANSFORMERS = "5.10"
 """The oldest transformers whose loading this code was written for."""

@@ -4,6 +4,7 @@ from rankwise.linalg.decompose import Decomposition, balanced, balancing, decomp
 from rankwise.linalg.finite import all_finite
 from rankwise.linalg.metrics import InputMetric, OutputMetric, psd_factor
 from rankwise.linalg.pivot import Pivoted, pivot
+from rankwise.linalg.principal import of_equal_norm, principal_directions, second_moment
 
 __all__ = [
     "Decomposition",
@@ -14,6 +15,9 @@ __all__ = [
     "balanced",
     "balancing",
     "decompose",
+    "of_equal_norm",
     "pivot",
+    "principal_directions",
     "psd_factor",
+    "second_moment",
 ]

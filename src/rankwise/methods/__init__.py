@@ -17,6 +17,7 @@ from rankwise.methods.fwsvd import FWSVD
 from rankwise.methods.mixed import Mixed
 from rankwise.methods.plugins import Plugged, in_file, is_plugin, plugin_class
 from rankwise.methods.quantize import Quantize
+from rankwise.methods.slicegpt import SliceGPT
 from rankwise.methods.svd import SVD
 from rankwise.methods.svd_llm import SVDLLM
 from rankwise.methods.two_sided import TwoSided
@@ -32,6 +33,7 @@ METHODS: dict[str, type[Method]] = {
     "quantize": Quantize,
     "caldera": Caldera,
     "mixed": Mixed,
+    "slicegpt": SliceGPT,
 }
 
 
@@ -58,6 +60,7 @@ AnyMethod = Annotated[
     | Annotated[Quantize, Tag("quantize")]
     | Annotated[Caldera, Tag("caldera")]
     | Annotated[Mixed, Tag("mixed")]
+    | Annotated[SliceGPT, Tag("slicegpt")]
     | Annotated[Plugged, Tag("plugin")],
     Discriminator(_kind),
 ]
@@ -99,6 +102,7 @@ __all__ = [
     "Looking",
     "Method",
     "Outlook",
+    "SliceGPT",
     "estimated_losses",
     "in_file",
     "make_basis",

@@ -49,6 +49,7 @@ class Method(BaseModel, ABC):
         one_unit: whether losses of different sites are in one unit, so that size can be traded between sites by them.
         default_keep: kept fraction where no size is given; None where the settings may say it all.
         keeps_factors: whether what it makes is L R in numbers, which repairs know how to mend.
+        prunes: whether it makes the model smaller before its weights are looked at, which then stay whole.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,6 +57,7 @@ class Method(BaseModel, ABC):
     one_unit: ClassVar[bool] = False
     default_keep: ClassVar[float | None] = 0.8
     keeps_factors: ClassVar[bool] = True
+    prunes: ClassVar[bool] = False
 
     name: str
 

@@ -5,6 +5,7 @@ from rankwise.models.experts import UnfusedExperts, fuse
 from rankwise.models.head import LOGITS, Head, Logits
 from rankwise.models.original import Original
 from rankwise.models.recompute import recomputed
+from rankwise.models.pre_norm import PreNorm
 from rankwise.models.sites import (
     Site,
     decoder_blocks,
@@ -22,6 +23,7 @@ __all__ = [
     "Head",
     "Logits",
     "Original",
+    "PreNorm",
     "Site",
     "Streaming",
     "Unfused",

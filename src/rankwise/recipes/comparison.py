@@ -17,7 +17,7 @@ from rankwise.sizes import parse_size
 
 Spelling = Literal["keep", "bits", "size"]
 
-QUANTISING = tuple(name for name, method in METHODS.items() if not method.keeps_factors)
+QUANTISING = tuple(name for name, method in METHODS.items() if not (method.keeps_factors or method.prunes))
 """The methods that take bits."""
 
 _FROZEN = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -66,9 +66,9 @@ class Way(BaseModel):
 
     @property
     def low_rank(self) -> bool:
-        """Whether it gives factors, whose size is a fraction kept."""
+        """Whether its size is a fraction kept: it gives factors, or whole weights that are smaller."""
         kind = method_class(self.method)
-        return kind is None or kind.keeps_factors
+        return kind is None or kind.keeps_factors or kind.prunes
 
     def __str__(self) -> str:
         return (

@@ -43,6 +43,8 @@ class Plan(BaseModel):
         rank_multiple: what ranks are multiples of.
         form: how cuts are stored.
         shapes: by site name, `[m, n]`.
+        originals: the same of the original, where the model was made smaller first; empty where it was not. Sizes are
+            told of these.
         cuts: by site name.
         groups: by group of the search (or by role), what it takes a weight: a fraction, or bits, as spelled.
         space: the search's space, `5x1` or `spectral`; None when nothing was searched.
@@ -64,6 +66,7 @@ class Plan(BaseModel):
     rank_multiple: Annotated[int, Field(ge=1, lt=1 << 40)]
     form: Form
     shapes: Annotated[dict[str, tuple[Side, Side]], Field(min_length=1)]
+    originals: dict[str, tuple[Side, Side]] = {}
     cuts: dict[str, Cut]
     groups: dict[str, float] = {}
     space: str | None = None
@@ -101,8 +104,8 @@ class Plan(BaseModel):
 
     @property
     def weights(self) -> int:
-        """Numbers in the dense weights of all sites."""
-        return sum(m * n for m, n in self.shapes.values())
+        """Numbers in the dense weights of all sites of the original."""
+        return sum(m * n for m, n in (self.originals or self.shapes).values())
 
     def site_bits(self, name: str) -> int:
         """Bits of the site of this name."""

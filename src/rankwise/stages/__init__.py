@@ -8,6 +8,7 @@ from rankwise.stages.memory import Need, available_memory, chosen_memory, expect
 from rankwise.stages.outlooks import Outlooks, collect_statistics
 from rankwise.stages.planning import Chosen, check_budget, choose_cuts, judging, objective_key, select_samples
 from rankwise.stages.repairing import Repairing, judge_repair, prepare_repair, repair_step
+from rankwise.stages.slicing import slice_residual
 from rankwise.stages.work import Texts, Work, begin, read_sequences, read_texts
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "require_config",
     "score",
     "select_samples",
+    "slice_residual",
     "speed",
     "store_layers",
     "store_sites",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from rankwise.checkpoints import REPORT_FILE, check_reload, save_dense, save_low_rank, writing
+from rankwise.checkpoints import REPORT_FILE, check_reload, is_plain, save_dense, save_low_rank, writing
 from rankwise.device import describe
 from rankwise.errors import RankwiseError
 from rankwise.evaluation import Cost, Perplexity, decode_speed, measure_cost, perplexity
@@ -186,11 +186,13 @@ def write(
     report = report.model_copy(update={"verdict": verdict(report)})
     if recipe.output is None:
         return report
-    save = save_low_rank if recipe.format == "low_rank" else save_dense
+    # What the architecture itself says needs no code of ours.
+    plain = recipe.format == "dense" or (recipe.method.prunes and is_plain(loaded.model, work.sites))
+    save = save_dense if plain else save_low_rank
     try:
         with writing(Path(recipe.output)) as folder:
             save(folder, loaded, work.sites, recipe.max_shard_size)
-            own_code = recipe.format == "low_rank" or recipe.trust_remote_code
+            own_code = not plain or recipe.trust_remote_code
             check_reload(folder, loaded.model, work.texts.calibration.ids, own_code)
             # Multiplied back, the model in memory is what was written, and no longer what was planned. Where experts
             # are fused again, as in the original, their sites are gone and its size is that of the original.

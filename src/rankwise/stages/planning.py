@@ -21,6 +21,7 @@ from rankwise.models import Site
 from rankwise.reports import KeptPredictions, SearchSummary, SearchTimes, ValidationText
 from rankwise.sizes import Plan
 from rankwise.stages.outlooks import Outlooks
+from rankwise.stages.slicing import check_slicing
 from rankwise.stages.work import Work, calibration_key
 
 
@@ -30,7 +31,10 @@ def check_budget(work: Work) -> None:
     Raises:
         BudgetError: saying what has to be kept at least.
     """
-    work.recipe.allocation.check(work.problem)
+    if work.recipe.method.prunes:
+        check_slicing(work)
+    else:
+        work.recipe.allocation.check(work.problem)
 
 
 @dataclass(frozen=True)
@@ -123,11 +127,26 @@ def _plan(work: Work, choice: Choice) -> Plan:
         allocation=recipe.allocation.name,
         fingerprint=work.fingerprint,
         method_settings=recipe.method.model_dump(exclude={"name"}),
-        groups=choice.groups,
+        originals=dict(work.originals),
+        groups=_groups(work, choice),
         space=choice.space,
         coordinates=choice.coordinates,
         objective=choice.objective,
     )
+
+
+def _groups(work: Work, choice: Choice) -> dict[str, float]:
+    """What each group takes a weight; of a model that was made smaller, what each role has of the original's numbers."""
+    if not work.originals:
+        return choice.groups
+    whole: dict[str, int] = {}
+    kept: dict[str, int] = {}
+    for site in work.sites:
+        if site.name in work.originals:
+            m, n = work.originals[site.name]
+            whole[site.role] = whole.get(site.role, 0) + m * n
+            kept[site.role] = kept.get(site.role, 0) + site.parameters
+    return {role: kept[role] / whole[role] for role in whole}
 
 
 def _summary(work: Work, samples: Tensor, objective: Objective, choice: Choice) -> SearchSummary:

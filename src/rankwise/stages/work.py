@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,6 +62,8 @@ class Work:
         problem: what the allocation chooses from: candidates, how they are stored, and what is allowed.
         memory: the way the model is held: `whole`, `blocks` or `disk`.
         need: what that was expected to take, where an estimate was made.
+        smaller: hash of the weights after the model was made smaller; empty before, and where it is not.
+        originals: by site name, `[m, n]` before the model was made smaller; empty where it is not.
     """
 
     recipe: Recipe
@@ -74,6 +76,8 @@ class Work:
     problem: Problem
     memory: str = "whole"
     need: Need | None = None
+    smaller: str = ""
+    originals: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def looks(self) -> Looks:
@@ -275,7 +279,7 @@ def _rest_bytes(loaded: LoadedModel, sites: list[Site], adds_bias: bool) -> int:
 def model_key(work: Work) -> dict[str, Any]:
     return {
         "format": _STAGE_FORMAT,
-        "model": work.fingerprint,
+        "model": work.smaller or work.fingerprint,
         "precision": str(work.loaded.model.get_input_embeddings().weight.dtype),
         "device": work.loaded.model.device.type,
         "torch": torch.__version__,

@@ -1,0 +1,111 @@
+"""Slicing: the residual stream of the whole model is cut before anything else is done to its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from rankwise.checkpoints import fingerprint
+from rankwise.errors import BudgetError, ModelError, NotFiniteError
+from rankwise.layers.narrowing import accepts_width, check_form, slice_by_one_rotation, slice_with_adapters
+from rankwise.methods import SliceGPT
+from rankwise.models import BlockRunner, PreNorm, find_sites, share_inputs
+from rankwise.sizes import StreamSizes
+from rankwise.stages.work import Work
+
+
+def kept_width(work: Work, form: PreNorm) -> int:
+    """The largest k that the budget allows.
+
+    Args:
+        work: the run, its model dense.
+        form: what the model is made of.
+
+    Raises:
+        BudgetError: saying what has to be kept at least.
+    """
+    method, allowance = work.recipe.method, work.problem.allowance
+    assert isinstance(method, SliceGPT)
+    sizes, adapters = StreamSizes.of(work.sites, form), not method.plain
+    allowed = allowance.bits // allowance.number_bits
+    widths = list(sizes.widths(method.multiple))
+    if method.plain:
+        widths = [k for k in widths if accepts_width(work.loaded.model.config, k)]
+    if not widths:
+        raise BudgetError(
+            f"No multiple of {method.multiple} is a width that {type(work.loaded.model).__name__} may have.",
+            where="method.multiple",
+            remedy="lower it, or take --set method.adapters=full",
+        )
+    least = sizes.numbers(widths[-1], adapters) * allowance.number_bits
+    allowance.require(least, what=f"{widths[-1]} of {form.width} coordinates of the residual stream")
+    return next(k for k in widths if sizes.numbers(k, adapters) <= allowed)
+
+
+def check_slicing(work: Work) -> None:
+    """Find out before anything slow whether a model is one that can be sliced, and how far.
+
+    Raises:
+        ModelError: naming the architecture.
+        BudgetError: saying what has to be kept at least.
+    """
+    model = work.loaded.model
+    if work.loaded.streaming is not None:
+        raise ModelError("Slicing needs the whole model in memory.", where="memory", remedy="give --memory whole")
+    form = PreNorm.of(model, work.sites)
+    check_form(model, form, work.texts.calibration.ids[:1, :64].to(model.device))
+    kept_width(work, form)
+
+
+def slice_residual(work: Work) -> Work:
+    """Cut the residual stream of the model in place.
+
+    Returns:
+        The run with the smaller model's sites, which stay as they are now.
+
+    Raises:
+        NotFiniteError: when the stream holds NaN or an infinity.
+    """
+    method, loaded = work.recipe.method, work.loaded
+    assert isinstance(method, SliceGPT)
+    model, calibration = loaded.model, work.texts.calibration.ids
+    form = PreNorm.of(model, work.sites)
+    kept = kept_width(work, form)
+    embedding = loaded.stored_dtypes[
+        next(name for name, p in model.named_parameters() if p is model.get_input_embeddings().weight)
+    ]
+    runner = BlockRunner(model, calibration, work.recipe.calibration.batch_size, autocast=False)
+    cut = slice_by_one_rotation if method.plain else slice_with_adapters
+
+    def track(steps: Sequence[int]) -> Iterable[int]:
+        return work.reporter.track(steps, "slicing", total=len(steps))
+
+    try:
+        cut(model, form, kept, runner, method.tokens, track)
+    except ValueError as problem:
+        raise NotFiniteError(
+            f"The residual stream cannot be decomposed ({problem}).",
+            where="slicing",
+            remedy="--set precision=float32 if the model overflows in half precision",
+        ) from None
+    # What was tied, or is new, is stored as the embeddings are.
+    loaded.stored_dtypes = {name: loaded.stored_dtypes.get(name, embedding) for name, _ in model.named_parameters()}
+    # The numbers of a checkpoint are those that are scored and written.
+    loaded.to_stored_dtypes()
+    loaded.to_compute_dtypes()
+    sites = share_inputs(model, find_sites(model), calibration[:1].to(model.device))
+    problem = replace(
+        work.problem,
+        sites=sites,
+        candidates={
+            site.name: method.candidates((site.m, site.n), work.problem.form, 1, False) for site in sites
+        },
+    )
+    work.reporter.note(f"the residual stream keeps {kept} of {form.width} coordinates")
+    return replace(
+        work,
+        sites=sites,
+        problem=problem,
+        smaller=fingerprint(model, loaded.stored_dtypes),
+        originals={site.name: (site.m, site.n) for site in work.sites},
+    )
