@@ -265,9 +265,9 @@ def slice_by_one_rotation(
             _turn_writer(block, half, q)
             block.set_submodule(half.norm, plain_norm(block.get_submodule(half.norm)))
         for path in form.head_norms:
-            # The config has one epsilon for all norms: what is eps d / k now stays the same share of what it is added to.
+            # The config has one epsilon for all norms, so what is normalised grows as it did.
             norm, reader = block.get_submodule(path), block.get_submodule(path.replace("_norm", "_proj"))
-            norm.variance_epsilon = eps
+            setattr(norm, "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps", eps)
             for parameter in reader.parameters():
                 parameter.mul_(scale)
     head = model.get_output_embeddings()

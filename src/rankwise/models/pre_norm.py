@@ -68,13 +68,12 @@ class PreNorm:
         kind = type(model).__name__
         prefix, blocks = decoder_blocks(model)
         base, inner = model.base_model, f"{model.base_model_prefix}."
-        final, embedding = getattr(base, "norm", None), model.get_input_embeddings()
-        if base is model or not prefix.startswith(inner) or not isinstance(final, nn.Module):
-            raise _refused(kind, "it has no decoder of blocks with a final norm of the name norm")
-        width = embedding.weight.shape[1]
         forms = {_form_of(kind, block, _of_block(sites, prefix, i)) for i, block in enumerate(blocks)}
         if len(forms) > 1:
             raise _refused(kind, "its blocks are not all alike")
+        final, width = getattr(base, "norm", None), model.get_input_embeddings().weight.shape[1]
+        if base is model or not prefix.startswith(inner) or not isinstance(final, nn.Module):
+            raise _refused(kind, "it has no decoder of blocks and a final norm of the name norm")
         norms = [final, *(block.get_submodule(half.norm) for block in blocks for half in next(iter(forms))[0])]
         found = {_eps_of(kind, norm, width) for norm in norms}
         if len(found) > 1:
@@ -104,7 +103,8 @@ def _form_of(kind: str, block: nn.Module, sites: dict[str, Site]) -> tuple[tuple
     """The halves of one block, and its norms of heads."""
     for name in _CHILDREN:
         if not hasattr(block, name):
-            raise _refused(kind, f"its blocks have no {name}")
+            parallel = ", as where attention and the MLP stand side by side" if name == _CHILDREN[2] else ""
+            raise _refused(kind, f"its blocks have no {name}{parallel}")
     known = {*(f"{path}.{leaf}" for path in sites for leaf in ("weight", "bias")), *(f"{n}.weight" for n in _CHILDREN)}
     known |= {f"{name}.weight" for name in _HEAD_NORMS}
     for name, _ in block.named_parameters():
