@@ -33,7 +33,7 @@ def low_rank_layers(model: Any, sites: Sequence[Site]) -> dict[str, dict[str, An
 
 
 def is_plain(model: Any, sites: Sequence[Site]) -> bool:
-    """Whether the architecture's own code and config say all of a model: no layer of ours, no stream cut by adapters."""
+    """Whether the architecture's own code and config say all of a model: no layer of ours, no adapters of a stream."""
     return not low_rank_layers(model, sites) and not stream_of(model)
 
 

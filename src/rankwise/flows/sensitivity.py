@@ -97,7 +97,7 @@ def sensitivity(
                 where="fractions",
                 remedy="use numbers such as 0.2,0.5,0.8",
             )
-    if not recipe.method.keeps_factors:
+    if not recipe.method.keeps_factors or recipe.method.prunes:
         raise RecipeError(
             f"{recipe.method.name} has no kept fractions to vary.",
             where="method",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,12 @@ Tokens = Literal["normalised", "raw"]
 """How tokens weigh in a second moment: all the same, each divided by its norm, or as they are (the released code), so
 that few of massive norm decide."""
 
+Known = dict[str, Tensor]
+"""Directions by the point of the stream that they are of: columns of a Q, shape `[d, k]`, float64."""
+
 Track = Callable[[Sequence[int]], Iterable[int]]
+
+_EMBEDDED = "embedded"
 
 _AGREEMENT = 1e-3
 """Difference of logits that is rounding, relative to the largest; above that of float32, far below any other form's."""
@@ -33,7 +39,7 @@ _AGREEMENT = 1e-3
 
 @dataclass
 class Directions:
-    """Sums up the second moment of a stream, and gives its principal directions.
+    """Sums up the second moment of a stream, and gives its principal directions, rounded to float32 as files hold them.
 
     Args:
         eps: of the model's norms.
@@ -53,7 +59,7 @@ class Directions:
     def found(self) -> Tensor:
         """Q, shape `[d, d]`, float64, the direction that holds most first."""
         assert self._moment is not None
-        return principal_directions(self._moment)
+        return principal_directions(self._moment).float().double()
 
 
 def fold_gain(weight: Tensor, gain: Tensor) -> Tensor:
@@ -152,9 +158,13 @@ def _turn_embeddings(model: Any, q: Tensor) -> None:
         model.all_tied_weights_keys = {}
 
 
+def _after_mlp(block: Any, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return block.after_mlp(hidden)
+
+
 @torch.no_grad()
 def slice_with_adapters(
-    model: Any, form: PreNorm, kept: int, runner: BlockRunner, tokens: Tokens, track: Track = iter
+    model: Any, form: PreNorm, kept: int, runner: BlockRunner, tokens: Tokens, known: Known, track: Track = iter
 ) -> None:
     """Cut the stream before and within every block, each in directions of its own, what is upstream being cut already.
 
@@ -166,32 +176,39 @@ def slice_with_adapters(
         kept: k, at most d.
         runner: of this model, on the calibration sequences.
         tokens: how they weigh.
+        known: directions by point, which are used where all are there; else filled.
         track: goes over the blocks.
-
     """
     blocks, (attention, mlp) = runner.blocks, form.halves
     device = runner.device
-    # What blocks are handed beside the stream is learned while they fit together.
-    for part in runner.batches():
-        runner.learn(len(runner.ids[part]))
-    seen = Directions(form.eps, tokens)
-    # The stream in the coordinates of the original, as the cut blocks so far give it.
-    stream = runner.embed(torch.empty(runner.shape))
-    for part in runner.batches():
-        seen.add(stream[part].to(device))
-    q = seen.found()[:, :kept]
+    whole = bool(known)
+    stream = torch.empty(0)
+    if not whole:
+        # What blocks are handed beside the stream is learned while they fit together.
+        for part in runner.batches():
+            runner.learn(len(runner.ids[part]))
+        # The stream in the coordinates of the original, as the cut blocks so far give it.
+        stream = runner.embed(torch.empty(runner.shape))
+        seen = Directions(form.eps, tokens)
+        for part in runner.batches():
+            seen.add(stream[part].to(device))
+        known[_EMBEDDED] = seen.found()[:, :kept].cpu()
+    q = known[_EMBEDDED].to(device)
     _turn_embeddings(model, q)
     shapes = []
 
-    def go_on(index: int, half: Callable[..., Tensor], before: Tensor) -> Tensor:
-        """Run half a block on the cut stream; the directions of what comes out, all of them."""
-        found = Directions(form.eps, tokens)
-        with forward_of(blocks[index], half):
-            for part in runner.batches():
-                out = runner.run(index, stream[part].to(device) @ before.float())
-                found.add(out)
-                stream[part] = out.cpu()
-        return found.found()
+    def go_on(index: int, name: str, half: Callable[..., Tensor], before: Tensor) -> Tensor:
+        """Run half a block on the cut stream; the directions of what comes out, shape `[d, k]`."""
+        point = f"{index}.{name}"
+        if not whole:
+            found = Directions(form.eps, tokens)
+            with forward_of(blocks[index], half):
+                for part in runner.batches():
+                    out = runner.run(index, stream[part].to(device) @ before.float())
+                    found.add(out)
+                    stream[part] = out.cpu()
+            known[point] = found.found()[:, :kept].cpu()
+        return known[point].to(device)
 
     for index in track(range(len(blocks))):
         block: Any = blocks[index]
@@ -201,14 +218,15 @@ def slice_with_adapters(
         _turn_readers(block, attention, q)
         block.set_submodule(attention.norm, NarrowNorm(form.width, form.eps))
         _put(block, ADAPTERS[0], q, like=like)
-        q_mid = go_on(index, block.after_attention, q)[:, :kept]
+        q_mid = go_on(index, ADAPTERS[0], block.after_attention, q)
         _turn_writer(block, attention, q_mid)
         _put(block, ADAPTERS[0], residual_adapter(q, q_mid).T, like=like)
         _turn_readers(block, mlp, q_mid)
         block.set_submodule(mlp.norm, NarrowNorm(form.width, form.eps))
         _put(block, ADAPTERS[1], q_mid, like=like)
         if not last:
-            after = go_on(index, lambda hidden, *_, _block=block, **__: _block.after_mlp(hidden), q_mid)[:, :kept]
+            mlp_alone = partial(_after_mlp, block)
+            after = go_on(index, ADAPTERS[1], mlp_alone, q_mid)
             _turn_writer(block, mlp, after)
             _put(block, ADAPTERS[1], residual_adapter(q_mid, after).T, like=like)
             q = after
@@ -226,7 +244,7 @@ def slice_with_adapters(
 
 @torch.no_grad()
 def slice_by_one_rotation(
-    model: Any, form: PreNorm, kept: int, runner: BlockRunner, tokens: Tokens, track: Track = iter
+    model: Any, form: PreNorm, kept: int, runner: BlockRunner, tokens: Tokens, known: Known, track: Track = iter
 ) -> None:
     """Turn the whole stream by one Q and cut it; no adapter is needed, and the model is a plain one of width k.
 
@@ -239,19 +257,22 @@ def slice_by_one_rotation(
         kept: k, at most d.
         runner: of this model, on the calibration sequences.
         tokens: how they weigh.
+        known: the directions, if it is not empty; else filled.
         track: goes over the starts of the batches.
     """
     base, blocks, device = model.base_model, runner.blocks, runner.device
-    seen = Directions(form.eps, tokens)
-    norms = [block.get_submodule(half.norm) for block in blocks for half in form.halves] + [base.norm]
-    handles = [norm.register_forward_pre_hook(lambda _, given: seen.add(given[0])) for norm in norms]
-    try:
-        for start in track(range(0, len(runner.ids), runner.batch_size)):
-            base(input_ids=runner.ids[start : start + runner.batch_size].to(device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    q = seen.found()[:, :kept]
+    if not known:
+        seen = Directions(form.eps, tokens)
+        norms = [block.get_submodule(half.norm) for block in blocks for half in form.halves] + [base.norm]
+        handles = [norm.register_forward_pre_hook(lambda _, given: seen.add(given[0])) for norm in norms]
+        try:
+            for start in track(range(0, len(runner.ids), runner.batch_size)):
+                base(input_ids=runner.ids[start : start + runner.batch_size].to(device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        known[_EMBEDDED] = seen.found()[:, :kept].cpu()
+    q = known[_EMBEDDED].to(device)
     scale, eps = (form.width / kept) ** 0.5, form.eps * form.width / kept
     _turn_embeddings(model, q)
 

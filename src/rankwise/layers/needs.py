@@ -9,8 +9,9 @@ import re
 import transformers
 
 FORMAT_VERSION = 6
-"""Of a config's `rankwise` entry, the newest that is read. Since 6 it may say how a residual stream was cut, since 5 it
-may name experts that are taken apart, since 4 a pivoted layer names the type of its order; earlier ones are read too."""
+"""Of a config's `rankwise` entry, the newest that is read. Since 6 it may say how a residual stream was cut, since 5
+it may name experts that are taken apart, since 4 a pivoted layer names the type of its order; earlier ones are read
+too."""
 
 WITHOUT_STREAM, WITHOUT_EXPERTS = 5, 4
 """Of an entry that says nothing of a stream, and names no experts either: older readers read it as well."""

@@ -67,8 +67,11 @@ AnyMethod = Annotated[
 """A method as a node of a recipe, told by its name."""
 
 
-FACTORISATIONS = tuple(name for name, method in METHODS.items() if method.keeps_factors)
-"""The methods that give factors, which compare at equal kept fractions."""
+FACTORISATIONS = tuple(name for name, method in METHODS.items() if method.keeps_factors and not method.prunes)
+"""The methods that give factors alone."""
+
+IN_NUMBERS = tuple(name for name, method in METHODS.items() if method.default_keep is not None)
+"""The methods whose size is a number of numbers, of factors or of weights, which compare at equal kept fractions."""
 
 
 def method_class(name: object) -> type[Method] | None:
@@ -96,6 +99,7 @@ def method_named(name: str) -> Method:
 
 __all__ = [
     "FACTORISATIONS",
+    "IN_NUMBERS",
     "METHODS",
     "AnyMethod",
     "Factorisation",

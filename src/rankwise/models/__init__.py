@@ -4,8 +4,8 @@ from rankwise.models.blocks import BlockRunner, allocate
 from rankwise.models.experts import UnfusedExperts, fuse
 from rankwise.models.head import LOGITS, Head, Logits
 from rankwise.models.original import Original
-from rankwise.models.recompute import recomputed
 from rankwise.models.pre_norm import PreNorm
+from rankwise.models.recompute import recomputed
 from rankwise.models.sites import (
     Site,
     decoder_blocks,

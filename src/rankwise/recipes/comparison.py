@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rankwise.errors import RecipeError, nearest
-from rankwise.methods import FACTORISATIONS, METHODS, in_file, method_class
+from rankwise.methods import IN_NUMBERS, METHODS, in_file, method_class
 from rankwise.reading import shown
 from rankwise.recipes.compression import STEPS, Evaluation, Recipe
 from rankwise.recipes.reading import explained, recipe_from
@@ -17,7 +17,7 @@ from rankwise.sizes import parse_size
 
 Spelling = Literal["keep", "bits", "size"]
 
-QUANTISING = tuple(name for name, method in METHODS.items() if not (method.keeps_factors or method.prunes))
+QUANTISING = tuple(name for name in METHODS if name not in IN_NUMBERS)
 """The methods that take bits."""
 
 _FROZEN = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -66,9 +66,15 @@ class Way(BaseModel):
 
     @property
     def low_rank(self) -> bool:
-        """Whether its size is a fraction kept: it gives factors, or whole weights that are smaller."""
+        """Whether it gives numbers, whose size is a fraction kept."""
         kind = method_class(self.method)
-        return kind is None or kind.keeps_factors or kind.prunes
+        return kind is None or kind.default_keep is not None
+
+    @property
+    def repairable(self) -> bool:
+        """Whether it gives factors that repairs know."""
+        kind = method_class(self.method)
+        return kind is None or kind.keeps_factors
 
     def __str__(self) -> str:
         return (
@@ -90,7 +96,7 @@ def read_ways(text: str, spelling: Spelling, repair: Sequence[str] = ()) -> tupl
         RecipeError: when a part is not known, or nothing is named.
     """
     if text == "all":
-        parts = list(QUANTISING if spelling == "bits" else FACTORISATIONS)
+        parts = list(QUANTISING if spelling == "bits" else IN_NUMBERS)
     else:
         parts = []
         for part in text.split(","):
@@ -107,7 +113,7 @@ def read_ways(text: str, spelling: Spelling, repair: Sequence[str] = ()) -> tupl
         ways += [
             way.model_copy(update={"repair": tuple(sorted(repair, key=STEPS.index))})
             for way in ways
-            if way.low_rank and not way.repair
+            if way.repairable and not way.repair
         ]
     if not ways:
         raise RecipeError("No method is named.", where="--methods", remedy="give --methods all, or a list")

@@ -196,13 +196,6 @@ class Recipe(_Node):
     @model_validator(mode="after")
     def _size_for_method(self) -> Recipe:
         self.method.check_size(self.budget, self.allocation.name)
-        if self.method.prunes:
-            if self.repair.steps:
-                raise ValueError(f"no repair knows a model that {self.method.name} made smaller, only factors")
-            if self.memory in ("blocks", "disk"):
-                raise ValueError(f"{self.method.name} needs the whole model in memory: memory {self.memory} is not")
-            if self.format == "dense" and not getattr(self.method, "plain", True):
-                raise ValueError("no plain checkpoint has a place for adapters: give method.adapters=none for it")
         if self.repair.steps and not self.method.keeps_factors:
             raise ValueError(
                 f"no repair knows codes: {self.method.name} is followed by rankwise finetune --method lowrank"

@@ -43,8 +43,8 @@ class Plan(BaseModel):
         rank_multiple: what ranks are multiples of.
         form: how cuts are stored.
         shapes: by site name, `[m, n]`.
-        originals: the same of the original, where the model was made smaller first; empty where it was not. Sizes are
-            told of these.
+        originals: the same of the original, where all weights were made smaller first; empty where they were not.
+        whole_weights: numbers in the weights of the whole model, where it was made smaller first.
         cuts: by site name.
         groups: by group of the search (or by role), what it takes a weight: a fraction, or bits, as spelled.
         space: the search's space, `5x1` or `spectral`; None when nothing was searched.
@@ -67,6 +67,7 @@ class Plan(BaseModel):
     form: Form
     shapes: Annotated[dict[str, tuple[Side, Side]], Field(min_length=1)]
     originals: dict[str, tuple[Side, Side]] = {}
+    whole_weights: Annotated[int, Field(gt=0)] | None = None
     cuts: dict[str, Cut]
     groups: dict[str, float] = {}
     space: str | None = None
@@ -104,8 +105,8 @@ class Plan(BaseModel):
 
     @property
     def weights(self) -> int:
-        """Numbers in the dense weights of all sites of the original."""
-        return sum(m * n for m, n in (self.originals or self.shapes).values())
+        """Numbers in the dense weights of all sites, before the model was made smaller."""
+        return self.whole_weights or sum(m * n for m, n in self.shapes.values())
 
     def site_bits(self, name: str) -> int:
         """Bits of the site of this name."""

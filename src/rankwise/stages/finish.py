@@ -187,7 +187,7 @@ def write(
     if recipe.output is None:
         return report
     # What the architecture itself says needs no code of ours.
-    plain = recipe.format == "dense" or (recipe.method.prunes and is_plain(loaded.model, work.sites))
+    plain = recipe.format == "dense" or (bool(work.originals) and is_plain(loaded.model, work.sites))
     save = save_dense if plain else save_low_rank
     try:
         with writing(Path(recipe.output)) as folder:

@@ -128,6 +128,7 @@ def _plan(work: Work, choice: Choice) -> Plan:
         fingerprint=work.fingerprint,
         method_settings=recipe.method.model_dump(exclude={"name"}),
         originals=dict(work.originals),
+        whole_weights=work.problem.allowance.weights if work.originals else None,
         groups=_groups(work, choice),
         space=choice.space,
         coordinates=choice.coordinates,
@@ -136,7 +137,7 @@ def _plan(work: Work, choice: Choice) -> Plan:
 
 
 def _groups(work: Work, choice: Choice) -> dict[str, float]:
-    """What each group takes a weight; of a model that was made smaller, what each role has of the original's numbers."""
+    """What each group takes a weight; of a model that was made smaller, what each role keeps of the original's."""
     if not work.originals:
         return choice.groups
     whole: dict[str, int] = {}

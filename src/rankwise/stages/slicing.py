@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from safetensors.torch import load_file, save_file
+
 from rankwise.checkpoints import fingerprint
-from rankwise.errors import BudgetError, ModelError, NotFiniteError
+from rankwise.errors import BudgetError, NotFiniteError, RecipeError
 from rankwise.layers.narrowing import accepts_width, check_form, slice_by_one_rotation, slice_with_adapters
 from rankwise.methods import SliceGPT
 from rankwise.models import BlockRunner, PreNorm, find_sites, share_inputs
 from rankwise.sizes import StreamSizes
-from rankwise.stages.work import Work
+from rankwise.stages.work import Work, calibration_key
+
+_FILE = "directions.safetensors"
 
 
 def kept_width(work: Work, form: PreNorm) -> int:
@@ -48,10 +52,22 @@ def check_slicing(work: Work) -> None:
     Raises:
         ModelError: naming the architecture.
         BudgetError: saying what has to be kept at least.
+        RecipeError: when the model is not held whole, or cannot be written as asked.
     """
-    model = work.loaded.model
-    if work.loaded.streaming is not None:
-        raise ModelError("Slicing needs the whole model in memory.", where="memory", remedy="give --memory whole")
+    model, recipe = work.loaded.model, work.recipe
+    assert isinstance(recipe.method, SliceGPT)
+    if work.memory != "whole":
+        raise RecipeError(
+            f"Slicing needs a model that is whole in memory, not held by {work.memory}.",
+            where="memory",
+            remedy="give --memory whole, or a method of low rank",
+        )
+    if recipe.format == "dense" and not recipe.method.plain:
+        raise RecipeError(
+            "A plain checkpoint has no place for the adapters of a sliced model.",
+            where="format",
+            remedy="give --set method.adapters=none, or leave out --format dense",
+        )
     form = PreNorm.of(model, work.sites)
     check_form(model, form, work.texts.calibration.ids[:1, :64].to(model.device))
     kept_width(work, form)
@@ -74,6 +90,10 @@ def slice_residual(work: Work) -> Work:
     embedding = loaded.stored_dtypes[
         next(name for name, p in model.named_parameters() if p is model.get_input_embeddings().weight)
     ]
+    key = {**calibration_key(work), "method": method.model_dump(exclude={"multiple"}), "kept": kept}
+    stage = work.stage("slicing", key)
+    known = {name: q.double() for name, q in load_file(stage.folder / _FILE).items()} if stage.taken_over() else {}
+    fresh = not known
     runner = BlockRunner(model, calibration, work.recipe.calibration.batch_size, autocast=False)
     cut = slice_by_one_rotation if method.plain else slice_with_adapters
 
@@ -81,13 +101,16 @@ def slice_residual(work: Work) -> Work:
         return work.reporter.track(steps, "slicing", total=len(steps))
 
     try:
-        cut(model, form, kept, runner, method.tokens, track)
+        cut(model, form, kept, runner, method.tokens, known, track)
     except ValueError as problem:
         raise NotFiniteError(
             f"The residual stream cannot be decomposed ({problem}).",
             where="slicing",
             remedy="--set precision=float32 if the model overflows in half precision",
         ) from None
+    if fresh:
+        with stage.making() as folder, folder.writing(_FILE) as path:
+            save_file({name: q.float().contiguous() for name, q in known.items()}, path)
     # What was tied, or is new, is stored as the embeddings are.
     loaded.stored_dtypes = {name: loaded.stored_dtypes.get(name, embedding) for name, _ in model.named_parameters()}
     # The numbers of a checkpoint are those that are scored and written.
@@ -97,9 +120,7 @@ def slice_residual(work: Work) -> Work:
     problem = replace(
         work.problem,
         sites=sites,
-        candidates={
-            site.name: method.candidates((site.m, site.n), work.problem.form, 1, False) for site in sites
-        },
+        candidates={site.name: method.candidates((site.m, site.n), work.problem.form, 1, False) for site in sites},
     )
     work.reporter.note(f"the residual stream keeps {kept} of {form.width} coordinates")
     return replace(
