@@ -93,9 +93,7 @@ def far(found: Tensor, goal: Tensor) -> float:
 
 @given(st.integers(1, 24), st.integers(0, 24), st.sampled_from([1e-6, 1e-2, 1.0]), st.integers(0, 1 << 30))
 @settings(max_examples=40, deadline=None)
-def test_the_cut_norm_is_the_original_one_of_a_vector_whose_rest_is_zero(
-    k: int, rest: int, eps: float, seed: int
-) -> None:
+def test_the_cut_norm_is_the_original_one_of_a_padded_vector(k: int, rest: int, eps: float, seed: int) -> None:
     """And a usual norm over k numbers with eps d / k, but for a factor."""
     d = k + rest
     x = torch.randn(3, k, generator=torch.Generator().manual_seed(seed)) * 10 ** float(seed % 5 - 2)
@@ -164,10 +162,8 @@ def test_one_rotation_is_what_adapters_of_one_basis_give(kind: str, monkeypatch:
     assert type(plain.model.layers[0]) is type(model.model.layers[0])
     # The last block of the other does not cut what it gives.
     with torch.no_grad():
-        hidden = [
-            model.base_model(input_ids=IDS, output_hidden_states=True).hidden_states[1] for model in (plain, carried)
-        ]
-    torch.testing.assert_close(*hidden, atol=1e-4, rtol=1e-4)
+        found, goal = (each.base_model(input_ids=IDS, output_hidden_states=True) for each in (plain, carried))
+    torch.testing.assert_close(found.hidden_states[1], goal.hidden_states[1], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("adapters", [True, False], ids=["adapters", "one rotation"])

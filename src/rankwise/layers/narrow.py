@@ -77,7 +77,7 @@ def carry(model: Any, block: nn.Module) -> None:
         model: that it belongs to; where it lists classes that must not be split over devices, the new one is listed.
         block: changed in place.
     """
-    plain = type(block)
+    plain: Any = type(block)
     block.__class__ = carrying(plain)
     for name in ADAPTERS:
         setattr(block, name, nn.Identity())

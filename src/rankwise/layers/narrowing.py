@@ -114,10 +114,10 @@ def check_form(model: Any, form: PreNorm, probe: Tensor) -> None:
             if listed is not None:
                 model._no_split_modules = listed
     if not agree:
-        kind = type(model).__name__
+        name = type(model).__name__
         raise ModelError(
-            f"{kind} cannot be sliced: its blocks do more than z + attention(norm(z)), then z + mlp(norm(z)){problem}.",
-            where=kind,
+            f"{name} cannot be sliced: its blocks do more than z + attention(norm(z)), then z + mlp(norm(z)){problem}.",
+            where=name,
             remedy="take a method of low rank",
         )
 
@@ -135,7 +135,7 @@ def _place(parent: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 def _turn_readers(block: nn.Module, half: Half, q: Tensor, scale: float = 1.0) -> None:
     """W <- scale W diag(gain) Q for what reads the stream behind a norm; q of shape `[d, k]`."""
-    gain = block.get_submodule(half.norm).weight
+    gain: Any = block.get_submodule(half.norm).weight
     for path in half.readers:
         old: Any = block.get_submodule(path)
         _put(block, path, fold_gain(old.weight, gain) @ q * scale, old.bias)
@@ -277,7 +277,7 @@ def slice_by_one_rotation(
     _turn_embeddings(model, q)
 
     def plain_norm(old: nn.Module) -> nn.Module:
-        new: Any = type(old)(kept, eps=eps)  # type: ignore[call-arg]
+        new: Any = type(old)(kept, eps=eps)
         return new.to(device, old.weight.dtype).requires_grad_(False)
 
     for block in blocks:

@@ -128,7 +128,7 @@ def _eps_of(kind: str, norm: nn.Module, width: int) -> float:
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     weight = getattr(norm, "weight", None)
     if eps is not None and isinstance(weight, Tensor) and weight.shape == (width,):
-        tried = copy.deepcopy(norm).to("cpu", torch.float32)
+        tried: Any = copy.deepcopy(norm).to("cpu", torch.float32)
         x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)) + 0.5
         with torch.no_grad():
             goal = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * tried.weight

@@ -117,7 +117,7 @@ def slice_residual(work: Work) -> Work:
     loaded.to_stored_dtypes()
     loaded.to_compute_dtypes()
     sites = share_inputs(model, find_sites(model), calibration[:1].to(model.device))
-    problem = replace(
+    left = replace(
         work.problem,
         sites=sites,
         candidates={site.name: method.candidates((site.m, site.n), work.problem.form, 1, False) for site in sites},
@@ -126,7 +126,7 @@ def slice_residual(work: Work) -> Work:
     return replace(
         work,
         sites=sites,
-        problem=problem,
+        problem=left,
         smaller=fingerprint(model, loaded.stored_dtypes),
         originals={site.name: (site.m, site.n) for site in work.sites},
     )
