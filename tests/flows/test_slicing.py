@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from conftest import Run, failed
+from conftest import ELSEWHERE, Run, failed
 from rankwise import compress
 from rankwise.checkpoints import empty_model, load_model
 from rankwise.errors import BudgetError, ModelError, RecipeError
@@ -41,6 +43,11 @@ def qwen(tmp_path: Path) -> Path:
     return tmp_path / "qwen"
 
 
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS, use_cache=False).logits
+
+
 def sliced(settings: Settings, **changes: Any) -> dict[str, Any]:
     method = {"name": "slicegpt", "multiple": 1, **changes.pop("method", {})}
     return settings(**{"method": method, "budget": {"keep": 0.8}, **changes})
@@ -59,10 +66,13 @@ def test_a_sliced_checkpoint_is_whole(kind: str, settings: Settings, qwen: Path,
     assert (config["hidden_size"], stream["width"], config["tie_word_embeddings"]) == (width, width, False)
     assert stream["adapters"] == [[[kept, kept], [kept, kept]], [[kept, kept], [width, kept]]]
 
+    torch.save(logits_of(result.model), tmp_path / "logits.pt")
+    words = [sys.executable, "-c", ELSEWHERE, str(out), str(tmp_path / "again"), str(tmp_path / "logits.pt")]
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.stdout.strip().endswith("fine"), done.stderr
+
     model: Any = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype="auto").eval()
-    with torch.no_grad():
-        found = model(input_ids=IDS, use_cache=False).logits
-        assert torch.equal(found, result.model(input_ids=IDS, use_cache=False).logits)
+    assert torch.equal(logits_of(model), logits_of(result.model))
     assert model.lm_head.weight.shape == (2048, width)
     assert torch.equal(model.lm_head.weight.float(), before.model.lm_head.weight)
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
@@ -102,8 +112,7 @@ def test_one_rotation_gives_a_plain_checkpoint(
     assert not (out / "modeling_rankwise.py").exists()
     assert result.report.keep.got == kept / before.hidden_size
     model = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=IDS).logits, result.model(input_ids=IDS).logits)
+    assert torch.equal(logits_of(model), logits_of(result.model))
     again = compress(recipe_from({**values, "format": "dense", "output": str(tmp_path / "dense")}))
     assert again.report.bytes_on_disk == result.report.bytes_on_disk
 

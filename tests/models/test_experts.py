@@ -20,7 +20,7 @@ from rankwise import compress
 from rankwise.checkpoints import load_model, save_low_rank
 from rankwise.errors import ModelError
 from rankwise.layers import substitute
-from rankwise.layers.needs import FORMAT_VERSION, WITHOUT_EXPERTS, unmet
+from rankwise.layers.needs import WITHOUT_BLOCKS, WITHOUT_EXPERTS, unmet
 from rankwise.methods.svd import SVD
 from rankwise.models import UnfusedExperts, find_sites, fuse, share_inputs, unfuse_experts, unfusing
 from rankwise.recipes import recipe_from
@@ -218,7 +218,7 @@ def test_a_checkpoint_stands_alone(name: str, tokens: str, tmp_path: Path) -> No
     assert done.stdout.strip().endswith("fine"), done.stderr
     entry = json.loads((tmp_path / "small/config.json").read_text())["rankwise"]
     assert entry["experts"] == [f"layers.{i}.mlp.experts" for i in range(2)]
-    assert entry["format"] == FORMAT_VERSION
+    assert entry["format"] == WITHOUT_BLOCKS
     assert "reads formats 1 to 4" in unmet(entry, known=WITHOUT_EXPERTS)
 
 

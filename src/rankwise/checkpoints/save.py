@@ -16,7 +16,7 @@ from rankwise.checkpoints.load import CACHE_KEY, CHECKPOINT_KEY, LoadedModel
 from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, base_classes, model_type_for, modeling_source
 from rankwise.errors import ModelError, NotFiniteError
 from rankwise.layers import dense_layer, kind_of, stream_of
-from rankwise.layers.needs import FORMAT_VERSION, MINIMUM_TRANSFORMERS, WITHOUT_EXPERTS, WITHOUT_STREAM
+from rankwise.layers.needs import FORMAT_VERSION, MINIMUM_TRANSFORMERS, WITHOUT_BLOCKS, WITHOUT_EXPERTS
 from rankwise.linalg import all_finite
 from rankwise.models import Site, UnfusedExperts, fuse
 
@@ -100,7 +100,7 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
         auto_map=auto_map(*classes),
         **{
             CHECKPOINT_KEY: {
-                "format": FORMAT_VERSION if stream else WITHOUT_STREAM if experts else WITHOUT_EXPERTS,
+                "format": FORMAT_VERSION if stream else WITHOUT_BLOCKS if experts else WITHOUT_EXPERTS,
                 "needs": {"transformers": f">={MINIMUM_TRANSFORMERS}"},
                 "base_model_type": base_type,
                 "base_architecture": classes[2].__name__,

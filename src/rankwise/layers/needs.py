@@ -13,7 +13,7 @@ FORMAT_VERSION = 6
 it may name experts that are taken apart, since 4 a pivoted layer names the type of its order; earlier ones are read
 too."""
 
-WITHOUT_STREAM, WITHOUT_EXPERTS = 5, 4
+WITHOUT_BLOCKS, WITHOUT_EXPERTS = 5, 4
 """Of an entry that says nothing of a stream, and names no experts either: older readers read it as well."""
 
 MINIMUM_TRANSFORMERS = "5.10"
