@@ -151,12 +151,26 @@ def test_what_cannot_be_met_says_what_can(settings: Settings, tiny: Path, tmp_pa
         compress(recipe_from(sliced(settings, memory="blocks")))
     assert not (tmp_path / "out").exists()
     for changes, why in (
-        ({"budget": {"size": "1MB"}}, "budget.keep"),
+        ({"budget": {"keep": None}}, "needs a size"),
         ({"allocation": "spectral"}, "nothing to decide"),
         ({"repair": {"steps": ["refit"]}}, "slicegpt"),
     ):
         with pytest.raises(RecipeError, match=why):
             recipe_from(sliced(settings, **changes))
+
+
+@pytest.mark.parametrize("adapters", ["full", "none"])
+def test_a_size_in_bytes_is_kept_though_a_tied_head_becomes_its_own(
+    adapters: str, settings: Settings, qwen: Path, tmp_path: Path
+) -> None:
+    size = 400_000 if adapters == "full" else 300_000
+    values = sliced(settings, model=str(qwen), budget={"size": size}, method={"adapters": adapters})
+    result = compress(recipe_from({**values, "output": str(tmp_path / "out")}))
+    assert 0.9 * size < (result.report.bytes_on_disk or 0) <= size
+    assert result.report.bits is not None
+    assert result.report.bits.got == 16 * result.report.keep.got
+    with pytest.raises(BudgetError, match="Nothing fits"):
+        compress(recipe_from({**values, "budget": {"size": 10_000}}))
 
 
 def test_a_stream_that_is_not_finite_is_said(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,8 +43,8 @@ class SliceGPT(Factorisation):
         return self.adapters == "none"
 
     def check_size(self, asked: Budget, allocation: str) -> None:
-        if asked.size is not None or not asked.sized:
-            raise ValueError("slicegpt needs a kept fraction of the linear weights: give budget.keep")
+        if not asked.sized:
+            raise ValueError("slicegpt needs a size to choose a width by: give budget.keep, bits or size")
         if allocation != "uniform":
             raise ValueError(f"slicegpt cuts all sites alike: the allocation {allocation} has nothing to decide")
 

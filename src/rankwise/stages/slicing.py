@@ -12,7 +12,7 @@ from rankwise.errors import BudgetError, NotFiniteError, RecipeError
 from rankwise.layers.narrowing import accepts_width, check_form, slice_by_one_rotation, slice_with_adapters
 from rankwise.methods import SliceGPT
 from rankwise.models import BlockRunner, PreNorm, find_sites, share_inputs
-from rankwise.sizes import StreamSizes
+from rankwise.sizes import Allowance, StreamSizes
 from rankwise.stages.work import Work, calibration_key
 
 _FILE = "directions.safetensors"
@@ -31,7 +31,6 @@ def kept_width(work: Work, form: PreNorm) -> int:
     method, allowance = work.recipe.method, work.problem.allowance
     assert isinstance(method, SliceGPT)
     sizes, adapters = StreamSizes.of(work.sites, form), not method.plain
-    allowed = allowance.bits // allowance.number_bits
     widths = list(sizes.widths(method.multiple))
     if method.plain:
         widths = [k for k in widths if accepts_width(work.loaded.model.config, k)]
@@ -41,9 +40,31 @@ def kept_width(work: Work, form: PreNorm) -> int:
             where="method.multiple",
             remedy="lower it, or take --set method.adapters=full",
         )
-    least = sizes.numbers(widths[-1], adapters) * allowance.number_bits
-    allowance.require(least, what=f"{widths[-1]} of {form.width} coordinates of the residual stream")
-    return next(k for k in widths if sizes.numbers(k, adapters) <= allowed)
+
+    def allowed(k: int) -> Allowance:
+        return replace(allowance, rest_bytes=allowance.rest_bytes + _grown_beside(work, form, k))
+
+    def bits(k: int) -> int:
+        return sizes.numbers(k, adapters) * allowance.number_bits
+
+    allowed(widths[-1]).require(
+        bits(widths[-1]), what=f"{widths[-1]} of {form.width} coordinates of the residual stream"
+    )
+    return next(k for k in widths if bits(k) <= allowed(k).bits)
+
+
+def _grown_beside(work: Work, form: PreNorm, kept: int) -> int:
+    """Bytes that embedding and head take more with k coordinates kept; less than none where they shrink.
+
+    The embedding is cut, and a head that shared it gets numbers of its own.
+    """
+    model, dtypes = work.loaded.model, work.loaded.stored_dtypes
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    name = next(name for name, p in model.named_parameters() if p is embedding)
+    plain = getattr(work.recipe.method, "plain", False)
+    before = len(embedding) * form.width + (0 if head is embedding else len(head) * form.width)
+    after = len(embedding) * kept + len(head) * (kept if plain else form.width)
+    return (after - before) * dtypes[name].itemsize
 
 
 def check_slicing(work: Work) -> None:
@@ -87,6 +108,8 @@ def slice_residual(work: Work) -> Work:
     model, calibration = loaded.model, work.texts.calibration.ids
     form = PreNorm.of(model, work.sites)
     kept = kept_width(work, form)
+    allowance = work.problem.allowance
+    allowance = replace(allowance, rest_bytes=allowance.rest_bytes + _grown_beside(work, form, kept))
     embedding = loaded.stored_dtypes[
         next(name for name, p in model.named_parameters() if p is model.get_input_embeddings().weight)
     ]
@@ -120,6 +143,7 @@ def slice_residual(work: Work) -> Work:
     left = replace(
         work.problem,
         sites=sites,
+        allowance=allowance,
         candidates={site.name: method.candidates((site.m, site.n), work.problem.form, 1, False) for site in sites},
     )
     work.reporter.note(f"the residual stream keeps {kept} of {form.width} coordinates")
