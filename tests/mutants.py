@@ -59,6 +59,41 @@ OWN_METRIC = "methods/test_own_metric.py"
 
 MUTANTS = (
     Mutant(
+        "a cut norm divides by the width that is left",
+        "layers/narrow.py",
+        ".sum(-1, keepdim=True) / self.width",
+        ".mean(-1, keepdim=True)",
+        ("layers/test_narrow.py", "flows/test_slicing.py"),
+    ),
+    Mutant(
+        "a gain is lost where the stream is turned",
+        "layers/narrowing.py",
+        "_put(block, path, fold_gain(old.weight, gain) @ q * scale, old.bias)",
+        "_put(block, path, old.weight.double() @ q * scale, old.bias)",
+        ("layers/test_narrow.py",),
+    ),
+    Mutant(
+        "directions that hold least come first",
+        "linalg/principal.py",
+        ".eigenvectors.flip(-1)",
+        ".eigenvectors",
+        ("layers/test_narrow.py",),
+    ),
+    Mutant(
+        "adapters are not counted",
+        "sizes/stream.py",
+        "return cut + 2 * kept * kept * self.blocks + (self.width - kept) * (kept + self.last)",
+        "return cut",
+        ("sizes/test_stream.py",),
+    ),
+    Mutant(
+        "a sliced model's score is taken for that of another size",
+        "stages/work.py",
+        '"model": work.smaller or work.fingerprint',
+        '"model": work.fingerprint',
+        ("flows/test_slicing.py::test_what_was_sliced_is_taken_over_and_another_size_is_not",),
+    ),
+    Mutant(
         "the share of an error along its own row is not counted",
         "methods/quantize.py",
         " + along**2 * whole",

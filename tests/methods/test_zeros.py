@@ -107,4 +107,4 @@ def test_without_a_gradient_the_inputs_alone_decide(shape: tuple[int, int], seen
 
 
 def test_every_method_is_tried() -> None:
-    assert {method.name for method, _ in CASES} == set(ALL)
+    assert {method.name for method, _ in CASES} == {name for name, method in ALL.items() if not method.prunes}

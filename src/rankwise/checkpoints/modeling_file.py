@@ -1,10 +1,10 @@
 """The self-contained modelling file of a compressed checkpoint, and the class it defines.
 
 The file holds the source of the layers (`layers/low_rank.py`, `pivoted.py`, `quantized.py`, `replace.py`), of what
-reads codes (`quantizers/codes.py`, `rotation.py`), of experts as plain layers (`models/experts.py`), of what it needs
-(`layers/needs.py`), and three small subclasses of the base architecture. Loading with `trust_remote_code=True` runs it
-where rankwise is not installed; rankwise itself builds the same text afresh and never runs the file it finds in a
-directory.
+reads codes (`quantizers/codes.py`, `rotation.py`), of experts as plain layers (`models/experts.py`), of blocks whose
+residual stream was cut (`layers/narrow.py`), of what it needs (`layers/needs.py`), and three small subclasses of the
+base architecture. Loading with `trust_remote_code=True` runs it where rankwise is not installed; rankwise itself builds
+the same text afresh and never runs the file it finds in a directory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from rankwise.errors import ModelError
-from rankwise.layers import biased, low_rank, needs, pivoted, quantized, replace
+from rankwise.layers import biased, low_rank, narrow, needs, pivoted, quantized, replace
 from rankwise.models import experts, resizing
 from rankwise.quantizers import codes, rotation
 
@@ -51,6 +51,7 @@ class Rankwise{base}(FillsAsOriginal, {base}):
         require(config.rankwise)
         super().__init__(config)
         resize_blocks(self, config.rankwise.get("blocks", {{}}))
+        narrow_stream(self, config.rankwise.get("stream", {{}}))
         unfuse(self, config.rankwise.get("experts", []))
         replace_linears(self, config.rankwise["layers"], getattr(config, "rankwise_cache_dense", "auto"))
         self.post_init()
@@ -71,7 +72,7 @@ def model_type_for(base_model_type: str) -> str:
     return f"rankwise_{base_model_type}"
 
 
-_SOURCES = (needs, codes, rotation, experts, resizing, biased, low_rank, pivoted, quantized, replace)
+_SOURCES = (needs, codes, rotation, experts, resizing, biased, narrow, low_rank, pivoted, quantized, replace)
 
 
 def _is_heading(node: ast.AST) -> bool:
@@ -182,6 +183,8 @@ def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
         Expert=experts.Expert,
         UnfusedExperts=experts.UnfusedExperts,
         unfuse=experts.unfuse,
+        NarrowNorm=narrow.NarrowNorm,
+        narrow_stream=narrow.narrow_stream,
         LAYERS=replace.LAYERS,
         replace_linears=replace.replace_linears,
         resize_blocks=resizing.resize_blocks,

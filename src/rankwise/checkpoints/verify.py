@@ -116,6 +116,12 @@ def _check_own(entry: dict[str, Any], path: Path) -> None:
             where=str(path),
             remedy="fetch the model's config.json again",
         )
+    if not _is_stream(entry.get("stream", {})):
+        raise ModelError(
+            "The config's rankwise entry does not say how the residual stream was cut.",
+            where=str(path),
+            remedy="fetch the model's config.json again",
+        )
     for key in ("base_model_type", "base_architecture"):
         if not isinstance(entry.get(key, ""), str):
             raise ModelError(
@@ -129,6 +135,27 @@ def _check_own(entry: dict[str, Any], path: Path) -> None:
             where=str(path),
             remedy="use the version of rankwise that wrote it",
         )
+
+
+def _is_stream(value: Any) -> bool:
+    """Whether a value is nothing, or says of a stream what `narrow_stream` builds from."""
+    if value == {}:
+        return True
+    try:
+        shapes = [pair for block in value["adapters"] for pair in block]
+        counts = [value["width"], value["kept"], *(n for pair in shapes for n in pair)]
+        return (
+            all(type(n) is int and 0 < n < _LARGEST for n in counts)
+            and all(len(block) == 2 for block in value["adapters"])
+            and all(len(pair) == 2 for pair in shapes)
+            and bool(shapes)
+            and type(value["eps"]) is float
+            and isinstance(value["blocks"], str)
+            and len(value["readers"]) == len(value["writers"]) == 2
+            and all(_is_texts(paths) for paths in (*value["readers"], value["writers"]))
+        )
+    except (KeyError, TypeError):
+        return False
 
 
 def _is_mapping(value: Any) -> bool:

@@ -95,7 +95,7 @@ def compress(
             dense_score, dense_speed = stages.score(work, "dense"), stages.speed(work)
         if recipe.method.prunes:
             with reporter.stage("pruning"):
-                work = stages.prune(work)
+                work = stages.make_smaller(work)
         with reporter.stage("statistics"):
             store = stages.collect_statistics(work)
         outlooks = stages.Outlooks(work, store)

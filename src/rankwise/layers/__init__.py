@@ -5,6 +5,7 @@ from rankwise.layers.decoding import decoded_once, keep_decoded
 from rankwise.layers.fold import fold_orders
 from rankwise.layers.kinds import KINDS, Kind, dense_layer, is_linear, kind_of, substitute
 from rankwise.layers.low_rank import LowRankLinear
+from rankwise.layers.narrow import NarrowNorm, narrow_stream, stream_of
 from rankwise.layers.pivoted import PivotedLinear
 from rankwise.layers.quantized import PackedMatrix, QuantizedLinear, cache_dense
 from rankwise.layers.replace import replace_linears
@@ -16,6 +17,7 @@ __all__ = [
     "BiasedLinear",
     "Kind",
     "LowRankLinear",
+    "NarrowNorm",
     "PackedMatrix",
     "PivotedLinear",
     "QuantizedLinear",
@@ -27,8 +29,10 @@ __all__ = [
     "is_linear",
     "keep_decoded",
     "kind_of",
+    "narrow_stream",
     "replace_linears",
     "sixteen",
     "sliced",
+    "stream_of",
     "substitute",
 ]

@@ -4,6 +4,7 @@ from rankwise.linalg.decompose import Decomposition, balanced, balancing, decomp
 from rankwise.linalg.finite import all_finite
 from rankwise.linalg.metrics import InputMetric, OutputMetric, psd_factor
 from rankwise.linalg.pivot import Pivoted, pivot
+from rankwise.linalg.principal import of_equal_norm, principal_directions, second_moment
 from rankwise.linalg.removal import compensated, damped, removal_losses, removal_order
 
 __all__ = [
@@ -17,8 +18,11 @@ __all__ = [
     "compensated",
     "damped",
     "decompose",
+    "of_equal_norm",
     "pivot",
+    "principal_directions",
     "psd_factor",
     "removal_losses",
     "removal_order",
+    "second_moment",
 ]

@@ -21,6 +21,7 @@ from rankwise.methods.plugins import Plugged, in_file, is_plugin, plugin_class
 from rankwise.methods.pruned import Pruned
 from rankwise.methods.pruning import Part, Pruning
 from rankwise.methods.quantize import Quantize
+from rankwise.methods.slicegpt import SliceGPT
 from rankwise.methods.svd import SVD
 from rankwise.methods.svd_llm import SVDLLM
 from rankwise.methods.two_sided import TwoSided
@@ -39,6 +40,7 @@ METHODS: dict[str, type[Method]] = {
     "flap": FLAP,
     "llm_pruner": LLMPruner,
     "pruned": Pruned,
+    "slicegpt": SliceGPT,
 }
 
 
@@ -68,6 +70,7 @@ AnyMethod = Annotated[
     | Annotated[FLAP, Tag("flap")]
     | Annotated[LLMPruner, Tag("llm_pruner")]
     | Annotated[Pruned, Tag("pruned")]
+    | Annotated[SliceGPT, Tag("slicegpt")]
     | Annotated[Plugged, Tag("plugin")],
     Discriminator(_kind),
 ]
@@ -115,6 +118,7 @@ __all__ = [
     "Outlook",
     "Part",
     "Pruning",
+    "SliceGPT",
     "estimated_losses",
     "in_file",
     "make_basis",

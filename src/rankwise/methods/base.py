@@ -49,7 +49,7 @@ class Method(BaseModel, ABC):
         one_unit: whether losses of different sites are in one unit, so that size can be traded between sites by them.
         default_keep: kept fraction where no size is given; None where the settings may say it all.
         keeps_factors: whether what it makes is L R in numbers, which repairs know how to mend.
-        prunes: whether it takes units out of the model before anything else, see `methods/pruning.py`.
+        prunes: whether it makes the model smaller before its weights are looked at: units go, or directions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -5,6 +5,7 @@ from rankwise.models.couplings import Coupling, Section, find_couplings
 from rankwise.models.experts import UnfusedExperts, fuse
 from rankwise.models.head import LOGITS, Head, Logits
 from rankwise.models.original import Original
+from rankwise.models.pre_norm import PreNorm
 from rankwise.models.recompute import recomputed
 from rankwise.models.shrinking import shrink, usable_couplings
 from rankwise.models.sites import (
@@ -25,6 +26,7 @@ __all__ = [
     "Head",
     "Logits",
     "Original",
+    "PreNorm",
     "Section",
     "Site",
     "Streaming",

@@ -24,6 +24,7 @@ def kept_grid(plan: Plan) -> tuple[list[int], list[str], Grid]:
     kept: Grid = {}
     for name, (m, n) in plan.shapes.items():
         place = place_of(name)
+        m, n = plan.originals.get(name, (m, n))
         whole[place] = whole.get(place, 0) + m * n
         unit = 1 if plan.coded else plan.form.number_bits
         kept[place] = kept.get(place, 0) + plan.site_bits(name) / unit

@@ -5,6 +5,7 @@ from rankwise.sizes.candidates import Candidates, coded_candidates, join, low_ra
 from rankwise.sizes.cut import DENSE, Cut
 from rankwise.sizes.form import FULL_BITS, Form, Storage
 from rankwise.sizes.plan import Plan, same_shapes
+from rankwise.sizes.stream import StreamSizes
 
 __all__ = [
     "DENSE",
@@ -17,6 +18,7 @@ __all__ = [
     "Form",
     "Plan",
     "Storage",
+    "StreamSizes",
     "bytes_in_words",
     "coded_candidates",
     "join",

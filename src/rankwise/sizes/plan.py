@@ -42,9 +42,10 @@ class Plan(BaseModel):
         size: bytes of all weight files asked for.
         rank_multiple: what ranks are multiples of.
         form: how cuts are stored.
-        shapes: by site name, `[m, n]`, without the units that were taken out.
+        shapes: by site name, `[m, n]`; what is left where the model was made smaller first.
+        originals: the same of the original, where the model was made smaller first; empty where it was not.
         stays: by name of a module that lost units (channels, or groups of heads), those that stay.
-        whole_weights: numbers in the weights of the whole model, where units were taken out.
+        whole_weights: numbers in the weights of the whole model, where it was made smaller first.
         cuts: by site name.
         groups: by group of the search (or by role), what it takes a weight: a fraction, or bits, as spelled.
         space: the search's space, `5x1` or `spectral`; None when nothing was searched.
@@ -66,6 +67,7 @@ class Plan(BaseModel):
     rank_multiple: Annotated[int, Field(ge=1, lt=1 << 40)]
     form: Form
     shapes: Annotated[dict[str, tuple[Side, Side]], Field(min_length=1)]
+    originals: dict[str, tuple[Side, Side]] = {}
     cuts: dict[str, Cut]
     stays: dict[str, Annotated[list[Annotated[int, Field(ge=0, lt=1 << 40)]], Field(min_length=1)]] = {}
     whole_weights: Annotated[int, Field(gt=0)] | None = None
@@ -105,7 +107,7 @@ class Plan(BaseModel):
 
     @property
     def weights(self) -> int:
-        """Numbers in the dense weights of all sites, before any units were taken out."""
+        """Numbers in the dense weights of all sites, before the model was made smaller."""
         return self.whole_weights or sum(m * n for m, n in self.shapes.values())
 
     def site_bits(self, name: str) -> int:

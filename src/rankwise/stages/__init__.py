@@ -7,8 +7,8 @@ from rankwise.stages.fitting import fit_sites, store_layers, store_sites
 from rankwise.stages.memory import Need, available_memory, chosen_memory, expected_need, require_config
 from rankwise.stages.outlooks import Outlooks, collect_statistics
 from rankwise.stages.planning import Chosen, check_budget, choose_cuts, judging, objective_key, select_samples
-from rankwise.stages.pruning import prune
 from rankwise.stages.repairing import Repairing, judge_repair, prepare_repair, repair_step
+from rankwise.stages.smaller import make_smaller
 from rankwise.stages.work import Texts, Work, begin, read_sequences, read_texts
 
 __all__ = [
@@ -33,11 +33,11 @@ __all__ = [
     "fit_sites",
     "judge_repair",
     "judging",
+    "make_smaller",
     "measure_cell",
     "measure_dense",
     "objective_key",
     "prepare_repair",
-    "prune",
     "read_sequences",
     "read_texts",
     "repair_step",

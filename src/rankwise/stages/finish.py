@@ -186,8 +186,8 @@ def write(
     report = report.model_copy(update={"verdict": verdict(report)})
     if recipe.output is None:
         return report
-    # What lost the same number of units everywhere, and nothing else, the original architecture can say.
-    plain = recipe.format == "dense" or (bool(work.stays) and is_plain(loaded.model, work.sites))
+    # What the architecture itself says needs no code of ours.
+    plain = recipe.format == "dense" or (bool(work.originals) and is_plain(loaded.model, work.sites))
     save = save_dense if plain else save_low_rank
     try:
         with writing(Path(recipe.output)) as folder:

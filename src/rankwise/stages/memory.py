@@ -261,6 +261,8 @@ def chosen_memory(recipe: Recipe, need: Need | None) -> str:
     """The way the model is held: the recipe's, else the estimate's, else whole."""
     if recipe.memory != "auto":
         return recipe.memory
+    if recipe.method.prunes:
+        return "whole"
     return "whole" if need is None else need.mode
 
 

@@ -21,7 +21,7 @@ from rankwise.models import Site
 from rankwise.reports import KeptPredictions, SearchSummary, SearchTimes, ValidationText
 from rankwise.sizes import Plan
 from rankwise.stages.outlooks import Outlooks
-from rankwise.stages.pruning import check_pruning
+from rankwise.stages.smaller import check_smaller
 from rankwise.stages.work import Work, calibration_key
 
 
@@ -32,7 +32,7 @@ def check_budget(work: Work) -> None:
         BudgetError: saying what has to be kept at least.
     """
     if work.recipe.method.prunes:
-        check_pruning(work)
+        check_smaller(work)
     else:
         work.recipe.allocation.check(work.problem)
 
@@ -128,12 +128,27 @@ def _plan(work: Work, choice: Choice) -> Plan:
         fingerprint=work.fingerprint,
         method_settings=recipe.method.model_dump(exclude={"name"}),
         stays={name: units.tolist() for name, units in work.stays.items()},
-        whole_weights=work.problem.allowance.weights if work.stays else None,
-        groups=choice.groups,
+        originals=dict(work.originals),
+        whole_weights=work.problem.allowance.weights if work.originals else None,
+        groups=_groups(work, choice),
         space=choice.space,
         coordinates=choice.coordinates,
         objective=choice.objective,
     )
+
+
+def _groups(work: Work, choice: Choice) -> dict[str, float]:
+    """What each group takes a weight; of a model that was made smaller, what each role keeps of the original's."""
+    if not work.originals:
+        return choice.groups
+    whole: dict[str, int] = {}
+    kept: dict[str, int] = {}
+    for site in work.sites:
+        if site.name in work.originals:
+            m, n = work.originals[site.name]
+            whole[site.role] = whole.get(site.role, 0) + m * n
+            kept[site.role] = kept.get(site.role, 0) + site.parameters
+    return {role: kept[role] / whole[role] for role in whole}
 
 
 def _summary(work: Work, samples: Tensor, objective: Objective, choice: Choice) -> SearchSummary:

@@ -124,14 +124,13 @@ def prune(work: Work) -> Work:
     probe = work.texts.calibration.ids[:1].to(small.device)
     sites = share_inputs(small, find_sites(small), probe)
     weights = work.problem.allowance.weights
-    by_name = {coupling.name: coupling for coupling in couplings}
     return replace(
         work,
         sites=sites,
-        fingerprint=fingerprint(small, loaded.stored_dtypes),
+        smaller=fingerprint(small, loaded.stored_dtypes),
+        originals={site.name: (site.m, site.n) for site in work.sites},
         problem=problem_of(work.recipe, loaded, sites, weights),
         stays=found.stays,
-        units={name: by_name[name].units for name in found.stays},
     )
 
 

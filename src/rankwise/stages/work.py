@@ -62,9 +62,10 @@ class Work:
         reporter: told about progress.
         problem: what the allocation chooses from: candidates, how they are stored, and what is allowed.
         stays: by coupling that lost units, those that stay; empty where none were taken out.
-        units: how many these had.
         memory: the way the model is held: `whole`, `blocks` or `disk`.
         need: what that was expected to take, where an estimate was made.
+        smaller: hash of the weights after the model was made smaller; empty before, and where it is not.
+        originals: by site name, `[m, n]` before the model was made smaller; empty where it is not.
     """
 
     recipe: Recipe
@@ -78,7 +79,8 @@ class Work:
     memory: str = "whole"
     need: Need | None = None
     stays: Mapping[str, Tensor] = field(default_factory=dict)
-    units: Mapping[str, int] = field(default_factory=dict)
+    smaller: str = ""
+    originals: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def looks(self) -> Looks:
@@ -286,7 +288,7 @@ def _rest_bytes(loaded: LoadedModel, sites: list[Site], adds_bias: bool) -> int:
 def model_key(work: Work) -> dict[str, Any]:
     return {
         "format": _STAGE_FORMAT,
-        "model": work.fingerprint,
+        "model": work.smaller or work.fingerprint,
         "precision": str(work.loaded.model.get_input_embeddings().weight.dtype),
         "device": work.loaded.model.device.type,
         "torch": torch.__version__,

@@ -1,0 +1,70 @@
+"""`StreamSizes`: what the linear weights of a decoder take when its residual stream keeps k of d coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rankwise.models import PreNorm, Site
+
+
+@dataclass(frozen=True)
+class StreamSizes:
+    """Shapes of all linear weights, summed up as slicing sees them.
+
+    Attributes:
+        width: d, of the stream.
+        blocks: how many.
+        read: rows of all weights that read the stream.
+        written: columns of all weights that write to it.
+        last: columns of the one that writes to it last.
+    """
+
+    width: int
+    blocks: int
+    read: int
+    written: int
+    last: int
+
+    @classmethod
+    def of(cls, sites: Sequence[Site], form: PreNorm) -> StreamSizes:
+        """Those of a model's sites."""
+        writers = tuple(half.writer for half in form.halves)
+        written = [site for site in sites if site.name.endswith(writers)]
+        read = sum(site.m for site in sites) - sum(site.m for site in written)
+        blocks = 1 + max(site.block for site in sites)
+        return cls(form.width, blocks, read, sum(site.n for site in written), written[-1].n)
+
+    @property
+    def whole(self) -> int:
+        """Numbers of the original."""
+        return self.width * (self.read + self.written)
+
+    def numbers(self, kept: int, adapters: bool) -> int:
+        """Numbers with k coordinates kept, adapters counted.
+
+        Two adapters a block take 2 k^2 but in the last block, whose output stays whole: its second one is k x d, and
+        the weight before it keeps its d rows. Without adapters the last block is as all others.
+
+        Args:
+            kept: k.
+            adapters: whether there are any.
+        """
+        cut = kept * (self.read + self.written)
+        if not adapters:
+            return cut
+        return cut + 2 * kept * kept * self.blocks + (self.width - kept) * (kept + self.last)
+
+    def widths(self, multiple: int) -> range:
+        """What k may be, the largest first; d itself where it is no multiple is left out."""
+        return range(self.width // multiple * multiple, 0, -multiple)
+
+    def largest(self, allowed: int, multiple: int, adapters: bool) -> int | None:
+        """The largest k that takes no more numbers than allowed; None where the least takes more.
+
+        Args:
+            allowed: numbers.
+            multiple: k is a multiple of this.
+            adapters: whether there are any.
+        """
+        return next((k for k in self.widths(multiple) if self.numbers(k, adapters) <= allowed), None)
