@@ -150,7 +150,7 @@ def _no_place(model: Any, where: str) -> ModelError:
     return ModelError(
         f"{type(model).__name__} has no place for the bias that compression added.",
         where=where,
-        remedy="compress with --set method.bias=false, or without --format dense",
+        remedy="compress with --set method.bias=false (compensation=none where units go), or without --format dense",
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from rankwise.methods.pruning import Compensation, Part, Pruning, alike, by_score
@@ -42,6 +43,11 @@ class FLAP(Pruning):
     squared_attention: bool = False
     compensation: Compensation = "bias"
 
+    @model_validator(mode="after")
+    def _equal(self) -> FLAP:
+        self.check_equal(self.structure.startswith("UL"), "structure UL-UM or UL-MM")
+        return self
+
     def pruning_requests(self) -> tuple[Statistic, ...]:
         return tuple(dict.fromkeys((InputSpread(), *super().pruning_requests())))
 
@@ -63,7 +69,7 @@ class FLAP(Pruning):
 
     def stays(self, parts: Sequence[Part], scores: Mapping[str, Tensor], allowed: int, form: Form) -> dict[str, Tensor]:
         allowed //= form.number_bits
-        choose = by_score if self.structure.startswith("AL") else alike
+        choose = by_score if self.structure.startswith("AL") else partial(alike, equal=self.equal)
         if self.structure.endswith("AM") or self.structure.endswith("UM"):
             return choose(parts, scores, allowed, self.multiple)
         of_heads = [part for part in parts if part.coupling.kind == "heads"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from rankwise.methods.pruning import Part, Pruning, alike, by_score
@@ -47,6 +47,11 @@ class LLMPruner(Pruning):
     share: Literal["local", "global"] = "local"
     first: Annotated[int, Field(ge=0)] | None = None
     last: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _equal(self) -> LLMPruner:
+        self.check_equal(self.share == "local" and self.first == self.last == 0, "share local, first 0 and last 0")
+        return self
 
     @property
     def _gradient(self) -> WeightGradient:
@@ -98,7 +103,7 @@ class LLMPruner(Pruning):
         allowed //= form.number_bits
         whole = self.protected(parts)
         if self.share == "local":
-            return alike(parts, scores, allowed, self.multiple, whole)
+            return alike(parts, scores, allowed, self.multiple, whole, self.equal)
         pruned = [part for part in parts if part.coupling.name not in whole]
         kept = {part.coupling.name: torch.arange(part.coupling.units) for part in parts if part not in pruned}
         used = sum(part.numbers * part.coupling.units for part in parts if part not in pruned)

@@ -26,7 +26,9 @@ from rankwise.statistics.input_moments import InputMoments
 SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """Of the units of a layer, what is tried to stay."""
 
-_BISECTIONS = 50
+_RANKS = 48
+"""How many ranks of a weight are tried."""
+
 _LEAST = 1e-9
 """Of the mean of a metric's diagonal, what is added so that it can be factored."""
 
@@ -108,6 +110,7 @@ class Pruned(Pruning):
     def check_size(self, asked: Budget, allocation: str) -> None:
         if not asked.sized:
             raise ValueError("pruned needs a size to choose by: give keep, bits or size")
+        self.check_equal(False, "flap or llm_pruner")
         if allocation not in ("spectral", "uniform", "plan"):
             raise ValueError(
                 f"the allocation {allocation} searches plans of one model, and pruned makes it another: give spectral"
@@ -165,12 +168,10 @@ class Pruned(Pruning):
         orders = {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}
         trials = [self._trials(part, orders[part.coupling.name], form) for part in parts]
         low, high = 1e-30, 1e30
-        for _ in range(_BISECTIONS * 4):
+        while high / low > 1 + 1e-6:
             middle = (low * high) ** 0.5
             spent = sum(min(trial.best(middle) for trial in of_part)[1] for of_part in trials)
             low, high = (low, middle) if spent <= allowed else (middle, high)
-            if high / low < 1 + 1e-6:
-                break
         found = {}
         for part, of_part in zip(parts, trials, strict=True):
             count = min(of_part, key=lambda trial: trial.best(high)[0]).count
@@ -244,9 +245,10 @@ def _curve(
     other = weight.T @ outputs @ weight if n < m else outputs
     energy = torch.linalg.eigvalsh(root.T @ other @ root).clamp_min(0).flip(0)
     tail = tail_losses(energy)
-    ranks = torch.arange(8, len(energy), max(8, len(energy) // 48))
+    step = max(1, len(energy) // _RANKS)
+    ranks = range(step, len(energy), step)
     whole = form.bits((m, n), DENSE)
-    rows = [(form.bits((m, n), Cut(rank)), float(tail[rank])) for rank in ranks.tolist()]
+    rows = [(form.bits((m, n), Cut(rank)), float(tail[rank])) for rank in ranks]
     rows = [row for row in rows if row[0] < whole] + [(whole, 0.0)]
     rows += [(form.bits((m, n), Cut(0, bits)), loss * share) for bits, loss in coded.items()]
     bits, losses = zip(*rows, strict=True)

@@ -59,7 +59,7 @@ def least_numbers(parts: Sequence[Part], multiple: int, whole: Sequence[str] = (
 def by_score(parts: Sequence[Part], scores: Mapping[str, Tensor], allowed: int, multiple: int) -> dict[str, Tensor]:
     """Units of all layers in one order, from the highest score down to what is allowed.
 
-    What does not fit any more is passed over, so that less than the cheapest unit is left.
+    Something stays everywhere. What does not fit any more is passed over, so that less than the cheapest unit is left.
 
     Args:
         parts: all that may lose units.
@@ -80,9 +80,9 @@ def by_score(parts: Sequence[Part], scores: Mapping[str, Tensor], allowed: int, 
     queue.sort(key=lambda each: (-each[0], each[1], each[2]))
     chosen: list[list[Tensor]] = [[] for _ in parts]
     full: set[int] = set()
-    for _, index, _, units in queue:
+    for _, index, number, units in queue:
         cost = len(units) * parts[index].numbers
-        if index in full or cost > allowed:
+        if number and (index in full or cost > allowed):
             full.add(index)
             continue
         allowed -= cost
@@ -91,7 +91,12 @@ def by_score(parts: Sequence[Part], scores: Mapping[str, Tensor], allowed: int, 
 
 
 def alike(
-    parts: Sequence[Part], scores: Mapping[str, Tensor], allowed: int, multiple: int, whole: Sequence[str] = ()
+    parts: Sequence[Part],
+    scores: Mapping[str, Tensor],
+    allowed: int,
+    multiple: int,
+    whole: Sequence[str] = (),
+    equal: bool = False,
 ) -> dict[str, Tensor]:
     """The same share of units in every layer, those of the highest scores; what rounding leaves goes to the first.
 
@@ -101,6 +106,7 @@ def alike(
         allowed: numbers that may stay.
         multiple: of channels.
         whole: names of couplings that keep all.
+        equal: leave what rounding leaves, so that all layers keep as many.
 
     Returns:
         By coupling, the units that stay, ascending.
@@ -130,7 +136,7 @@ def alike(
     left = allowed - spent(counts)
     for index, part in enumerate(parts):
         step = part.chunk(multiple)
-        if counts[index] + step <= part.coupling.units and step * part.numbers <= left:
+        if not equal and counts[index] + step <= part.coupling.units and step * part.numbers <= left:
             counts[index] += step
             left -= step * part.numbers
     return {
@@ -150,6 +156,8 @@ class Pruning(Factorisation):
         compensation: how the weight that reads what is left makes up for what went: not at all; by a `bias`, exact in
             the mean; or by a `linear` map and a bias, the best there is for the layer by itself.
         multiple: channels of a layer stay in multiples of this.
+        equal: every layer keeps as many units, which the config of the original architecture can say: the result is a
+            plain checkpoint, if its biases have a place in it too.
         damping: added to the covariance before it is solved with, relative to its mean diagonal.
     """
 
@@ -160,7 +168,17 @@ class Pruning(Factorisation):
 
     compensation: Compensation = "none"
     multiple: Annotated[int, Field(ge=1)] = 1
+    equal: bool = False
     damping: Annotated[float, Field(gt=0)] = 1e-3
+
+    def check_equal(self, alike: bool, how: str) -> None:
+        """Raise when layers are asked to be equal and lose units in a way that makes them differ.
+
+        Raises:
+            ValueError: saying how they would be.
+        """
+        if self.equal and not alike:
+            raise ValueError(f"layers keep different numbers of units: for equal ones give {how}")
 
     @property
     def adds_bias(self) -> bool:

@@ -7,6 +7,7 @@ back to rank r. What either loses is measured.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -54,6 +55,8 @@ def attach_adapters(model: Any, sites: Sequence[Site], rank: int, alpha: int, se
             return base + (self.scaling[adapter] * up(down(x))).to(base.dtype)
 
     factored = [site.name for site in sites if kind_of(site.module(model)).trains]
+    # Of a model that lost units, and nothing else, the weights themselves are adapted.
+    factored = factored or [site.name for site in sites if not kind_of(site.module(model)).replaced]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=factored, bias="none")
     config._register_custom_module({LowRankLinear: AdaptedLowRank})
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -85,8 +88,13 @@ def merge_adapters(
         if base is None:
             continue
         (name,) = adapted.lora_A.keys()
-        old = kind_of(base).factors(base)
         scale = adapted.scaling[name]
+        if not kind_of(base).replaced:
+            up, down = (part[name].weight.detach().double() for part in (adapted.lora_B, adapted.lora_A))
+            model.set_submodule(site.name, _changed(base, scale * up @ down))
+            lost[site.name] = 0.0
+            continue
+        old = kind_of(base).factors(base)
         left, right = old.pair()
         whole = Factors(
             torch.cat([left, scale * adapted.lora_B[name].weight.detach().double().cpu()], 1),
@@ -102,8 +110,18 @@ def merge_adapters(
     return lost
 
 
+def _changed(base: nn.Module, change: Tensor) -> nn.Module:
+    """A dense layer of the same kind with so much added to W, shape `[m, n]`."""
+    made: Any = copy.copy(base)
+    made._parameters = dict(base._parameters)
+    weight: Any = base.weight
+    added = change.T if kind_of(base).transposed else change
+    made.weight = nn.Parameter((weight.detach().double() + added).to(weight.dtype), requires_grad=False)
+    return made
+
+
 class Lora(Training):
-    """How adapters are trained and merged.
+    """How adapters are trained and merged. Those of a weight that is whole are added to it, exactly.
 
     Attributes:
         rank: a, of each adapter.
@@ -117,6 +135,10 @@ class Lora(Training):
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[int, Field(ge=1)] = 16
     merge: Literal["grow", "truncate"] = "truncate"
+
+    def open(self, model: Any, sites: Sequence[Site]) -> None:
+        if any(kind_of(site.module(model)).replaced for site in sites):
+            super().open(model, sites)
 
     def attach(self, model: Any, sites: Sequence[Site], seed: int) -> dict[str, nn.Parameter]:
         return attach_adapters(model, sites, self.rank, self.alpha, seed)

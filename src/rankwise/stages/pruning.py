@@ -56,6 +56,12 @@ def check_pruning(work: Work) -> None:
             where="memory",
             remedy="give --memory whole, or a method that keeps shapes, such as two_sided",
         )
+    if work.recipe.format == "dense" and not method.equal:
+        raise RecipeError(
+            "A plain checkpoint has one number of units for all layers, and here they differ.",
+            where="format",
+            remedy="leave out --format dense, or let all layers lose alike (--set method.equal=true)",
+        )
     problem = work.problem
     if not problem.allowance.sized:
         raise BudgetError(f"{method.name} needs a size.", where="budget", remedy="give --keep, --bits or --size")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rankwise.checkpoints import REPORT_FILE, LoadedModel, check_reload, save_low_rank, writing
+from rankwise.checkpoints import REPORT_FILE, LoadedModel, check_reload, is_plain, save_dense, save_low_rank, writing
 from rankwise.evaluation import Cost, Perplexity
 from rankwise.models import Site
 from rankwise.progress import Reporter
@@ -95,7 +95,8 @@ def write_tuned(
         "stages": dict(reporter.stages),
     }
     with writing(output) as folder:
-        save_low_rank(folder, loaded, sites, report.recipe.max_shard_size)
+        save = save_dense if plan.originals and is_plain(loaded.model, sites) else save_low_rank
+        save(folder, loaded, sites, report.recipe.max_shard_size)
         check_reload(folder, loaded.model, probe, trust_remote_code=True)
         report = report.model_copy(update={**new, "bytes_on_disk": bytes_of_weights(folder)})
         report.save(folder / REPORT_FILE)

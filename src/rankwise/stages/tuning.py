@@ -116,8 +116,13 @@ def settings_of(wanted: FineTune, loaded: LoadedModel, examples: TuningExamples)
     return settings
 
 
-def sites_of(loaded: LoadedModel, plan: Plan) -> list[Site]:
+def sites_of(loaded: LoadedModel, plan: Plan, method: str) -> list[Site]:
     """The sites of a compressed model, from the plan it was made with.
+
+    Args:
+        loaded: the model.
+        plan: its plan.
+        method: how it is to be trained.
 
     Raises:
         ModelError: when the model is not the one of the plan.
@@ -134,9 +139,11 @@ def sites_of(loaded: LoadedModel, plan: Plan) -> list[Site]:
         block, role = place_of(name)
         biased = any(key.endswith("bias") for key, _ in module.named_parameters())
         found.append(Site(name, role, block, m, n, kind_of(module).transposed, biased, name))
-    if all(cut.dense for cut in plan.cuts.values()):
+    if all(cut.dense for cut in plan.cuts.values()) and not (plan.stays and method == "lora"):
         raise ModelError(
-            "Nothing in this model is factored.", where=loaded.source, remedy="compress with a lower --keep"
+            "Nothing in this model is factored.",
+            where=loaded.source,
+            remedy="what lost units alone takes --method lora" if plan.stays else "compress with a lower --keep",
         )
     return found
 
