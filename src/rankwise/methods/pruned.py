@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rankwise.factors import Basis, Factors, Fit
-from rankwise.linalg import OutputMetric, compensated, damped, removal_losses, removal_order
+from rankwise.linalg import OutputMetric, compensated, damped, psd_factor, removal_losses, removal_order
 from rankwise.methods.base import Looking, Method, Outlook, tail_losses
 from rankwise.methods.mixed import Mixed
 from rankwise.methods.pruning import Compensation, Part, Pruning
@@ -241,7 +241,8 @@ def _curve(
     """
     m, n = weight.shape
     inner = inputs if n < m else weight @ inputs @ weight.T
-    root = torch.linalg.cholesky(damped(inner, _LEAST))
+    root, failed = torch.linalg.cholesky_ex(damped(inner, _LEAST))
+    root = psd_factor(inner) if failed else root
     other = weight.T @ outputs @ weight if n < m else outputs
     energy = torch.linalg.eigvalsh(root.T @ other @ root).clamp_min(0).flip(0)
     tail = tail_losses(energy)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rankwise.allocation import Planned
 from rankwise.checkpoints import fingerprint
 from rankwise.errors import BudgetError, RecipeError
 from rankwise.layers import BiasedLinear
@@ -110,7 +111,7 @@ def prune(work: Work) -> Work:
     assert isinstance(method, Pruning)
     couplings = couplings_of(work)
     key = {**calibration_key(work), "method": method.model_dump(), "budget": work.recipe.budget.model_dump()}
-    plan = getattr(work.recipe.allocation, "plan", None)
+    plan = work.recipe.allocation.file if isinstance(work.recipe.allocation, Planned) else None
     if plan is not None:
         key["plan"] = json.loads(Plan.load(Path(plan)).model_dump_json(include={"stays"}))
     stage = work.stage("pruning", key)
