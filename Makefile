@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart real-model test test-slow test-gpu peers mutants fuzz reliability lint bench bench-gpu clean
+.PHONY: help setup quickstart real-model test test-long test-slow test-gpu peers mutants fuzz reliability lint bench bench-gpu clean
 
 help:
 	@echo "make quickstart   set up, compress the bundled model, show the result"
 	@echo "make real-model   set up, make a checkpoint of SmolLM2-135M-Instruct (downloads 93 MB)"
 	@echo "make test         set up, run the tests"
+	@echo "make test-long    set up, run the tests that take ten seconds or more each"
 	@echo "make test-slow    set up, run the tests that take minutes"
 	@echo "make test-gpu     set up, run the tests that need a GPU"
 	@echo "make peers        set up, install other quantisers for benchmarks/compare.py"
@@ -39,6 +40,9 @@ real-model: setup
 # A process a core, each with one thread: most tests are too small for more.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
+
+test-long: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 -m long
 
 test-slow: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,tasks]' -c constraints.txt

@@ -681,7 +681,7 @@ class Bench:
         report.unlink(missing_ok=True)
         # In a folder of its own, so that no example which a mutant failed is remembered for the package itself.
         options = ["-x", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "--junitxml", str(report)]
-        options += ["-p", "no:cacheprovider", "--hypothesis-seed", "0"]
+        options += ["-p", "no:cacheprovider", "--hypothesis-seed", "0", "-m", "not slow and not gpu"]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *options, *(str(ROOT / "tests" / test) for test in tests)],
             env=self._environment,

@@ -106,6 +106,7 @@ compress(recipe_from(yaml.safe_load(open(recipe))), run_directory=run_directory)
 """
 
 
+@pytest.mark.long
 def test_a_search_killed_in_trial_17_ends_with_the_same_plan(searching: Settings, tmp_path: Path) -> None:
     values = searching(allocation={"trials": 20})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
@@ -125,6 +126,7 @@ def test_a_search_killed_in_trial_17_ends_with_the_same_plan(searching: Settings
     assert [t["point"] for t in trials_of(tmp_path / "again")] == [t["point"] for t in trials_of(tmp_path / "whole")]
 
 
+@pytest.mark.long
 def test_more_trials_continue_and_other_settings_do_not(searching: Settings, tmp_path: Path) -> None:
     def run(name: str, run: str, **changes: Any) -> list[list[float]]:
         values = searching(output=str(tmp_path / name), **changes)

@@ -144,6 +144,7 @@ def test_without_a_network_a_hub_source_names_the_local_forms(monkeypatch: pytes
         list(parse_source("hub:some/name:train#text").documents())
 
 
+@pytest.mark.long
 def test_the_bundled_splits_share_no_document() -> None:
     train, held_out = (set(python_text.documents(split)) for split in python_text.SPLITS)
     assert not train & held_out

@@ -130,6 +130,7 @@ def test_logits_that_are_not_finite_name_layer_and_token(tiny: Path) -> None:
         perplexity(damaged.model, torch.arange(3, 35).view(2, 16))
 
 
+@pytest.mark.long
 def test_tasks_of_ones_own_run_and_unknown_ones_are_told_the_nearest(loaded: Any, tmp_path: Path) -> None:
     rows = [{"text": "Return a", "choices": [" list", " sea"], "answer": 0} for _ in range(4)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -185,6 +186,7 @@ def test_the_paired_error_is_smaller_than_that_of_independent_scores() -> None:
     assert found.error < 0.5 * math.sqrt(2 * 0.25 / 400)
 
 
+@pytest.mark.long
 def test_evaluate_shows_scores_side_by_side(rankwise: Run, tiny: Path, text: Path, tmp_path: Path) -> None:
     output = tmp_path / "scores.json"
     status, out, error = rankwise(

@@ -69,6 +69,7 @@ def test_rows_are_what_compress_and_evaluate_give(asked: Callable[..., Values], 
     assert found.dense.macs > row.macs
 
 
+@pytest.mark.long
 def test_a_comparison_goes_on_after_a_stop_and_with_more(
     asked: Callable[..., Values], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_comparison_goes_on_after_a_stop_and_with_more(
         assert len(made) == 4, changes
 
 
+@pytest.mark.long
 def test_a_damaged_row_is_made_again(asked: Callable[..., Values], tmp_path: Path) -> None:
     comparison = comparison_from(asked(sizes=(0.8,)))
     found = compare(comparison, run_directory=tmp_path / "run")
@@ -193,6 +195,7 @@ def test_keys_that_would_mean_nothing_are_refused(
         assert says in error
 
 
+@pytest.mark.long
 def test_tasks_seeds_and_texts_of_all_models(asked: Callable[..., Values], tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="needs pip install '.[tasks]'")
     values = asked(

@@ -108,6 +108,7 @@ def test_another_keep_or_method_reuses_what_is_still_valid(
     assert collected[2:] == [["moments"]]
 
 
+@pytest.mark.long
 def test_after_kills_the_same_command_ends_with_the_same_bytes(settings: Settings, tmp_path: Path) -> None:
     """Killed while it writes statistics, then among the outlooks, then in the checkpoint, then left to finish."""
     values = settings(method="two_sided", output=str(tmp_path / "out"))

@@ -81,6 +81,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", METHODS, ids=lambda words: "-".join(map(str, words)))
 def test_every_method_gives_a_checkpoint_that_stands_alone(
     words: tuple[Any, ...], finetune: Run, compressed: Path, tmp_path: Path

@@ -52,6 +52,7 @@ def qwen(tmp_path: Path) -> Path:
     return tmp_path / "qwen"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "kind"), [("flap", "qwen2"), ("llm_pruner", "llama"), ("pruned", "llama")])
 def test_a_checkpoint_without_units_is_whole(
     method: str, kind: str, settings: Settings, tiny: Path, qwen: Path, tmp_path: Path
@@ -131,6 +132,7 @@ def test_pruning_is_taken_over(
     assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in names)
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_goes_on(settings: Settings, tmp_path: Path) -> None:
     values = pruned(settings, "pruned", output=str(tmp_path / "out"))
     recipe = tmp_path / "recipe.yaml"

@@ -45,6 +45,7 @@ def scores(
 PROTOTYPE = {"svd_llm": (15.3, 27.2, 55.6), "afm": (14.2, 24.2, 50.2)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", PROTOTYPE)
 def test_stories260k_agrees_with_the_prototype(method: str, shared: Path, run_directory: Path) -> None:
     for keep, expected in zip((0.879, 0.791, 0.684), PROTOTYPE[method], strict=True):
@@ -61,6 +62,7 @@ def test_a_filled_budget_does_better_than_floored_ranks(method: str, shared: Pat
         assert small < floored
 
 
+@pytest.mark.long
 def test_weighing_by_data_and_by_loss_each_pay(shared: Path, run_directory: Path) -> None:
     plain, outputs, both = (scores(shared, run_directory, m, 0.8)[1] for m in ("svd", "bolaco", "two_sided"))
     assert both < outputs < 0.5 * plain
@@ -82,6 +84,7 @@ def test_pivoted_storage_does_what_the_prototype_did(shared: Path, run_directory
         assert keep - 0.002 < kept <= keep
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("factors", "most"), [("left", 12), ("both", 9)])
 def test_a_refit_takes_back_a_good_part_of_the_loss(
     factors: str, most: float, shared: Path, run_directory: Path

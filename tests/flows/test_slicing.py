@@ -53,6 +53,7 @@ def sliced(settings: Settings, **changes: Any) -> dict[str, Any]:
     return settings(**{"method": method, "budget": {"keep": 0.8}, **changes})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_a_sliced_checkpoint_is_whole(kind: str, settings: Settings, qwen: Path, tiny: Path, tmp_path: Path) -> None:
     """Loaded by transformers it gives the logits of the model in memory, with and without a cache."""

@@ -107,6 +107,7 @@ def test_an_order_is_kept_where_the_channels_are_not_interchangeable(spread: flo
     assert model.model.layers[0].mlp.up_proj.place is not None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("storage", ["pivoted", "auto"])
 def test_a_checkpoint_of_pivoted_layers_stands_alone(storage: str, settings: Any, tmp_path: Path) -> None:
     output = tmp_path / "out"
@@ -188,6 +189,7 @@ def test_the_dense_format_multiplies_pivoted_layers_back(settings: Any, tmp_path
     )
 
 
+@pytest.mark.long
 def test_in_bfloat16_the_storages_differ_by_less_than_a_fifth_of_a_percent(bundled: Path, tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "model": str(bundled),

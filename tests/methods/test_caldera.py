@@ -95,6 +95,7 @@ def test_files_hold_the_bits_that_are_counted(method: dict[str, Any], small: Set
     assert report["bytes_on_disk"] == header + report["after"]["bytes"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("tied", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
 def test_a_quantised_checkpoint_gives_the_same_logits_without_rankwise(
     tied: bool, dtype: torch.dtype, small: Settings, tiny: Path, tmp_path: Path
@@ -454,6 +455,7 @@ def test_no_loss_gradient_means_no_rank(small: Settings, tiny: Path) -> None:
     assert plan.cuts["model.layers.1.mlp.gate_proj"] == Cut(0, 2)
 
 
+@pytest.mark.long
 def test_after_a_kill_among_the_codes_the_same_command_ends_with_the_same_bytes(
     small: Settings, tmp_path: Path
 ) -> None:

@@ -204,6 +204,7 @@ def test_every_method_takes_experts(
     assert torch.equal(*generated)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
 def test_a_checkpoint_stands_alone(name: str, tokens: str, tmp_path: Path) -> None:
     """Loaded, built from its config, and written again where rankwise is not installed."""

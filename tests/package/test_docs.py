@@ -22,6 +22,7 @@ def test_the_trace_names_functions_that_are_where_it_says() -> None:
             assert re.search(rf"(def|class) {part}\b", text), f"{name} is not in {file}"
 
 
+@pytest.mark.long
 def test_the_trace_has_the_numbers_of_the_run() -> None:
     from rankwise.flows.compress import compress
     from rankwise.quickstart import MODEL

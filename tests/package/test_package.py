@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from conftest import ROOT
@@ -54,6 +55,7 @@ def test_the_bundled_model_is_small_and_has_learnt_something(bundled: Path) -> N
     assert facts["heldout_perplexity"] * 5 <= facts["heldout_unigram_perplexity"]
 
 
+@pytest.mark.long
 def test_the_quickstart_compresses_the_bundled_model(tmp_path: Path, capsys: object) -> None:
     from rankwise.quickstart import run
 

@@ -534,6 +534,7 @@ def test_learning_from_the_text_that_judges_is_said(repairing: Settings, text: P
     assert any("context of 64" in note for note in result.report.notes)
 
 
+@pytest.mark.long
 def test_a_refit_without_enough_text_says_what_to_do(repairing: Settings) -> None:
     calibration = {"source": "bundled", "sequences": 1, "length": 8}
     refit = {"factors": "both", "damping": 1e-18}
