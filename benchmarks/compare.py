@@ -37,7 +37,7 @@ TEXTS = ("wikitext2.test", "mix.heldout")
 LENGTH, SCORED, CALIBRATION, LIMIT = 256, 32, 48, 50
 SIZES = {"keep": "0.8,0.9,0.6", "bits": "2.5,3,4"}
 METHODS = {
-    "keep": "svd,fwsvd,asvd,svd_llm,afm,bolaco,two_sided",
+    "keep": "svd,fwsvd,asvd,svd_llm,afm,bolaco,two_sided,flap,llm_pruner,slicegpt,pruned",
     "bits": "quantize,caldera,mixed",
 }
 
@@ -156,6 +156,10 @@ GROUPS = {
     "svd_llm": ("SVD-LLM", "C7", "x"),
     "afm": ("AFM", "C7", "+"),
     "bolaco": ("Bolaco, uniform", "C7", "P"),
+    "pruned": ("ours, units and ranks", "C3", "X"),
+    "flap": ("FLAP", "C5", "<"),
+    "llm_pruner": ("LLM-Pruner", "C5", ">"),
+    "slicegpt": ("SliceGPT", "C5", "P"),
     "llama.cpp": ("llama.cpp", "C0", "o"),
     "HQQ": ("HQQ", "C2", "o"),
     "torchao": ("torchao", "C4", "o"),

@@ -646,6 +646,41 @@ MUTANTS = (
         "outer = self.current",
         ("cli/test_boundary.py::test_what_nobody_foresaw_names_stage_and_architecture_and_leaves_a_file",),
     ),
+    Mutant(
+        "pruning: what stays makes up for nothing",
+        "linalg/removal.py",
+        "return weight[:, stays] + weight[:, goes] @ along.T",
+        "return weight[:, stays] + 0 * weight[:, goes] @ along.T",
+        ("linalg/test_removal.py",),
+    ),
+    Mutant(
+        "pruning: the order of units does not feel the loss",
+        "methods/pruned.py",
+        "order = removal_order(_felt(weight, statistics.of(self._curvature)), covariance,",
+        "order = removal_order(weight, covariance,",
+        ("methods/test_unit_scores.py",),
+    ),
+    Mutant(
+        "pruning: scores of layers are compared as they are",
+        "methods/flap.py",
+        "score = (score - score.mean()) / spread if float(spread) > 0 else score * 0",
+        "score = score * 1.0",
+        ("methods/test_unit_scores.py",),
+    ),
+    Mutant(
+        "pruning: the bias for what went is lost",
+        "methods/pruning.py",
+        "extra = weight @ mean - made @ mean[inputs]",
+        "extra = 0 * (weight @ mean - made @ mean[inputs])",
+        ("methods/test_unit_scores.py",),
+    ),
+    Mutant(
+        "pruning: couplings are believed untried",
+        "models/shrinking.py",
+        "<= _TOLERANCE * float(before.norm()) + 1e-6:",
+        "<= 1e9 * float(before.norm()) + 1e-6:",
+        ("models/test_couplings.py",),
+    ),
 )
 
 

@@ -86,6 +86,8 @@ model's config for it all the same, and would ask otherwise.
 {%- if coded %} On a CPU
 weights are decoded once and kept, as large as the original, where memory allows, and else in every forward pass;
 `from_pretrained(..., rankwise_cache_dense=True)` or `False` says which.{% endif %}
+{% elif smaller %}
+It is a plain checkpoint of the original's architecture with smaller weights, and needs no code of its own.
 {% else %}
 The weights are multiplied back: this checkpoint loads like the original and is as large as it. No size is saved.
 {% endif %}
@@ -93,10 +95,16 @@ The weights are multiplied back: this checkpoint loads like the original and is 
 """
 
 
-def model_card(report: Report) -> str:
-    """Markdown for a report."""
+def model_card(report: Report, plain: bool | None = None) -> str:
+    """Markdown for a report.
+
+    Args:
+        report: of the checkpoint.
+        plain: whether it needs no code of its own; by default what the recipe's format says.
+    """
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"in_words": in_words, "text": in_markdown, "code": in_code}
     name = report.recipe.model.rstrip("/").rpartition("/")[2]
-    low_rank = report.recipe.format == "low_rank"
-    return environment.from_string(_CARD).render(**dict(report), name=name, low_rank=low_rank)
+    low_rank = report.recipe.format == "low_rank" if plain is None else not plain
+    smaller = report.after.parameters < report.before.parameters
+    return environment.from_string(_CARD).render(**dict(report), name=name, low_rank=low_rank, smaller=smaller)

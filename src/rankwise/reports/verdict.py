@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from rankwise.methods import METHODS, Pruning
 from rankwise.reports.escaping import printable
 from rankwise.reports.outcome import Advice, Verdict
 from rankwise.reports.report import Report
@@ -199,7 +200,7 @@ def _storage(report: Report) -> Advice | None:
 
 def _method(report: Report) -> Advice | None:
     method, allocation = report.recipe.method.name, report.recipe.allocation.name
-    if report.coded or (method == "two_sided" and allocation != "uniform"):
+    if report.coded or (method in ("two_sided", "pruned") and allocation != "uniform"):
         return None
     return Advice(
         what="--method two_sided --allocation spectral", cost="statistics need a backward pass over the text as well"
@@ -229,6 +230,12 @@ def _repair(report: Report) -> Advice | None:
         if not any(site.q_bits and site.rank for site in report.sites.values()):
             return None
         return Advice(what="rankwise finetune DIR --method lowrank --data text:FILE", cost="minutes to hours")
+    kind = METHODS.get(report.recipe.method.name)
+    if kind is not None and kind.prunes and not kind.keeps_factors:
+        # Of weights that are whole, what lost units can be trained by adapters.
+        if not issubclass(kind, Pruning):
+            return None
+        return Advice(what="rankwise finetune DIR --method lora --data text:FILE", cost="minutes to hours")
     done = {step.step for step in report.repair}
     if done & {"blocks", "factors"}:
         return None

@@ -208,7 +208,7 @@ def write(
             if can_draw():
                 _draw(folder, chosen, report)
             write_report_page(folder, report, chosen.plan)
-            (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+            (folder / "README.md").write_text(model_card(report, plain), encoding="utf-8")
     except RankwiseError:
         work.reporter.note(f"finished stages are kept in {work.run.directory}")
         raise

@@ -128,6 +128,7 @@ def prune(work: Work) -> Work:
         name: dtype or loaded.stored_dtypes[name.rpartition(".")[0] + ".weight"] for name, dtype in dtypes.items()
     }
     loaded.model = small
+    _tell(work, couplings, found.stays)
     probe = work.texts.calibration.ids[:1].to(small.device)
     sites = share_inputs(small, find_sites(small), probe)
     weights = work.problem.allowance.weights
@@ -139,6 +140,16 @@ def prune(work: Work) -> Work:
         problem=problem_of(work.recipe, loaded, sites, weights),
         stays=found.stays,
     )
+
+
+def _tell(work: Work, couplings: list[Coupling], stays: Mapping[str, Tensor]) -> None:
+    """Say how much is left."""
+    for kind, words in (("heads", "groups of heads"), ("channels", "channels of feed-forward layers")):
+        of_kind = [coupling for coupling in couplings if coupling.kind == kind]
+        whole = sum(coupling.units for coupling in of_kind)
+        left = sum(len(stays[each.name]) if each.name in stays else each.units for each in of_kind)
+        if whole:
+            work.reporter.note(f"{left} of {whole} {words} stay")
 
 
 def _decide(work: Work, method: Pruning, couplings: list[Coupling], plan: str | None) -> Pruned:
