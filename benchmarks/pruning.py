@@ -1,0 +1,168 @@
+"""Methods that take units or directions out beside those of low rank, at equal numbers kept, on two small models.
+
+On SmolLM2-135M they are rows of `compare.py`.
+
+python benchmarks/pruning.py stories260k
+python benchmarks/pruning.py wiki-llama-8m
+python benchmarks/pruning.py write
+
+Needs the shared models. Finished rows stay in --run-dir, and the same command goes on after a stop; `write`
+makes the result files. --rows and --keeps measure some of the cells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, markdown_table, shared_directory, write_result
+from methods import protocols
+from rankwise import compress
+from rankwise.checkpoints import load_model
+from rankwise.data import load_sequences, parse_source
+from rankwise.evaluation import perplexity
+from rankwise.flows.finetune import finetune
+from rankwise.progress import Reporter
+from rankwise.recipes import finetune_from, recipe_from
+
+KEEPS = {"stories260k": (0.8, 0.6, 0.4), "wiki-llama-8m": (0.8, 0.6, 0.4)}
+ROWS: dict[str, dict[str, Any]] = {
+    "FLAP": {"method": "flap"},
+    "FLAP, linear": {"method": {"name": "flap", "compensation": "linear"}},
+    "SliceGPT": {"method": {"name": "slicegpt", "multiple": 1}},
+    "SliceGPT, one rotation": {"method": {"name": "slicegpt", "adapters": "none", "multiple": 1}},
+    "LLM-Pruner": {"method": "llm_pruner"},
+    "LLM-Pruner, linear": {"method": {"name": "llm_pruner", "compensation": "linear"}},
+    "LLM-Pruner + LoRA": {"method": "llm_pruner", "tuned": True},
+    "Bolaco, uniform": {"method": "bolaco", "allocation": "uniform"},
+    "Bolaco, 5x1": {"method": "bolaco", "allocation": "bayesian:5x1"},
+    "two_sided": {"method": "two_sided"},
+    "pruned": {"method": "pruned"},
+}
+
+
+def settings_of(model: str, shared: Path) -> dict[str, Any]:
+    """A recipe's mapping without method and size."""
+    calibration, texts = protocols(model, shared)
+    evaluation = next(iter(texts.values()))
+    if model == "wiki-llama-8m":
+        calibration, evaluation = {**calibration, "sequences": 128}, {**evaluation, "sequences": 100}
+    return {
+        "model": str(shared / "models" / model),
+        "calibration": calibration,
+        "evaluation": {**evaluation, "speed": False},
+    }
+
+
+def measured(model: str, name: str, keep: float, shared: Path, folder: Path) -> dict[str, Any]:
+    """One cell: the size that was reached and perplexity before and after."""
+    started, row = time.monotonic(), dict(ROWS[name])
+    tuned = row.pop("tuned", False)
+    values = {**settings_of(model, shared), **row, "budget": {"keep": keep, "rank_multiple": 1}}
+    output = folder / "output"
+    if tuned:
+        values["output"] = str(output)
+    reporter = Reporter(lines=True)
+    result = compress(recipe_from(values), run_directory=folder / f"run-{model}", overwrite=True, reporter=reporter)
+    scores = result.report.evaluation
+    assert scores is not None
+    after, plan = scores.compressed.perplexity, result.plan
+    if tuned:
+        after = _tuned(values, output, folder / "tuned", reporter)
+    return {
+        "model": model,
+        "row": name,
+        "asked": keep,
+        "kept": plan.kept,
+        "text": values["evaluation"]["source"].rpartition("/")[2],
+        "dense": scores.dense.perplexity,
+        "perplexity": after,
+        "stays": {coupling: len(units) for coupling, units in plan.stays.items()},
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _tuned(values: dict[str, Any], source: Path, output: Path, reporter: Reporter) -> float:
+    """Perplexity after adapters were trained on the calibration text for two passes, and added."""
+    shutil.rmtree(output, ignore_errors=True)
+    text, scored = values["calibration"]["source"], values["evaluation"]
+    wanted = {"model": str(source), "output": str(output), "data": text, "method": "lora", "bos": "never"}
+    finetune(finetune_from({**wanted, "length": values["calibration"].get("length")}, {}), reporter=reporter)
+    loaded = load_model(str(output))
+    ids = load_sequences(
+        parse_source(scored["source"]),
+        loaded.tokenizer,
+        loaded.vocabulary,
+        length=scored.get("length"),
+        count=scored.get("sequences"),
+        seed=scored.get("seed"),
+        first=scored.get("skip", 0),
+        start="never",
+    ).ids
+    return perplexity(loaded.model, ids, batch_size=8, reporter=reporter).perplexity
+
+
+NOTES = """Linear weights are counted, biases are not; `auto` storage for what is of low rank; ranks, channels and
+widths are multiples of 1, channels of `pruned` of 8. Calibration: 192 stories, and 128 x 256 tokens of mix.calibration;
+scored: the other stories, and 100 x 256 tokens of wikitext2.test. LLM-Pruner protects the first eighth and the last
+sixteenth of the layers as published, and scores by gradients of the calibration text; "linear" adds the compensation of
+`pruned`. No repair but where LoRA is named: two passes over the calibration text.
+
+"""
+
+
+def write(folder: Path) -> None:
+    cells = [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    body = NOTES
+    for model, keeps in KEEPS.items():
+        own = [cell for cell in cells if cell["model"] == model]
+        if not own:
+            continue
+        lines = []
+        for name in ROWS:
+            found = {cell["asked"]: cell for cell in own if cell["row"] == name}
+            if found:
+                texts = [f"{found[k]['perplexity']:.2f} ({found[k]['kept']:.3f})" if k in found else "-" for k in keeps]
+                lines.append([name, *texts])
+        body += f"{model}, {own[0]['text']}: dense {own[0]['dense']:.2f}; kept in brackets\n\n"
+        body += markdown_table(["method", *(f"keep {keep}" for keep in keeps)], lines) + "\n\n"
+    write_result("pruning", "Units, directions and ranks at equal size", "python benchmarks/pruning.py", body, cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=[*KEEPS, "write"])
+    parser.add_argument("--run-dir", type=Path, default=ROOT / ".benchmarks" / "pruning")
+    parser.add_argument("--rows", help="names joined by semicolons")
+    parser.add_argument("--keeps", help="joined by commas")
+    arguments = parser.parse_args()
+    folder = arguments.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.what == "write":
+        write(folder)
+        return
+    model, shared = arguments.what, shared_directory()
+    file = folder / f"{model}.jsonl"
+    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    names = arguments.rows.split(";") if arguments.rows else list(ROWS)
+    keeps = [float(keep) for keep in arguments.keeps.split(",")] if arguments.keeps else KEEPS[model]
+    for name in names:
+        for keep in keeps:
+            if any((cell["row"], cell["asked"]) == (name, keep) for cell in done):
+                continue
+            try:
+                cell = measured(model, name, keep, shared, folder)
+            except Exception as problem:
+                print(name, keep, f"no result: {problem}", flush=True)
+                continue
+            with file.open("a") as lines:
+                lines.write(json.dumps(cell) + "\n")
+            print(name, keep, round(cell["kept"], 4), round(cell["perplexity"], 2), flush=True)
+
+
+if __name__ == "__main__":
+    main()
