@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from rankwise.errors import ModelError
+from rankwise.evaluation import count_operations
 from rankwise.layers import BiasedLinear
 from rankwise.models import find_couplings, find_sites, shrink, shrinking, usable_couplings
 from rankwise.models.couplings import Section
@@ -124,6 +125,10 @@ def test_a_group_of_heads_takes_its_query_heads_along() -> None:
     assert torch.equal(attention.q_proj.weight, old.q_proj.weight[16:])
     assert torch.equal(attention.k_proj.weight, old.k_proj.weight[8:])
     assert torch.equal(attention.o_proj.weight, old.o_proj.weight[:, 16:])
+    # T^2 heads (d_qk + d_v), of 2 heads in one layer and 4 in the other; a key and a value of 1 + 2 groups a token.
+    counted = count_operations(small, torch.float32, tokens=10)
+    assert counted.attention_macs == 100 * 6 * 16
+    assert counted.cache_bytes_a_token == 4 * 3 * 16
 
 
 def test_sizes_stand_in_the_config_layer_by_layer_or_once() -> None:

@@ -49,7 +49,8 @@ class Rankwise{base}(FillsAsOriginal, {base}):
 
     def __init__(self, config):
         require(config.rankwise)
-        super().__init__(config)
+        with one_size(config):
+            super().__init__(config)
         resize_blocks(self, config.rankwise.get("blocks", {{}}))
         narrow_stream(self, config.rankwise.get("stream", {{}}))
         unfuse(self, config.rankwise.get("experts", []))
@@ -61,7 +62,8 @@ class Rankwise{causal}(FillsAsOriginal, {causal}):
     config_class = Rankwise{config}
 
     def __init__(self, config):
-        super().__init__(config)
+        with one_size(config):
+            super().__init__(config)
         setattr(self, self.base_model_prefix, Rankwise{base}(config))
         self.post_init()
 '''
@@ -187,6 +189,7 @@ def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
         narrow_stream=narrow.narrow_stream,
         LAYERS=replace.LAYERS,
         replace_linears=replace.replace_linears,
+        one_size=resizing.one_size,
         resize_blocks=resizing.resize_blocks,
     )
     return getattr(module, f"Rankwise{causal_class.__name__}")

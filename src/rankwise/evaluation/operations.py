@@ -13,7 +13,7 @@ window alone cache less than the full context, which is what is told.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,8 @@ class _Attention:
 
 def _attention_of(config: Any) -> _Attention | None:
     """The shape of attention as a config says it; layers that are not attention are left out."""
+    if getattr(config, "is_heterogeneous", False):
+        return _of_layers([config.per_layer_config[index] for index in range(config.num_hidden_layers)])
     heads = getattr(config, "num_attention_heads", None)
     layers = getattr(config, "num_hidden_layers", None)
     hidden = getattr(config, "hidden_size", None)
@@ -88,6 +90,16 @@ def _attention_of(config: Any) -> _Attention | None:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     cached = latent + config.qk_rope_head_dim if latent else kv_heads * (d_qk + d_v)
     return _Attention(layers, heads, d_qk, d_v, cached)
+
+
+def _of_layers(configs: Sequence[Any]) -> _Attention | None:
+    """That of layers which differ, as one layer with the heads of all."""
+    found = [_attention_of(config) for config in configs]
+    if not all(found):
+        return None
+    each = [attention for attention in found if attention is not None]
+    heads, cached = (sum(getattr(one, name) for one in each) for name in ("heads", "cached_numbers"))
+    return _Attention(1, heads, each[0].d_qk, each[0].d_v, cached)
 
 
 def _routed_share(config: Any) -> float:

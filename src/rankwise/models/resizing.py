@@ -4,7 +4,24 @@ The source of this file goes into the modelling file of a checkpoint whose block
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+
+@contextmanager
+def one_size(config: Any) -> Iterator[None]:
+    """Inside the block a config says the sizes of the whole model alone: where layers differ, reading these warns.
+
+    Args:
+        config: of the model; as it was afterwards.
+    """
+    kept = vars(config).pop("_heterogeneity_spec", None)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            vars(config)["_heterogeneity_spec"] = kept
 
 
 def resize_blocks(model: Any, sizes: dict) -> None:
@@ -15,9 +32,8 @@ def resize_blocks(model: Any, sizes: dict) -> None:
         sizes: path of a block -> setting -> value.
     """
     for path, settings in sizes.items():
-        own = copy.deepcopy(model.config)
-        if getattr(own, "is_heterogeneous", False):
-            own.per_layer_config = None
+        with one_size(model.config):
+            own = copy.deepcopy(model.config)
         for setting, value in settings.items():
             setattr(own, setting, value)
         parent, _, index = path.rpartition(".")
