@@ -11,6 +11,7 @@ import typer
 
 from rankwise import __version__
 from rankwise.cli.boundary import run_guarded
+from rankwise.cli.caching import cache_app
 from rankwise.cli.common import (
     Bos,
     Device,
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(plan_app, name="plan")
+app.add_typer(cache_app, name="cache")
 app.command()(finetune)
 app.command(name="plan-memory")(plan_memory)
 app.command()(chat)

@@ -28,14 +28,18 @@ def stage_key(depends_on: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
-def default_run_directory(model: str) -> Path:
-    """Where stages are kept by default: `RANKWISE_CACHE`, else the user's cache folder; one folder a model."""
-    root = (
+def cache_root() -> Path:
+    """Where stages are kept by default: `RANKWISE_CACHE`, else the user's cache folder."""
+    return Path(
         os.environ.get("RANKWISE_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankwise"
     )
+
+
+def default_run_directory(model: str) -> Path:
+    """Where those of one model are kept by default: a folder of its own."""
     name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
-    return Path(root) / name
+    return cache_root() / name
 
 
 @dataclass(frozen=True)
