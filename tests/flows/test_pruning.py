@@ -191,6 +191,12 @@ def test_few_bits_and_units_share_a_budget(settings: Settings, tmp_path: Path) -
     assert recipe.method.rest == "mixed"  # type: ignore[union-attr]
     result = compress(recipe)
     assert result.plan.bits_a_weight <= 2.5
+    promised = result.plan.kept_bits / 8 + sum(
+        p.numel() * p.element_size()
+        for name, p in result.model.named_parameters()
+        if not name.startswith("model.layers") or "norm" in name
+    )
+    assert promised <= (tmp_path / "out" / "model.safetensors").stat().st_size <= promised + 40_000
     assert result.report.coded
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype="auto").eval()
     assert torch.allclose(logits_of(model), logits_of(result.model), atol=1e-4)

@@ -116,12 +116,12 @@ def test_published_counts_of_llm_pruner_on_llama_2_7b() -> None:
 
 @pytest.mark.parametrize("structure", ["AL-AM", "UL-UM", "UL-MM", "AL-MM"])
 def test_flap_keeps_what_is_asked_within_a_unit(structure: Any) -> None:
-    parts = seven_b()
+    parts = seven_b()[:8]
     allowed = int(0.8 * whole(parts))
     found = FLAP(structure=structure).stays(parts, scores_of(parts), allowed * 16, FORM)
     assert 0 <= allowed - spent(parts, found) < 2 * 4 * 128 * 4096
     if structure.startswith("UL"):
-        assert len({len(found[f"layers.{b}.mlp"]) for b in range(32)}) <= 2
+        assert len({len(found[f"layers.{b}.mlp"]) for b in range(4)}) <= 2
 
 
 @given(st.integers(0, 10_000), st.floats(0.15, 1.0), st.sampled_from([1, 4]), st.booleans())

@@ -73,7 +73,8 @@ def plan_table(plan: Plan, some: Sequence[str] | None = None) -> Table:
             if not here:
                 cells.append("")
             elif all(cut.dense for cut in here):
-                cells.append("dense")
+                # What lost units, or directions, is whole and smaller.
+                cells.append(f"dense ({grid[block, role]:.2f})" if plan.originals else "dense")
             else:
                 shown = str(here[0]) if len(here) == 1 else f"{len(here)} sites"
                 cells.append(f"{shown} ({grid[block, role]:.2f})")
