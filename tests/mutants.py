@@ -677,7 +677,7 @@ MUTANTS = (
     Mutant(
         "pruning: couplings are believed untried",
         "models/shrinking.py",
-        "<= _TOLERANCE * float(before.norm()) + 1e-6:",
+        "<= tolerance * float(before.norm()) + 1e-6:",
         "<= 1e9 * float(before.norm()) + 1e-6:",
         ("models/test_couplings.py",),
     ),

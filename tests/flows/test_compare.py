@@ -325,3 +325,10 @@ def test_the_command_compares(rankwise: Run, tiny: Path, text: Path, tmp_path: P
     status, _, error = rankwise("compare", other, "-o", tmp_path / "c", "--keep", "0.8", *options)
     assert status == 2
     assert "--overwrite" in error
+
+
+def test_repairs_are_tried_where_they_are_known() -> None:
+    """What gives codes, or weights that lost units, has no row with a repair; `pruned` has one for a fraction kept."""
+    repaired = [way.method for way in read_ways("pruned,two_sided,flap", "keep", ("blocks",)) if way.repair]
+    assert repaired == ["pruned", "two_sided"]
+    assert not [way for way in read_ways("pruned,mixed", "bits", ("blocks",)) if way.repair]

@@ -159,10 +159,15 @@ def test_a_plan_takes_the_same_units_out(settings: Settings, tmp_path: Path) -> 
     again = compress(recipe_from(pruned(settings, "pruned", allocation=f"plan:{plan}")))
     assert again.plan.stays == first.plan.stays
     assert again.plan.cuts == first.plan.cuts
+    with pytest.raises(BudgetError, match="made for another size"):
+        compress(recipe_from(pruned(settings, "pruned", 0.6, allocation=f"plan:{plan}")))
     broken = json.loads(Path(plan).read_text())
     broken["stays"] = {name: [5000] for name in broken["stays"]}
     Path(plan).write_text(json.dumps(broken))
     with pytest.raises(BudgetError, match="has none of that number"):
+        compress(recipe_from(pruned(settings, "pruned", allocation=f"plan:{plan}")))
+    Path(plan).write_text(json.dumps({**broken, "stays": {name: [1, 0] for name in broken["stays"]}}))
+    with pytest.raises(BudgetError, match="not in ascending order"):
         compress(recipe_from(pruned(settings, "pruned", allocation=f"plan:{plan}")))
 
 
@@ -230,8 +235,13 @@ def test_what_cannot_be_done_is_said_before_anything_slow(
         compress(recipe_from(pruned(settings, "flap", memory="blocks")))
     with pytest.raises(RecipeError, match="here they differ"):
         compress(recipe_from(pruned(settings, "flap", format="dense", output=str(tmp_path / "out"))))
-    with pytest.raises(RecipeError, match="searches plans of one model"):
-        recipe_from(pruned(settings, "pruned", allocation="bayesian:5x1"))
+    with pytest.raises(BudgetError, match=r"raise --keep to 0\.\d+ or more"):
+        compress(recipe_from(pruned(settings, "pruned", 0.01, method={"multiple": 40})))
+    for method, asked in (("pruned", "spectral"), ("flap", "uniform")):
+        with pytest.raises(RecipeError, match=f"makes it another: give {asked}"):
+            recipe_from(pruned(settings, method, allocation="bayesian:5x1"))
+    with pytest.raises(RecipeError, match="with a linear compensation"):
+        recipe_from(pruned(settings, "pruned", method={"compensation": "bias"}))
     with pytest.raises(RecipeError, match="leaves no factors to repair"):
         recipe_from(pruned(settings, "flap", repair={"steps": ["refit"]}))
 

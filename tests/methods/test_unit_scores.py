@@ -270,6 +270,12 @@ def test_taylor_importance_is_that_of_the_paper(kind: str, importance: Any) -> N
     assert torch.allclose(method.scores(part), expected)
 
 
+def test_protecting_more_layers_than_there_are_protects_all() -> None:
+    parts = parts_of(3, d=8, inner=20, groups=3, width=2, gamma=2)
+    assert len(LLMPruner(first=0, last=5).protected(parts)) == len(parts)
+    assert LLMPruner(first=0, last=0).protected(parts) == []
+
+
 def test_members_of_a_unit_come_together_as_asked() -> None:
     coupling, sites, weights, _ = one("channels")
     gradients = {name: torch.ones(1, *weight.shape, dtype=torch.float64) for name, weight in weights.items()}

@@ -142,6 +142,8 @@ def test_sizes_stand_in_the_config_layer_by_layer_or_once() -> None:
     assert both.config.intermediate_size == 40
     assert not both.config.is_heterogeneous
     assert model.config.intermediate_size == 48
+    with pytest.raises(ModelError, match="sizes of their own already"):
+        find_couplings(one, find_sites(one))
 
 
 def test_a_bias_without_a_place_gets_a_layer_of_ours() -> None:

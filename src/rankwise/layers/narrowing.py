@@ -248,8 +248,8 @@ def slice_by_one_rotation(
 ) -> None:
     """Turn the whole stream by one Q and cut it; no adapter is needed, and the model is a plain one of width k.
 
-    A usual norm over k numbers with the epsilon eps d / k gives sqrt(d / k) times what the cut norm should, which goes
-    into its readers: a gain would be rounded alike for all of them.
+    A usual norm over k numbers with the epsilon eps d / k gives sqrt(k / d) times what the cut norm should. Its readers
+    take sqrt(d / k), not its gain, which would be rounded alike for all of them.
 
     Args:
         model: the causal language model, changed in place, its config too.

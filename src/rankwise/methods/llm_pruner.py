@@ -64,7 +64,7 @@ class LLMPruner(Pruning):
         blocks = sorted({part.coupling.block for part in parts})
         first = round(FIRST * len(blocks)) if self.first is None else self.first
         last = round(LAST * len(blocks)) if self.last is None else self.last
-        kept = set(blocks[:first]) | set(blocks[len(blocks) - last :] if last else [])
+        kept = set(blocks[:first]) | set(blocks[max(0, len(blocks) - last) :])
         return [part.coupling.name for part in parts if part.coupling.block in kept]
 
     def _of(self, part: Part, site: str, side: int) -> Tensor:

@@ -17,6 +17,7 @@ from rankwise.methods.base import Looking, Method, Outlook, tail_losses
 from rankwise.methods.mixed import Mixed
 from rankwise.methods.pruning import Compensation, Part, Pruning
 from rankwise.methods.quantize import Quantize
+from rankwise.methods.quantizing import CURVATURE
 from rankwise.methods.two_sided import TwoSided
 from rankwise.sizes import DENSE, Budget, Candidates, Cut, Form
 from rankwise.statistics import SiteStatistics, Statistic
@@ -108,13 +109,12 @@ class Pruned(Pruning):
         return True
 
     def check_size(self, asked: Budget, allocation: str) -> None:
-        if not asked.sized:
-            raise ValueError("pruned needs a size to choose by: give keep, bits or size")
+        super().check_size(asked, allocation)
         self.check_equal(False, "flap or llm_pruner")
-        if allocation not in ("spectral", "uniform", "plan"):
-            raise ValueError(
-                f"the allocation {allocation} searches plans of one model, and pruned makes it another: give spectral"
-            )
+        if self.compensation != "linear":
+            raise ValueError("pruned estimates losses with a linear compensation: for another one use flap")
+        if self.rest == "mixed" and self.curvature_gb != DEFAULT_CURVATURE_GB:
+            raise ValueError("curvature_gb is for rest two_sided; mixed has its own")
 
     def form(self, budget: Budget, number_bits: int) -> Form:
         return self._rest.form(budget, number_bits)
@@ -149,7 +149,7 @@ class Pruned(Pruning):
 
     @property
     def _curvature(self) -> Curvature:
-        return Curvature(labels="sampled", memory_gb=self.curvature_gb)
+        return CURVATURE if self.rest == "mixed" else Curvature(labels="sampled", memory_gb=self.curvature_gb)
 
     def pruning_requests(self) -> tuple[Statistic, ...]:
         return (InputMoments(), self._curvature)

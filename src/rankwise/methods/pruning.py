@@ -16,7 +16,7 @@ from rankwise.factors import Basis
 from rankwise.linalg import compensated, damped, decompose
 from rankwise.methods.base import Factorisation, make_basis
 from rankwise.models import Coupling, Site
-from rankwise.sizes import DENSE, Candidates, Form
+from rankwise.sizes import DENSE, Budget, Candidates, Form
 from rankwise.statistics import SiteStatistics, Statistic
 from rankwise.statistics.input_moments import InputMoments
 from rankwise.statistics.input_spread import InputSpread
@@ -170,6 +170,16 @@ class Pruning(Factorisation):
     multiple: Annotated[int, Field(ge=1)] = 1
     equal: bool = False
     damping: Annotated[float, Field(gt=0)] = 1e-3
+
+    def check_size(self, asked: Budget, allocation: str) -> None:
+        if not asked.sized:
+            raise ValueError(f"{self.name} needs a size to choose by: give keep, bits or size")
+        known = ("uniform", "plan", *(("spectral",) if self.rests else ()))
+        if allocation not in known:
+            raise ValueError(
+                f"the allocation {allocation} is for plans of one model, and {self.name} makes it another: give "
+                f"{known[-1] if self.rests else known[0]}"
+            )
 
     def check_equal(self, alike: bool, how: str) -> None:
         """Raise when layers are asked to be equal and lose units in a way that makes them differ.

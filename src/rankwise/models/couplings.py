@@ -100,8 +100,15 @@ def find_couplings(model: Any, sites: Sequence[Site]) -> list[Coupling]:
         sites: its sites.
 
     Raises:
-        ModelError: naming a site that two modules claim, or a head count that does not divide.
+        ModelError: naming a site that two modules claim, a head count that does not divide, or layers that differ
+            already.
     """
+    if getattr(model.config, "is_heterogeneous", False):
+        raise ModelError(
+            "Its layers have sizes of their own already, from which no more units are taken.",
+            where=type(model).__name__,
+            remedy="use a method that keeps shapes, such as two_sided",
+        )
     children: dict[str, dict[str, Site]] = {}
     for site in sites:
         parent, _, leaf = site.name.rpartition(".")

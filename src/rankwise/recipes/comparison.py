@@ -70,11 +70,10 @@ class Way(BaseModel):
         kind = method_class(self.method)
         return kind is None or kind.default_keep is not None
 
-    @property
-    def repairable(self) -> bool:
-        """Whether it gives factors that repairs know."""
+    def repairable(self, spelling: Spelling) -> bool:
+        """Whether it gives factors that repairs know, with its size spelled so."""
         kind = method_class(self.method)
-        return kind is None or kind.keeps_factors
+        return kind is None or kind(name=self.method, **kind.defaults({spelling: 1})).repairable
 
     def __str__(self) -> str:
         return (
@@ -113,7 +112,7 @@ def read_ways(text: str, spelling: Spelling, repair: Sequence[str] = ()) -> tupl
         ways += [
             way.model_copy(update={"repair": tuple(sorted(repair, key=STEPS.index))})
             for way in ways
-            if way.repairable and not way.repair
+            if way.repairable(spelling) and not way.repair
         ]
     if not ways:
         raise RecipeError("No method is named.", where="--methods", remedy="give --methods all, or a list")

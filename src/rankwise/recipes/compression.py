@@ -196,7 +196,7 @@ class Recipe(_Node):
     @model_validator(mode="after")
     def _size_for_method(self) -> Recipe:
         self.method.check_size(self.budget, self.allocation.name)
-        if self.repair.steps and self.method.prunes and not self.method.repairable:
+        if self.repair.steps and self.method.prunes and not self.method.keeps_factors:
             raise ValueError(f"{self.method.name} leaves no factors to repair: see rankwise finetune")
         if self.repair.steps and not self.method.repairable:
             raise ValueError(

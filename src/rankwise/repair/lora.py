@@ -64,7 +64,11 @@ def attach_adapters(model: Any, sites: Sequence[Site], rank: int, alpha: int, se
         warnings.simplefilter("ignore", UserWarning)
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=adapter)
-    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    for parameter in adapters.values():
+        # On weights of 16 bits peft makes them of the same type, in which small steps are lost.
+        parameter.data = parameter.data.float()
+    return adapters
 
 
 def merge_adapters(
@@ -91,8 +95,8 @@ def merge_adapters(
         scale = adapted.scaling[name]
         if not kind_of(base).replaced:
             up, down = (part[name].weight.detach().double() for part in (adapted.lora_B, adapted.lora_A))
-            model.set_submodule(site.name, _changed(base, scale * up @ down))
-            lost[site.name] = 0.0
+            made, lost[site.name] = _changed(base, scale * up @ down)
+            model.set_submodule(site.name, made)
             continue
         old = kind_of(base).factors(base)
         left, right = old.pair()
@@ -110,18 +114,19 @@ def merge_adapters(
     return lost
 
 
-def _changed(base: nn.Module, change: Tensor) -> nn.Module:
-    """A dense layer of the same kind with so much added to W, shape `[m, n]`."""
+def _changed(base: nn.Module, change: Tensor) -> tuple[nn.Module, float]:
+    """A dense layer of the same kind with so much added to W, shape `[m, n]`, and the share that rounding it loses."""
     made: Any = copy.copy(base)
     made._parameters = dict(base._parameters)
     weight: Any = base.weight
-    added = change.T if kind_of(base).transposed else change
-    made.weight = nn.Parameter((weight.detach().double() + added).to(weight.dtype), requires_grad=False)
-    return made
+    wanted = weight.detach().double() + (change.T if kind_of(base).transposed else change)
+    made.weight = nn.Parameter(wanted.to(weight.dtype), requires_grad=False)
+    missed = float((made.weight.double() - wanted).square().sum() / wanted.square().sum().clamp_min(1e-300))
+    return made, missed
 
 
 class Lora(Training):
-    """How adapters are trained and merged. Those of a weight that is whole are added to it, exactly.
+    """How adapters are trained and merged. Those of a weight that is whole are added to it.
 
     Attributes:
         rank: a, of each adapter.

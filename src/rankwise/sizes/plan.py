@@ -94,6 +94,9 @@ class Plan(BaseModel):
             raise ValueError(f"{name} has a cut without a shape, or a shape without a cut")
         if self.form.number_bits > _WIDEST_NUMBER:
             raise ValueError(f"no number has {shown(self.form.number_bits)} bits")
+        for name, units in self.stays.items():
+            if units != sorted(set(units)):
+                raise ValueError(f"{name}: the units that stay are not in ascending order, each once")
         for name, cut in self.cuts.items():
             if cut.rank is not None and cut.rank > min(self.shapes[name]):
                 raise ValueError(f"{name}: the rank {cut.rank} does not lie in 0..{min(self.shapes[name])}")

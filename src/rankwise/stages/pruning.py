@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankwise.allocation import Planned
 from rankwise.checkpoints import fingerprint
-from rankwise.errors import BudgetError, RecipeError
+from rankwise.errors import BudgetError, ModelError, RecipeError
 from rankwise.layers import BiasedLinear
 from rankwise.methods import Part, Pruning
 from rankwise.models import Coupling, Site, find_sites, share_inputs, shrink, usable_couplings
@@ -63,15 +64,34 @@ def check_pruning(work: Work) -> None:
             where="format",
             remedy="leave out --format dense, or let all layers lose alike (--set method.equal=true)",
         )
+    if not hasattr(work.loaded.model.config, "is_heterogeneous"):
+        raise ModelError(
+            f"Layers of different sizes need transformers 5.15 or newer; installed is {transformers.__version__}.",
+            where=method.name,
+            remedy="install a newer transformers",
+        )
     problem = work.problem
-    if not problem.allowance.sized:
-        raise BudgetError(f"{method.name} needs a size.", where="budget", remedy="give --keep, --bits or --size")
     sites = {site.name: site for site in work.sites}
     parts = [Part(coupling, sites, _nothing) for coupling in couplings_of(work)]
-    least = (method.least(parts) + _others(work, parts)) * problem.form.number_bits
     if method.rests:
+        problem.allowance.require(_least_bits(work, method, parts))
         return
+    least = (method.least(parts) + _others(work, parts)) * problem.form.number_bits
     problem.allowance.require(least, ", lower method.multiple, or protect fewer layers", "the fewest units")
+
+
+def _least_bits(work: Work, method: Pruning, parts: list[Part]) -> int:
+    """What the fewest units take where what is left is made as small as it can be."""
+    shapes = {site.name: (site.m, site.n) for site in work.sites}
+    for part in parts:
+        coupling, left = part.coupling, part.chunk(method.multiple)
+        for name in coupling.sites[:-1]:
+            rows = sum(left * section.size for section in coupling.rows if section.site == name)
+            shapes[name] = rows, shapes[name][1]
+        consumer = coupling.columns.site
+        shapes[consumer] = shapes[consumer][0], left * coupling.columns.size
+    form, multiple = work.problem.form, work.recipe.budget.rank_multiple
+    return sum(method.candidates(shape, form, multiple, True).smallest for shape in shapes.values())
 
 
 def _nothing(name: str) -> tuple[Tensor, SiteStatistics]:
@@ -111,6 +131,7 @@ def prune(work: Work) -> Work:
     assert isinstance(method, Pruning)
     couplings = couplings_of(work)
     key = {**calibration_key(work), "method": method.model_dump(), "budget": work.recipe.budget.model_dump()}
+    key["couplings"] = [[coupling.name, coupling.units] for coupling in couplings]
     plan = work.recipe.allocation.file if isinstance(work.recipe.allocation, Planned) else None
     if plan is not None:
         key["plan"] = json.loads(Plan.load(Path(plan)).model_dump_json(include={"stays"}))
@@ -162,7 +183,7 @@ def _decide(work: Work, method: Pruning, couplings: list[Coupling], plan: str | 
     store = collect_requests(work, method.pruning_requests(), watched, beside={"sites": sorted(names)})
     parts = [Part(coupling, by_name, partial(_seen, work, store, by_name)) for coupling in couplings]
     if plan is not None:
-        stays = _planned(Plan.load(Path(plan)), couplings, plan)
+        stays = _planned(work, Plan.load(Path(plan)), couplings, plan)
     else:
         scores = {}
         for part in work.reporter.track(parts, "scoring units", total=len(parts)):
@@ -196,12 +217,18 @@ def _loses(part: Part, stays: Mapping[str, Tensor]) -> bool:
     return name in stays and len(stays[name]) < part.coupling.units
 
 
-def _planned(plan: Plan, couplings: list[Coupling], where: str) -> dict[str, Tensor]:
+def _planned(work: Work, plan: Plan, couplings: list[Coupling], where: str) -> dict[str, Tensor]:
     """The units that a plan keeps.
 
     Raises:
-        BudgetError: when it was made for other layers.
+        BudgetError: when it was made for other layers, or another size.
     """
+    if plan.stays and plan.spelling != work.recipe.budget.spelling:
+        raise BudgetError(
+            "The plan says which units stay, and was made for another size.",
+            where=where,
+            remedy="give the size it was made for, or make a plan for this one",
+        )
     by_name = {coupling.name: coupling for coupling in couplings}
     for name, units in plan.stays.items():
         if name not in by_name or max(units) >= by_name[name].units:
