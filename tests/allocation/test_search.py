@@ -50,6 +50,7 @@ def trials_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_search_is_never_worse_than_its_first_trial_and_is_written_down(searching: Settings, tmp_path: Path) -> None:
     result = compress(recipe_from(searching(output=str(tmp_path / "out"))))
     trials = trials_of(tmp_path / "out")

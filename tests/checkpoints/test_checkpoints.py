@@ -28,6 +28,7 @@ Settings = Callable[..., dict[str, Any]]
 TWO_FACTORS = {"keep": 0.6, "rank_multiple": 1, "storage": "two_factor"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("tied", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
 def test_a_process_without_rankwise_gets_the_same_logits(
     tied: bool, dtype: torch.dtype, settings: Settings, tiny: Path, tmp_path: Path

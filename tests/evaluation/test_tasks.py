@@ -144,6 +144,7 @@ def test_tasks_of_ones_own_run_and_unknown_ones_are_told_the_nearest(loaded: Any
         run_tasks(loaded.model, loaded.tokenizer, ["local_cloze"], include=[tmp_path / "none"])
 
 
+@pytest.mark.long
 def test_a_task_whose_data_cannot_be_had_says_what_to_give(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -158,6 +158,7 @@ def test_a_model_that_cannot_be_scored_says_so_and_the_rest_goes_on(
         assert found.rows[2].problem is None
 
 
+@pytest.mark.long
 def test_a_plan_that_was_not_there_is_tried_again(asked: Callable[..., Values], tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     values = asked(sizes=(0.5,), ways=read_ways(f"svd/plan:{plan},svd", "keep"))

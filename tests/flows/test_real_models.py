@@ -54,6 +54,7 @@ def test_stories260k_agrees_with_the_prototype(method: str, shared: Path, run_di
         assert small == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", PROTOTYPE)
 def test_a_filled_budget_does_better_than_floored_ranks(method: str, shared: Path, run_directory: Path) -> None:
     for keep, floored in zip((0.9, 0.8, 0.7), PROTOTYPE[method], strict=True):
@@ -68,6 +69,7 @@ def test_weighing_by_data_and_by_loss_each_pay(shared: Path, run_directory: Path
     assert both < outputs < 0.5 * plain
 
 
+@pytest.mark.long
 def test_a_plan_by_estimated_loss_does_what_the_prototype_did(shared: Path, run_directory: Path) -> None:
     method = {"name": "two_sided", "damping": 0.1}
     for keep, expected in zip((0.9, 0.8, 0.7), (4.1, 15.5, 80), strict=True):
