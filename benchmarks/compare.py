@@ -209,7 +209,7 @@ def draw(rows: list[ComparedRow], text: str, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_ylim(best * 0.95, top)
     if above:
-        axes.annotate(f"above this scale: {', '.join(above)}", (0.99, 0.6), xycoords="axes fraction", ha="right")
+        axes.annotate(f"above this scale: {', '.join(above)}", (0.99, 0.74), xycoords="axes fraction", ha="right")
     ticks = [best * factor for factor in (1, 1.25, 1.5, 2, 3, 4, 6, 8)]
     axes.set_yticks(ticks, [f"{tick:.0f}" for tick in ticks])
     axes.minorticks_off()
