@@ -107,12 +107,15 @@ def _tuned(values: dict[str, Any], source: Path, output: Path, reporter: Reporte
 
 
 NOTES = """Linear weights are counted, biases are not; `auto` storage for what is of low rank; ranks, channels and
-widths are multiples of 1, channels of `pruned` of 8. Calibration: 192 stories, and 128 x 256 tokens of mix.calibration;
-scored: the other stories, and 100 x 256 tokens of wikitext2.test. LLM-Pruner protects the first eighth and the last
-sixteenth of the layers as published, and scores by gradients of the calibration text; "linear" adds the compensation of
-`pruned`. No repair but where LoRA is named: two passes over the calibration text.
+widths are multiples of 1, channels of `pruned` of 8. LLM-Pruner protects the first eighth and the last sixteenth of the
+layers as published, and scores by gradients of the calibration text; "linear" adds the compensation of `pruned`. No
+repair but where LoRA is named: two passes over the calibration text.
 
 """
+TEXTS = {
+    "stories260k": "calibration 192 stories, scored on the others",
+    "wiki-llama-8m": "calibration 128 x 256 tokens of mix.calibration, 100 x 256 tokens of wikitext2.test scored",
+}
 
 
 def write(folder: Path) -> None:
@@ -128,7 +131,7 @@ def write(folder: Path) -> None:
             if found:
                 texts = [f"{found[k]['perplexity']:.2f} ({found[k]['kept']:.3f})" if k in found else "-" for k in keeps]
                 lines.append([name, *texts])
-        body += f"{model}, {own[0]['text']}: dense {own[0]['dense']:.2f}; kept in brackets\n\n"
+        body += f"{model}, {TEXTS[model]}: dense {own[0]['dense']:.2f}; kept in brackets\n\n"
         body += markdown_table(["method", *(f"keep {keep}" for keep in keeps)], lines) + "\n\n"
     write_result("pruning", "Units, directions and ranks at equal size", "python benchmarks/pruning.py", body, cells)
 

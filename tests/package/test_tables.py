@@ -102,6 +102,14 @@ TABLES = {
             **{text: ({}, [f"perplexity/{text}"]) for text in TEXTS},
         },
     ),
+    ("docs/pruning.md", "pruning"): Shown(
+        named(
+            "row",
+            *("FLAP", "FLAP, linear", "SliceGPT", "SliceGPT, one rotation", "LLM-Pruner", "LLM-Pruner, linear"),
+            *("LLM-Pruner + LoRA", "Bolaco, uniform", "Bolaco, 5x1", "two_sided", "pruned"),
+        ),
+        {f"keep {keep}": ({"model": "stories260k", "asked": keep}, ["perplexity"]) for keep in (0.8, 0.6, 0.4)},
+    ),
     ("docs/methods/mixed.md", "mixed"): Shown(
         named("row", "Q alone", "Q + L R", "mixed"),
         {f"{t} {bits}": ({"asked": bits}, [f"perplexity/{t}"]) for t in TEXTS for bits in (2.1, 2.5, 3.0, 4.0)},
