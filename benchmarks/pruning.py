@@ -19,6 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from common import ROOT, markdown_table, shared_directory, write_result
 from methods import protocols
 from rankwise import compress
@@ -87,29 +90,34 @@ def measured(model: str, name: str, keep: float, shared: Path, folder: Path) -> 
 
 
 def _tuned(values: dict[str, Any], source: Path, output: Path, reporter: Reporter) -> float:
-    """Perplexity after adapters were trained on the calibration text for two passes, and added."""
+    """Perplexity after adapters made two passes over the calibration sequences, and were added."""
     shutil.rmtree(output, ignore_errors=True)
-    text, scored = values["calibration"]["source"], values["evaluation"]
-    wanted = {"model": str(source), "output": str(output), "data": text, "method": "lora", "bos": "never"}
-    finetune(finetune_from({**wanted, "length": values["calibration"].get("length")}, {}), reporter=reporter)
-    loaded = load_model(str(output))
-    ids = load_sequences(
-        parse_source(scored["source"]),
-        loaded.tokenizer,
-        loaded.vocabulary,
-        length=scored.get("length"),
-        count=scored.get("sequences"),
-        seed=scored.get("seed"),
-        first=scored.get("skip", 0),
-        start="never",
-    ).ids
-    return perplexity(loaded.model, ids, batch_size=8, reporter=reporter).perplexity
+    loaded = load_model(str(source))
+
+    def ids_of(settings: dict[str, Any]) -> torch.Tensor:
+        return load_sequences(
+            parse_source(settings["source"]),
+            loaded.tokenizer,
+            loaded.vocabulary,
+            length=settings.get("length"),
+            count=settings.get("sequences"),
+            seed=settings.get("seed", 0) if settings.get("sample") == "random" else None,
+            first=settings.get("skip", 0),
+            start="never",
+        ).ids
+
+    learned, scored = ids_of({"sample": "random", **values["calibration"]}), ids_of(values["evaluation"])
+    file = source.parent / "learned.safetensors"
+    save_file({"tokens": learned.contiguous()}, file)
+    wanted = {"model": str(source), "output": str(output), "data": f"tokens:{file}", "method": "lora", "bos": "never"}
+    finetune(finetune_from(wanted, {}), reporter=reporter)
+    return perplexity(load_model(str(output)).model, scored, batch_size=8, reporter=reporter).perplexity
 
 
 NOTES = """Linear weights are counted, biases are not; `auto` storage for what is of low rank; ranks, channels and
 widths are multiples of 1, channels of `pruned` of 8. LLM-Pruner protects the first eighth and the last sixteenth of the
 layers as published, and scores by gradients of the calibration text; "linear" adds the compensation of `pruned`. No
-repair but where LoRA is named: two passes over the calibration text.
+repair but where LoRA is named: two passes over the calibration sequences, 16 of them held out.
 
 """
 TEXTS = {

@@ -20,7 +20,7 @@ from rankwise import compress
 from rankwise.checkpoints import load_model
 from rankwise.data import load_sequences, parse_source
 from rankwise.errors import BudgetError, ModelError, RecipeError
-from rankwise.models import find_sites
+from rankwise.models import find_sites, place_of
 from rankwise.quickstart import MODEL
 from rankwise.recipes import recipe_from
 from rankwise.sizes import Plan
@@ -211,8 +211,7 @@ def test_few_bits_and_units_share_a_budget(settings: Settings, tmp_path: Path) -
 def test_adapters_recover_what_lost_units(rankwise: Run, settings: Settings, text: Path, tmp_path: Path) -> None:
     out, tuned = tmp_path / "out", tmp_path / "tuned"
     compress(recipe_from(pruned(settings, "llm_pruner", 0.6, output=str(out))))
-    words = ["finetune", out, "--data", f"text:{text}", "--length", 32, "-o", tuned, "--set", "steps=3"]
-    words = [word for word in words if word not in ("--set", "steps=3")]
+    words = ["finetune", out, "--data", f"text:{text}", "--length", 32, "-o", tuned]
     status, _, err = rankwise(*words, "--method", "lora", "--epochs", "0.2", "--held-out", 8)
     assert status == 0, err
     old, new = (load_model(str(folder)).model for folder in (out, tuned))
@@ -251,3 +250,10 @@ def test_repairs_run_on_what_is_left(settings: Settings) -> None:
     values["validation"] = {"sequences": 8}
     result = compress(recipe_from(values))
     assert [step.step for step in result.report.repair] == ["refit", "blocks"]
+    # What each role keeps is of the original, ranks counted: together it is what all keep.
+    whole = dict.fromkeys(result.plan.groups, 0)
+    for name, (m, n) in result.plan.originals.items():
+        whole[place_of(name)[1]] += m * n
+    kept = sum(share * whole[role] for role, share in result.plan.groups.items())
+    assert kept / sum(whole.values()) == pytest.approx(result.plan.kept)
+    assert not all(cut.dense for cut in result.plan.cuts.values())

@@ -39,13 +39,13 @@ def test_the_share_that_slicing_keeps_of_llama_2_7b(sliced: int, kept: float) ->
 @pytest.mark.parametrize(("keep", "kept"), [(0.9, 3248), (0.8, 2920), (0.7, 2576), (0.6, 2232), (0.5, 1880)])
 def test_the_width_that_keeps_a_share_of_llama_2_7b(keep: float, kept: int) -> None:
     allowed = int(keep * LLAMA.whole)
-    assert LLAMA.largest(allowed, 8, True) == kept
+    assert LLAMA.largest(lambda _k: allowed, LLAMA.widths(8), True) == kept
     assert LLAMA.numbers(kept, True) <= allowed < LLAMA.numbers(kept + 8, True)
 
 
 def test_nothing_fits_what_is_too_little() -> None:
-    assert LLAMA.largest(LLAMA.numbers(8, True), 8, True) == 8
-    assert LLAMA.largest(LLAMA.numbers(8, True) - 1, 8, True) is None
+    assert LLAMA.largest(lambda _k: LLAMA.numbers(8, True), LLAMA.widths(8), True) == 8
+    assert LLAMA.largest(lambda _k: LLAMA.numbers(8, True) - 1, LLAMA.widths(8), True) is None
 
 
 @pytest.mark.parametrize("adapters", [True, False])

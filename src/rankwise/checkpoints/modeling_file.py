@@ -1,10 +1,11 @@
 """The self-contained modelling file of a compressed checkpoint, and the class it defines.
 
 The file holds the source of the layers (`layers/low_rank.py`, `pivoted.py`, `quantized.py`, `replace.py`), of what
-reads codes (`quantizers/codes.py`, `rotation.py`), of experts as plain layers (`models/experts.py`), of blocks whose
-residual stream was cut (`layers/narrow.py`), of what it needs (`layers/needs.py`), and three small subclasses of the
-base architecture. Loading with `trust_remote_code=True` runs it where rankwise is not installed; rankwise itself builds
-the same text afresh and never runs the file it finds in a directory.
+reads codes (`quantizers/codes.py`, `rotation.py`), of experts as plain layers (`models/experts.py`), of blocks of other
+sizes (`models/resizing.py`), of dense layers with a bias (`layers/biased.py`), of blocks whose residual stream was cut
+(`layers/narrow.py`), of what it needs (`layers/needs.py`), and three small subclasses of the base architecture. Loading
+with `trust_remote_code=True` runs it where rankwise is not installed; rankwise itself builds the same text afresh and
+never runs the file it finds in a directory.
 """
 
 from __future__ import annotations

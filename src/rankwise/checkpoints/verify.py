@@ -15,6 +15,8 @@ _INDEX = "model.safetensors.index.json"
 
 _MOST_LAYERS = 100_000
 _LARGEST = 1 << 48
+_LONGEST = 200
+"""Characters that the path of a block has at most."""
 _MOST_AXES = 16
 
 _WIDTHS = {
@@ -116,6 +118,12 @@ def _check_own(entry: dict[str, Any], path: Path) -> None:
             where=str(path),
             remedy="fetch the model's config.json again",
         )
+    if not _are_blocks(entry.get("blocks", {})):
+        raise ModelError(
+            "The config's rankwise entry does not say of blocks which sizes they have.",
+            where=str(path),
+            remedy="fetch the model's config.json again",
+        )
     if not _is_stream(entry.get("stream", {})):
         raise ModelError(
             "The config's rankwise entry does not say how the residual stream was cut.",
@@ -135,6 +143,16 @@ def _check_own(entry: dict[str, Any], path: Path) -> None:
             where=str(path),
             remedy="use the version of rankwise that wrote it",
         )
+
+
+def _are_blocks(value: Any) -> bool:
+    """Whether a value says of blocks, by path, how many there are of something, as `resize_blocks` takes it."""
+    if not isinstance(value, dict) or not all(isinstance(sizes, dict) for sizes in value.values()):
+        return False
+    counts = [count for sizes in value.values() for count in sizes.values()]
+    # A block is the one of some number in a list.
+    numbered = all(path.rpartition(".")[2].isdecimal() and len(path) < _LONGEST for path in value)
+    return numbered and all(type(count) is int and 0 < count < _LARGEST for count in counts)
 
 
 def _is_stream(value: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rankwise.factors import Basis, Factors, Fit
+from rankwise.factors import Factors, Fit
 from rankwise.linalg import OutputMetric, compensated, damped, psd_factor, removal_losses, removal_order
 from rankwise.methods.base import Looking, Method, Outlook, tail_losses
 from rankwise.methods.mixed import Mixed
@@ -131,9 +131,6 @@ class Pruned(Pruning):
     def output_metric(self, statistics: SiteStatistics) -> OutputMetric | None:
         return self._rest.output_metric(statistics)
 
-    def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
-        return TwoSided(damping=self.curvature_damping, curvature_gb=self.curvature_gb).decompose(weight, statistics)
-
     def outlook(self, weight: Tensor, statistics: SiteStatistics, q_bits: int, source: torch.Generator) -> Outlook:
         return self._rest.outlook(weight, statistics, q_bits, source)
 
@@ -186,17 +183,20 @@ class Pruned(Pruning):
         consumer, statistics = part.seen(coupling.columns.site)
         felt = statistics.of(self._curvature)
         covariance = damped(statistics.of(InputMoments()).covariance(), self.damping)
+        of_consumer = torch.block_diag(*felt)
         lost = removal_losses(_felt(consumer, felt), covariance, order, coupling.columns.size)
-        weights = {name: part.seen(name) for name in coupling.sites[:-1]}
-        coded = {name: self._coded(part, name, form) for name in coupling.sites}
+        producers = {}
+        for name in coupling.sites[:-1]:
+            weight, seen = part.seen(name)
+            outputs = torch.block_diag(*seen.of(self._curvature))
+            producers[name] = weight, seen.of(InputMoments()).covariance(), outputs
+        coded = {name: self._coded(part, name) for name in coupling.sites}
         found = []
         for count in sorted(counts):
             units = order[:count].sort().values
             bits, losses = [], []
-            for name, (weight, seen) in weights.items():
+            for name, (weight, inputs, outputs) in producers.items():
                 rows = torch.cat([section.of(units) for section in coupling.rows if section.site == name])
-                inputs = seen.of(InputMoments()).covariance()
-                outputs = torch.block_diag(*seen.of(self._curvature))
                 share = float(outputs.diagonal()[rows].sum() / outputs.diagonal().sum().clamp_min(1e-300))
                 cost, loss = _curve(weight[rows], inputs, outputs[rows][:, rows], form, coded[name], share)
                 bits.append(cost)
@@ -205,11 +205,11 @@ class Pruned(Pruning):
             left = consumer if count == coupling.units else compensated(consumer, covariance, columns)
             share = float(covariance.diagonal()[columns].sum() / covariance.diagonal().sum())
             kept = covariance[columns][:, columns]
-            cost, loss = _curve(left, kept, torch.block_diag(*felt), form, coded[coupling.columns.site], share)
+            cost, loss = _curve(left, kept, of_consumer, form, coded[coupling.columns.site], share)
             found.append(_Trial(count, float(lost[count]), [*bits, cost], [*losses, loss]))
         return found
 
-    def _coded(self, part: Part, name: str, form: Form) -> Mapping[int, float]:
+    def _coded(self, part: Part, name: str) -> Mapping[int, float]:
         """By bits of Q, what rounding the whole weight is estimated to lose; none where bits are no choice."""
         if not isinstance(self._rest, Mixed):
             return {}

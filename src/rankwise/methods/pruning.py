@@ -12,11 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rankwise.factors import Basis
-from rankwise.linalg import compensated, damped, decompose
-from rankwise.methods.base import Factorisation, make_basis
+from rankwise.linalg import compensated, damped
+from rankwise.methods.whole import WholeWeights
 from rankwise.models import Coupling, Site
-from rankwise.sizes import DENSE, Budget, Candidates, Form
+from rankwise.sizes import Budget, Form
 from rankwise.statistics import SiteStatistics, Statistic
 from rankwise.statistics.input_moments import InputMoments
 from rankwise.statistics.input_spread import InputSpread
@@ -145,7 +144,7 @@ def alike(
     }
 
 
-class Pruning(Factorisation):
+class Pruning(WholeWeights):
     """A method that takes units out: channels of feed-forward layers, and groups of attention heads.
 
     It states `scores`, and how they are compared (`stays`). What is left of a weight is whole.
@@ -161,10 +160,8 @@ class Pruning(Factorisation):
         damping: added to the covariance before it is solved with, relative to its mean diagonal.
     """
 
-    prunes: ClassVar[bool] = True
     rests: ClassVar[bool] = False
     at_consumers: ClassVar[bool] = True
-    keeps_factors: ClassVar[bool] = False
 
     compensation: Compensation = "none"
     multiple: Annotated[int, Field(ge=1)] = 1
@@ -193,13 +190,6 @@ class Pruning(Factorisation):
     @property
     def adds_bias(self) -> bool:
         return self.compensation != "none"
-
-    def candidates(self, shape: tuple[int, int], form: Form, multiple: int, looks: bool) -> Candidates:
-        bits = torch.tensor([form.bits(shape, DENSE)])
-        return Candidates((DENSE,), bits, torch.tensor([0]), (0.0, float(form.number_bits)))
-
-    def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
-        return make_basis(decompose(weight))
 
     def pruning_requests(self) -> tuple[Statistic, ...]:
         """Statistics of the model before anything goes."""

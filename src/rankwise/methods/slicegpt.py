@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from rankwise.factors import Basis
-from rankwise.linalg import decompose
-from rankwise.methods.base import Factorisation, make_basis
-from rankwise.sizes import DENSE, Budget, Candidates, Form
-from rankwise.statistics import SiteStatistics
+from rankwise.methods.whole import WholeWeights
+from rankwise.sizes import Budget
 
 
-class SliceGPT(Factorisation):
+class SliceGPT(WholeWeights):
     """Decides one number for the whole model: how many coordinates k of its residual stream stay.
 
     Every weight that reads the stream loses columns, every one that writes to it rows (arXiv 2401.15024, section 3.3).
@@ -28,9 +23,6 @@ class SliceGPT(Factorisation):
         tokens: `normalised` lets all tokens weigh the same, `raw` by the square of their norm (the released code).
         multiple: k is a multiple of this.
     """
-
-    prunes: ClassVar[bool] = True
-    keeps_factors: ClassVar[bool] = False
 
     name: Literal["slicegpt"] = "slicegpt"
     adapters: Literal["full", "none"] = "full"
@@ -47,10 +39,3 @@ class SliceGPT(Factorisation):
             raise ValueError("slicegpt needs a size to choose a width by: give budget.keep, bits or size")
         if allocation != "uniform":
             raise ValueError(f"slicegpt cuts all sites alike: the allocation {allocation} has nothing to decide")
-
-    def candidates(self, shape: tuple[int, int], form: Form, multiple: int, looks: bool) -> Candidates:
-        bits = torch.tensor([form.bits(shape, DENSE)])
-        return Candidates((DENSE,), bits, torch.tensor([0]), (0.0, float(form.number_bits)))
-
-    def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
-        return make_basis(decompose(weight))

@@ -2,7 +2,7 @@
 
 A channel of a feed-forward layer is a row of gate and of up and a column of down. A group of heads is a key-value head
 with its query heads: rows of q, k and v, columns of o. Which they are is read off names and shapes, and then tried:
-without a unit the model has to say what it says when the consumer's columns of that unit are zero.
+without some units the model has to say what it says when the consumer's columns of these are zero (`shrinking.py`).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Coupling:
 
 
 def find_couplings(model: Any, sites: Sequence[Site]) -> list[Coupling]:
-    """The couplings of every block, as names and shapes say them; see `check_couplings` for whether they are so.
+    """The couplings of every block, as names and shapes say them; see `usable_couplings` for whether they are so.
 
     Args:
         model: the causal language model.

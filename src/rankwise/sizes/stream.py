@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rankwise.models import PreNorm, Site
@@ -59,12 +59,12 @@ class StreamSizes:
         """What k may be, the largest first; d itself where it is no multiple is left out."""
         return range(self.width // multiple * multiple, 0, -multiple)
 
-    def largest(self, allowed: int, multiple: int, adapters: bool) -> int | None:
-        """The largest k that takes no more numbers than allowed; None where the least takes more.
+    def largest(self, allowed: Callable[[int], float], widths: Iterable[int], adapters: bool) -> int | None:
+        """The first k of some that takes no more numbers than allowed; None where each takes more.
 
         Args:
-            allowed: numbers.
-            multiple: k is a multiple of this.
+            allowed: k -> numbers.
+            widths: what k may be, the largest first.
             adapters: whether there are any.
         """
-        return next((k for k in self.widths(multiple) if self.numbers(k, adapters) <= allowed), None)
+        return next((k for k in widths if self.numbers(k, adapters) <= allowed(k)), None)

@@ -146,8 +146,8 @@ def _groups(work: Work, choice: Choice) -> dict[str, float]:
     for site in work.sites:
         if site.name in work.originals:
             m, n = work.originals[site.name]
-            whole[site.role] = whole.get(site.role, 0) + m * n
-            kept[site.role] = kept.get(site.role, 0) + site.parameters
+            whole[site.role] = whole.get(site.role, 0) + m * n * work.problem.allowance.unit_bits
+            kept[site.role] = kept.get(site.role, 0) + work.problem.cost(site, choice.cuts[site.name])
     return {role: kept[role] / whole[role] for role in whole}
 
 

@@ -47,7 +47,7 @@ def check_pruning(work: Work) -> None:
     """Find out before anything slow that pruning cannot meet the budget.
 
     Raises:
-        BudgetError: saying what has to be kept at least.
+        BudgetError: saying what has to be kept at least, or that a plan was made for other layers or another size.
         RecipeError: when the model is not held whole.
     """
     method = work.recipe.method
@@ -72,7 +72,9 @@ def check_pruning(work: Work) -> None:
         )
     problem = work.problem
     sites = {site.name: site for site in work.sites}
-    parts = [Part(coupling, sites, _nothing) for coupling in couplings_of(work)]
+    couplings = couplings_of(work)
+    _planned(work, couplings)
+    parts = [Part(coupling, sites, _nothing) for coupling in couplings]
     if method.rests:
         problem.allowance.require(_least_bits(work, method, parts))
         return
@@ -105,7 +107,7 @@ def _others(work: Work, parts: list[Part]) -> int:
 
 
 @dataclass(frozen=True)
-class Pruned:
+class Decision:
     """What a pruning decided.
 
     Attributes:
@@ -132,12 +134,12 @@ def prune(work: Work) -> Work:
     couplings = couplings_of(work)
     key = {**calibration_key(work), "method": method.model_dump(), "budget": work.recipe.budget.model_dump()}
     key["couplings"] = [[coupling.name, coupling.units] for coupling in couplings]
-    plan = work.recipe.allocation.file if isinstance(work.recipe.allocation, Planned) else None
-    if plan is not None:
-        key["plan"] = json.loads(Plan.load(Path(plan)).model_dump_json(include={"stays"}))
+    planned = _planned(work, couplings)
+    if planned is not None:
+        key["plan"] = {name: units.tolist() for name, units in planned.items()}
     stage = work.stage("pruning", key)
     if not stage.taken_over():
-        found = _decide(work, method, couplings, plan)
+        found = _decide(work, method, couplings, planned)
         with stage.making() as folder:
             folder.write_json(_STAYS, {name: units.tolist() for name, units in found.stays.items()})
             with folder.writing(_CONSUMERS) as path:
@@ -173,7 +175,7 @@ def _tell(work: Work, couplings: list[Coupling], stays: Mapping[str, Tensor]) ->
             work.reporter.note(f"{left} of {whole} {words} stay")
 
 
-def _decide(work: Work, method: Pruning, couplings: list[Coupling], plan: str | None) -> Pruned:
+def _decide(work: Work, method: Pruning, couplings: list[Coupling], planned: dict[str, Tensor] | None) -> Decision:
     """What stays, from statistics of the whole model; or what a plan says stays."""
     by_name = {site.name: site for site in work.sites}
     names: set[str] = set()
@@ -182,8 +184,8 @@ def _decide(work: Work, method: Pruning, couplings: list[Coupling], plan: str | 
     watched = [site for site in work.sites if site.name in names]
     store = collect_requests(work, method.pruning_requests(), watched, beside={"sites": sorted(names)})
     parts = [Part(coupling, by_name, partial(_seen, work, store, by_name)) for coupling in couplings]
-    if plan is not None:
-        stays = _planned(work, Plan.load(Path(plan)), couplings, plan)
+    if planned is not None:
+        stays = planned
     else:
         scores = {}
         for part in work.reporter.track(parts, "scoring units", total=len(parts)):
@@ -199,7 +201,7 @@ def _decide(work: Work, method: Pruning, couplings: list[Coupling], plan: str | 
             made = method.consumer(part, stays[part.coupling.name])
         if made is not None:
             found[site.name] = made
-    return Pruned(stays, found)
+    return Decision(stays, found)
 
 
 def _allowed(work: Work, method: Pruning, parts: list[Part]) -> int:
@@ -217,12 +219,16 @@ def _loses(part: Part, stays: Mapping[str, Tensor]) -> bool:
     return name in stays and len(stays[name]) < part.coupling.units
 
 
-def _planned(work: Work, plan: Plan, couplings: list[Coupling], where: str) -> dict[str, Tensor]:
-    """The units that a plan keeps.
+def _planned(work: Work, couplings: list[Coupling]) -> dict[str, Tensor] | None:
+    """The units that a plan keeps, by coupling that loses some; None where the recipe names no plan.
 
     Raises:
         BudgetError: when it was made for other layers, or another size.
     """
+    if not isinstance(work.recipe.allocation, Planned):
+        return None
+    where = work.recipe.allocation.file
+    plan = Plan.load(Path(where))
     if plan.stays and plan.spelling != work.recipe.budget.spelling:
         raise BudgetError(
             "The plan says which units stay, and was made for another size.",
@@ -253,11 +259,11 @@ def _tensors(consumers: Mapping[str, tuple[Tensor, Tensor | None]]) -> dict[str,
     return parts
 
 
-def _read(stage: Stage) -> Pruned:
+def _read(stage: Stage) -> Decision:
     stays = json.loads((stage.folder / _STAYS).read_text())
     parts = load_file(stage.folder / _CONSUMERS)
     names = [name.removesuffix(".weight") for name in parts if name.endswith(".weight")]
-    return Pruned(
+    return Decision(
         {name: torch.tensor(units) for name, units in stays.items()},
         {name: (parts[f"{name}.weight"], parts.get(f"{name}.bias")) for name in names},
     )

@@ -44,13 +44,14 @@ def kept_width(work: Work, form: PreNorm) -> int:
     def allowed(k: int) -> Allowance:
         return replace(allowance, rest_bytes=allowance.rest_bytes + _grown_beside(work, form, k))
 
-    def bits(k: int) -> int:
-        return sizes.numbers(k, adapters) * allowance.number_bits
-
-    allowed(widths[-1]).require(
-        bits(widths[-1]), what=f"{widths[-1]} of {form.width} coordinates of the residual stream"
+    least = widths[-1]
+    allowed(least).require(
+        sizes.numbers(least, adapters) * allowance.number_bits,
+        what=f"{least} of {form.width} coordinates of the residual stream",
     )
-    return next(k for k in widths if bits(k) <= allowed(k).bits)
+    found = sizes.largest(lambda k: allowed(k).bits // allowance.number_bits, widths, adapters)
+    assert found is not None
+    return found
 
 
 def _grown_beside(work: Work, form: PreNorm, kept: int) -> int:

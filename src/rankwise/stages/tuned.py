@@ -95,7 +95,8 @@ def write_tuned(
         "stages": dict(reporter.stages),
     }
     with writing(output) as folder:
-        save = save_dense if plan.originals and is_plain(loaded.model, sites) else save_low_rank
+        plain = bool(plan.originals) and is_plain(loaded.model, sites)
+        save = save_dense if plain else save_low_rank
         save(folder, loaded, sites, report.recipe.max_shard_size)
         check_reload(folder, loaded.model, probe, trust_remote_code=True)
         report = report.model_copy(update={**new, "bytes_on_disk": bytes_of_weights(folder)})
@@ -104,5 +105,5 @@ def write_tuned(
         if can_draw():
             draw_losses(folder / "finetune.svg", {step.settings.method: step.history})
         write_report_page(folder, report, plan)
-        (folder / "README.md").write_text(model_card(report))
+        (folder / "README.md").write_text(model_card(report, plain))
     return report
