@@ -80,7 +80,7 @@ def kept(shared: Any, method: str) -> tuple[float, float]:
             return site.module(loaded.model)
 
         assert texts.validation is not None
-        with stages.judging(work, outlooks, texts.validation.ids) as objective:
+        with stages.judging(work, outlooks.of, texts.validation.ids) as objective:
             at_rest = sum(sum(tensors_of(layer(site)).values()) for site in work.sites)
             tables = work.problem.candidates
             cuts = {

@@ -104,7 +104,7 @@ MUTANTS = (
         "a plan takes what an earlier run measured before what it estimates itself",
         "stages/outlooks.py",
         "if q_bits in estimated:",
-        "if q_bits in estimated and not self.folder.has(self._file(site, q_bits)):",
+        "if q_bits in estimated and not self.folder.has(outlook_file(site, q_bits)):",
         ("methods/test_caldera.py",),
     ),
     Mutant(
@@ -179,7 +179,7 @@ MUTANTS = (
     ),
     Mutant(
         "hidden states stay in memory whatever the mode",
-        "stages/outlooks.py",
+        "stages/measuring.py",
         'hidden_gb=0.0 if work.memory == "disk" else HIDDEN_GB',
         "hidden_gb=HIDDEN_GB",
         ("models/test_streaming.py::test_disk_leaves_no_hidden_states_in_memory",),

@@ -122,6 +122,7 @@ class Reporter:
         self._bars = sys.stderr.isatty() if show is None else show
         self._lines = lines and show is None and not self._bars
         self._taken = self._made = 0
+        self._retell: Callable[[str], None] | None = None
 
     def note(self, text: str, *, passing: bool = False) -> None:
         """Say something the user should know, once, and keep it for the report.
@@ -143,6 +144,11 @@ class Reporter:
         """Say something that is of this call alone and of no report."""
         if self._print_notes:
             print(text, file=sys.stderr, flush=True)
+
+    def beside(self, text: str) -> None:
+        """Say what is being done between two steps of the current count, such as by workers elsewhere."""
+        if self._retell is not None:
+            self._retell(text)
 
     @contextmanager
     def keeping(self, keep: Callable[[str], None]) -> Iterator[None]:
@@ -229,22 +235,43 @@ class Reporter:
         task = bar.add_task(description, total=total, completed=done)
         started = time.monotonic()
         shown = False
+
+        def show() -> None:
+            nonlocal shown
+            if not shown and time.monotonic() - started > _SHOW_AFTER_SECONDS:
+                bar.start()
+                shown = True
+
+        def retell(text: str) -> None:
+            bar.update(task, description=f"{self._text or description} ({text})")
+            show()
+
+        outer, self._retell = self._retell, retell
         try:
             for item in items:
                 yield item
                 bar.update(task, advance=1, description=self._text or description)
-                if not shown and time.monotonic() - started > _SHOW_AFTER_SECONDS:
-                    bar.start()
-                    shown = True
+                show()
         finally:
+            self._retell = outer
             if shown:
                 bar.stop()
 
     def _told(self, items: Iterable[T], description: str, total: int, done: int) -> Generator[T]:
         """Iterate, and print how far it is now and then."""
-        said = time.monotonic()
-        for number, item in enumerate(items, done + 1):
-            yield item
+        said, number = time.monotonic(), done
+
+        def say(text: str) -> None:
+            nonlocal said
             if number < total and time.monotonic() - said >= _LINE_EVERY_SECONDS:
-                print(f"{self._text or description}: {number} of {total}", file=sys.stderr, flush=True)
+                print(f"{self._text or description}: {number} of {total}{text}", file=sys.stderr, flush=True)
                 said = time.monotonic()
+
+        outer, self._retell = self._retell, lambda text: say(f" ({text})")
+        try:
+            for item in items:
+                yield item
+                number += 1
+                say("")
+        finally:
+            self._retell = outer

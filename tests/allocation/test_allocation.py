@@ -257,16 +257,29 @@ def bowl(cuts: Cuts) -> Outcome:
     return Outcome(value, value, 0.0)
 
 
-def run_bowl(log: TrialLog, trials: int, objective: Any = bowl, d: int = 4, **options: Any) -> dict[str, Any]:
+def run_bowl(
+    log: TrialLog, trials: int, objective: Any = bowl, d: int = 4, ahead: int = 1, **options: Any
+) -> dict[str, Any]:
     space = Bowl(d)
 
-    def proposer(points: Any, values: Any, trial: int, is_new: Any) -> torch.Tensor:
-        return propose(space, points, values, trial, 0, is_new=is_new, **options)
+    def proposer(seen: Any, trial: int, is_new: Any) -> torch.Tensor:
+        assert len(seen.points) + len(seen.pending) == trial
+        assert len(seen.pending) == ahead - 1
+        return propose(space, seen.points, seen.values, trial, 0, is_new=is_new, pending=seen.pending, **options)
 
-    return search(space, space.starts(None, {}), objective, proposer, log, trials, 0, Reporter(show=False))
+    def judge(plans: Any) -> Any:
+        """As workers do: so many plans are taken before the first outcome is given."""
+        waiting: list[Any] = []
+        for cuts in plans:
+            waiting.append(objective(cuts))
+            if len(waiting) == ahead:
+                yield waiting.pop(0)
+        yield from waiting
+
+    return search(space, space.starts(None, {}), judge, proposer, log, trials, 0, Reporter(show=False), ahead)
 
 
-@pytest.mark.parametrize("options", [{}, {"scales": "paper"}, {"acquisition": "qlog_nei"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"scales": "paper"}, {"acquisition": "qlog_nei"}, {"ahead": 3}], ids=str)
 def test_the_search_finds_the_bottom_of_a_bowl(options: dict[str, Any]) -> None:
     best = run_bowl(TrialLog(None, "", Reporter(show=False)), 22, **options)
     start = bowl(Bowl(4).cuts(Bowl(4).starts(None, {})[0][1])).value
@@ -285,13 +298,14 @@ def test_a_surrogate_that_cannot_be_fitted_still_proposes(monkeypatch: pytest.Mo
     assert best["origin"] == "proposed"
 
 
-def test_an_interrupted_search_goes_on_as_it_would_have(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_an_interrupted_search_goes_on_as_it_would_have(ahead: int, tmp_path: Path) -> None:
     reporter = Reporter(show=False)
-    run_bowl(TrialLog(tmp_path / "whole.jsonl", "k", reporter), 14)
-    run_bowl(TrialLog(tmp_path / "parts.jsonl", "k", reporter), 9)
+    run_bowl(TrialLog(tmp_path / "whole.jsonl", "k", reporter), 14, ahead=ahead)
+    run_bowl(TrialLog(tmp_path / "parts.jsonl", "k", reporter), 9, ahead=ahead)
     with (tmp_path / "parts.jsonl").open("a") as file:
         file.write('{"trial": 9, "origin": "prop')
-    run_bowl(TrialLog(tmp_path / "parts.jsonl", "k", reporter), 14)
+    run_bowl(TrialLog(tmp_path / "parts.jsonl", "k", reporter), 14, ahead=ahead)
     assert any("last line" in note for note in reporter.notes)
 
     def points(name: str) -> list[Any]:

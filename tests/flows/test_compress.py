@@ -23,7 +23,7 @@ from rankwise.methods import FACTORISATIONS
 from rankwise.models import find_sites
 from rankwise.progress import Reporter
 from rankwise.recipes import recipe_from
-from rankwise.stages import outlooks as stages
+from rankwise.stages import jobs, looked, measuring
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -44,7 +44,7 @@ def test_every_method_runs_and_full_rank_changes_nothing(method: str, settings: 
         dense = loaded.model(input_ids=ids).logits
     folder = next(Path(result.report.run_directory).glob(f"outlooks-{method}-*"))
     for site in find_sites(loaded.model):
-        basis = stages.load_outlook(folder / f"{site.name}.safetensors", "e8p").basis
+        basis = looked.load_outlook(folder / f"{site.name}.safetensors", "e8p").basis
         energy = basis.energy
         assert (energy >= 0).all()
         if method != "two_sided":  # Its directions come from a damped metric, its energies from the measured one.
@@ -82,15 +82,15 @@ def test_another_keep_or_method_reuses_what_is_still_valid(
 ) -> None:
     collected: list[list[str]] = []
     decomposed: list[str] = []
-    real = stages.collecting
+    real = measuring.collecting
 
     def counting(model: Any, sites: Any, tokens: Any, requests: Any, **options: Any) -> Any:
         collected.append([request.name for request in requests])
         return real(model, sites, tokens, requests, **options)
 
-    monkeypatch.setattr(stages, "collecting", counting)
-    save = stages.save_outlook
-    monkeypatch.setattr(stages, "save_outlook", lambda path, *rest: (decomposed.append(path.name), save(path, *rest)))
+    monkeypatch.setattr(measuring, "collecting", counting)
+    save = jobs.save_outlook
+    monkeypatch.setattr(jobs, "save_outlook", lambda path, *rest: (decomposed.append(path.name), save(path, *rest)))
 
     def run(**changes: Any) -> None:
         compress(recipe_from(settings(**changes)), run_directory=tmp_path / "run")
@@ -134,7 +134,7 @@ def test_after_kills_the_same_command_ends_with_the_same_bytes(settings: Setting
 def test_a_disk_that_fills_up_among_the_stages_is_said_and_continued(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = stages.save_file, []
+    real, calls = looked.save_file, []
 
     def fills_up(tensors: Any, path: Path) -> None:
         calls.append(path)
@@ -142,7 +142,7 @@ def test_a_disk_that_fills_up_among_the_stages_is_said_and_continued(
             raise OSError(28, "No space left on device")
         real(tensors, path)
 
-    monkeypatch.setattr(stages, "save_file", fills_up)
+    monkeypatch.setattr(looked, "save_file", fills_up)
     with pytest.raises(RunError, match="disk is full"):
         compress(recipe_from(settings()), run_directory=tmp_path / "run")
     compress(recipe_from(settings()), run_directory=tmp_path / "run")

@@ -240,7 +240,7 @@ import yaml
 from rankwise import compress
 from rankwise.recipes import recipe_from
 from rankwise.progress import Reporter
-from rankwise.stages import outlooks as stages
+from rankwise.stages import jobs as stages
 real, calls = stages.save_outlook, []
 def stopping(*arguments):
     calls.append(1)

@@ -15,7 +15,7 @@ from conftest import make_site
 from rankwise import compress
 from rankwise.recipes import recipe_from
 from rankwise.sizes import Cut, Plan
-from rankwise.stages.outlooks import draw_for
+from rankwise.stages.at_site import draw_for
 
 Settings = Callable[..., dict[str, Any]]
 

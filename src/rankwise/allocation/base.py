@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -107,12 +107,18 @@ class Outcome:
     kl: float
 
 
+Judge = Callable[[Iterable[Mapping[str, Cut]]], Iterator[Outcome]]
+"""Cuts by site name, one plan after another -> their outcomes in the same order."""
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What a choice may be made from, beside the problem.
 
     Attributes:
-        objective: cuts -> outcome, one forward pass; None unless the allocation looks at it.
+        judge: gives the outcome of one plan after another, a forward pass each; None unless the allocation looks at
+            them. It takes the next plan when all but `ahead - 1` of those before it have been answered.
+        ahead: plans that are judged at a time.
         log: file for finished trials; None keeps them in memory.
         log_key: hash of all that a trial's outcome depends on.
         seed: for everything drawn.
@@ -120,7 +126,8 @@ class Evidence:
         fingerprint: of the model's weights.
     """
 
-    objective: Callable[[Mapping[str, Cut]], Outcome] | None = None
+    judge: Judge | None = None
+    ahead: int = 1
     log: Path | None = None
     log_key: str = ""
     seed: int = 0

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from rankwise.allocation.base import Allocation, Choice, Cuts, Evidence, Looks, Problem, note_other_weights
-from rankwise.allocation.search import search
+from rankwise.allocation.search import Seen, search
 from rankwise.allocation.spaces import parse_groups, space_named
 from rankwise.allocation.surrogate import propose, require_botorch
 from rankwise.allocation.trials import TrialLog
@@ -29,7 +29,7 @@ class Bayesian(Allocation):
         plan: a plan's file to start from as well, or None.
         lowest: smallest fraction of its bits that a group in GxL keeps.
         length_scales: of the Matern 5/2 kernel: `fitted`, or `paper` (1.0 for attention, 0.8 for MLP coordinates).
-        acquisition: `log_ei`, or `qlog_nei` for a noisy objective.
+        acquisition: `log_ei`, or `qlog_nei` for a noisy objective; while trials are pending, `qlog_nei` always.
     """
 
     looks: ClassVar[Looks] = Looks.OBJECTIVE
@@ -70,7 +70,7 @@ class Bayesian(Allocation):
         return given, given.fitting(problem.sites, self.plan)
 
     def choose(self, problem: Problem, evidence: Evidence) -> Choice:
-        assert evidence.objective is not None
+        assert evidence.judge is not None
         space = space_named(self.space, problem, self.lowest)
         cuts_given: Cuts | None = None
         coordinates: dict[str, float] = {}
@@ -80,12 +80,22 @@ class Bayesian(Allocation):
             coordinates = plan.coordinates if plan.space == space.name else {}
         starts = space.starts(cuts_given, coordinates)
 
-        def proposer(points: Tensor, values: Tensor, trial: int, is_new: Callable[[Tensor], bool]) -> Tensor:
+        def proposer(seen: Seen, trial: int, is_new: Callable[[Tensor], bool]) -> Tensor:
             step = partial(propose, scales=self.length_scales, acquisition=self.acquisition, is_new=is_new)
-            return step(space, points, values, trial, evidence.seed)
+            return step(space, seen.points, seen.values, trial, evidence.seed, pending=seen.pending)
 
         log = TrialLog(evidence.log, evidence.log_key, evidence.reporter)
-        best = search(space, starts, evidence.objective, proposer, log, self.trials, evidence.seed, evidence.reporter)
+        best = search(
+            space,
+            starts,
+            evidence.judge,
+            proposer,
+            log,
+            self.trials,
+            evidence.seed,
+            evidence.reporter,
+            ahead=evidence.ahead,
+        )
         cuts = space.cuts(torch.tensor(best["point"], dtype=torch.float64))
         return Choice(
             cuts=cuts,

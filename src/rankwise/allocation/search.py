@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankwise.allocation.base import Outcome
+from rankwise.allocation.base import Judge
 from rankwise.allocation.spaces import Space
 from rankwise.allocation.surrogate import generator
 from rankwise.allocation.trials import TrialLog, finite
@@ -19,8 +21,24 @@ from rankwise.sizes import Cut
 
 _MOST_SPREAD = 12
 
-Proposer = Callable[[Tensor, Tensor, int, Callable[[Tensor], bool]], Tensor]
-"""(points `[t, d]`, values `[t]`, trial, is_new) -> point `[d]`."""
+
+@dataclass(frozen=True)
+class Seen:
+    """What a proposal is made from.
+
+    Attributes:
+        points: of finished trials, shape `[t, d]`.
+        values: objective there, shape `[t]`; failed trials have the worst value seen.
+        pending: points of trials that are not finished, shape `[p, d]`.
+    """
+
+    points: Tensor
+    values: Tensor
+    pending: Tensor
+
+
+Proposer = Callable[[Seen, int, Callable[[Tensor], bool]], Tensor]
+"""(what was seen, trial, is_new) -> point `[d]`."""
 
 
 def spread_trials(dimensions: int, warm: bool) -> int:
@@ -38,26 +56,30 @@ def spread_trials(dimensions: int, warm: bool) -> int:
 def search(
     space: Space,
     starts: Sequence[tuple[str, Tensor]],
-    objective: Callable[[Mapping[str, Cut]], Outcome],
+    judge: Judge,
     propose: Proposer,
     log: TrialLog,
     trials: int,
     seed: int,
     reporter: Reporter,
+    ahead: int = 1,
 ) -> dict[str, Any]:
     """Run trials until there are `trials` in the log.
 
-    A trial whose objective is not finite is recorded as failed; the surrogate sees it as the worst value so far.
+    A trial whose objective is not finite is recorded as failed; the surrogate sees it as the worst value so far. With
+    several at a time, trial t is proposed from those up to t - ahead, and from where the others are: so the search does
+    not depend on which of them ends first, and goes on after a stop as it would have.
 
     Args:
         space: where points lie.
         starts: the first points, with names.
-        objective: cuts -> outcome.
+        judge: plans -> outcomes.
         propose: the surrogate.
         log: finished trials; continued.
         trials: how many in all.
         seed: for spread points.
         reporter: shows the trial's number, the best so far and this one's objective.
+        ahead: trials at a time.
 
     Returns:
         The best trial's record.
@@ -67,24 +89,35 @@ def search(
     """
     spread = spread_trials(space.dimensions, warm=any(name == "plan" for name, _ in starts))
     seen = {_identity(space.cuts(torch.tensor(r["point"], dtype=torch.float64))) for r in log.records[:trials]}
+    begun: deque[tuple[str, Tensor, float, float]] = deque()
 
     def is_new(point: Tensor) -> bool:
         return _identity(space.cuts(point)) not in seen
 
-    done = min(len(log.records), trials)
-    with reporter.counting("search", total=trials, done=done) as advance:
+    def plans() -> Iterator[Mapping[str, Cut]]:
         for trial in range(done, trials):
             began = time.perf_counter()
             if trial < len(starts):
                 origin, point = starts[trial]
-            elif trial < spread:
+            elif trial < max(spread, ahead):
                 drawn = space.draw(16, generator(seed, trial))
                 origin, point = "spread", next((p for p in drawn if is_new(p)), drawn[0])
             else:
-                origin, point = "proposed", propose(*_evidence(log.records), trial, is_new)
+                finished = trial - ahead + 1
+                pending = [torch.tensor(r["point"], dtype=torch.float64) for r in log.records[finished:trial]]
+                pending += [each[1] for each in begun]
+                evidence = _evidence(log.records[:finished], pending, space.dimensions)
+                origin, point = "proposed", propose(evidence, trial, is_new)
             cuts = space.cuts(point)
-            thought = time.perf_counter() - began
-            outcome = objective(cuts)
+            seen.add(_identity(cuts))
+            now = time.perf_counter()
+            begun.append((origin, point, now - began, now))
+            yield cuts
+
+    done = min(len(log.records), trials)
+    with reporter.counting("search", total=trials, done=done) as advance:
+        for trial, outcome in zip(range(done, trials), judge(plans()), strict=False):
+            origin, point, thought, since = begun.popleft()
             whole = finite(outcome.value) is not None
             log.append(
                 {
@@ -96,10 +129,9 @@ def search(
                     "kl": finite(outcome.kl),
                     "failed": not whole,
                     "optimiser_seconds": round(thought, 4),
-                    "trial_seconds": round(time.perf_counter() - began - thought, 4),
+                    "trial_seconds": round(time.perf_counter() - since, 4),
                 }
             )
-            seen.add(_identity(cuts))
             finished = [r["objective"] for r in log.records if not r["failed"]]
             last = f"{outcome.value:.4g}" if whole else "failed"
             advance(f"search: best {min(finished):.4g}, last {last}" if finished else "search: all failed so far")
@@ -121,10 +153,10 @@ def _identity(cuts: Mapping[str, Cut]) -> tuple[Cut, ...]:
     return tuple(cuts.values())
 
 
-def _evidence(records: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Points `[t, d]` and values `[t]`; failed trials take the worst value seen."""
+def _evidence(records: Sequence[Mapping[str, Any]], pending: Sequence[Tensor], dimensions: int) -> Seen:
     points = torch.tensor([record["point"] for record in records], dtype=torch.float64)
     finished = [record["objective"] for record in records if not record["failed"]]
     worst = max(finished, default=1.0)
     values = [worst if record["failed"] else record["objective"] for record in records]
-    return points, torch.tensor(values, dtype=torch.float64)
+    waiting = torch.stack(list(pending)) if pending else points.new_empty(0, dimensions)
+    return Seen(points, torch.tensor(values, dtype=torch.float64), waiting)

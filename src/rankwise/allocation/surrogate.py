@@ -100,14 +100,14 @@ def _model(space: Space, points: Tensor, values: Tensor, scales: LengthScales) -
     return model.eval()
 
 
-def _acquisition(model: Any, kind: Acquisition, points: Tensor, best: float, seed: int) -> Any:
+def _acquisition(model: Any, kind: Acquisition, points: Tensor, best: float, seed: int, pending: Tensor | None) -> Any:
     from botorch.acquisition import LogExpectedImprovement, qLogNoisyExpectedImprovement
     from botorch.sampling import SobolQMCNormalSampler
 
-    if kind == "log_ei":
+    if kind == "log_ei" and pending is None:
         return LogExpectedImprovement(model, best_f=best)
     sampler = SobolQMCNormalSampler(torch.Size([64]), seed=seed)
-    return qLogNoisyExpectedImprovement(model, points, sampler=sampler, prune_baseline=True)
+    return qLogNoisyExpectedImprovement(model, points, sampler=sampler, prune_baseline=True, X_pending=pending)
 
 
 def propose(
@@ -120,6 +120,7 @@ def propose(
     scales: LengthScales = "fitted",
     acquisition: Acquisition = "log_ei",
     is_new: Callable[[Tensor], bool] = lambda _point: True,
+    pending: Tensor | None = None,
 ) -> Tensor:
     """The next point to try.
 
@@ -134,6 +135,7 @@ def propose(
         scales: length scales `fitted` by likelihood, or the `paper`'s, 1.0 for attention and 0.8 for MLP coordinates.
         acquisition: log expected improvement, or its noisy form.
         is_new: says whether a point stands for ranks that were not tried.
+        pending: points that are being tried, shape `[p, d]`; then the noisy form is taken, which counts them in.
 
     Returns:
         Shape `[d]`.
@@ -153,7 +155,8 @@ def propose(
         for kind in (BotorchWarning, InputDataWarning, OptimizationWarning, RuntimeWarning, UserWarning):
             warnings.simplefilter("ignore", kind)
         model = _model(space, inside(points), targets, scales)
-        score = _acquisition(model, acquisition, inside(points), float(targets.max()), trial)
+        waiting = inside(pending) if pending is not None and len(pending) else None
+        score = _acquisition(model, acquisition, inside(points), float(targets.max()), trial, waiting)
         best = points[values.argsort()[:3]]
         raw = torch.cat([space.draw(_RANDOM_POINTS, source), _near_points(space, best, source)])
         with torch.no_grad():

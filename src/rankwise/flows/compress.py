@@ -88,7 +88,7 @@ def compress(
                 files=run.directory if memory in ("blocks", "disk") else None,
             )
             texts = stages.read_texts(recipe, loaded, reporter, validate=recipe.judges)
-            work = stages.begin(recipe, run, loaded, texts, reporter, memory, need)
+            work = stages.hire(stages.begin(recipe, run, loaded, texts, reporter, memory, need))
         dense_cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
         stages.check_budget(work)
         with reporter.stage("evaluate dense"):
@@ -106,7 +106,7 @@ def compress(
             chosen = stages.choose_cuts(work, outlooks)
             repairing = stages.prepare_repair(work, store, outlooks, chosen.plan)
         with reporter.stage("fits"):
-            facts = stages.fit_sites(work, store, outlooks, chosen.plan)
+            facts = stages.fit_sites(work, outlooks, chosen.plan)
         for step in recipe.repair.steps:
             with reporter.stage(f"repair {step}"):
                 stages.repair_step(work, repairing, step)

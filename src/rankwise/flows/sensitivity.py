@@ -131,7 +131,7 @@ def sensitivity(
         log = TrialLog(stage.log("points.jsonl"), stage.key, reporter)
         known = {(r["kind"], r["role"], r["block"], r["keep"]): r for r in log.records}
         labels = {site.name: site.name for site in work.sites}
-        with reporter.stage("points"), stages.judging(work, outlooks, samples) as objective:
+        with reporter.stage("points"), stages.judging(work, outlooks.of, samples) as objective:
             left = [p for p in points if (p.kind, p.role, p.block, p.keep) not in known]
             done = len(points) - len(left)
             for point in reporter.track(left, "sensitivity", total=len(points), done=done):

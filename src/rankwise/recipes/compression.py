@@ -166,6 +166,9 @@ class Recipe(_Node):
         memory: `whole` holds the model in memory; `blocks` leaves weights in files and casts and moves one block at a
             time; `disk` keeps hidden states between blocks in files too. All give the same result. `auto` takes the
             first of them that an estimate says fits.
+        executor: `here` does all in this process; `ray` and `ray:ADDRESS` have workers measure, look, fit and judge, on
+            this machine or on a cluster.
+        workers: how many; None takes one a GPU where there are GPUs, else one a machine, and two on a single one.
         seed: for everything drawn.
         trust_remote_code: run code that the checkpoint ships.
     """
@@ -185,6 +188,8 @@ class Recipe(_Node):
     precision: Literal["auto", "stored", "float32"] = "auto"
     device: str = "auto"
     memory: Literal["auto", "whole", "blocks", "disk"] = "auto"
+    executor: Annotated[str, Field(pattern=r"^(here|ray(:\S+)?)$")] = "here"
+    workers: Annotated[int, Field(ge=1)] | None = None
     seed: Seed = 0
     trust_remote_code: bool = False
 
@@ -196,6 +201,8 @@ class Recipe(_Node):
     @model_validator(mode="after")
     def _size_for_method(self) -> Recipe:
         self.method.check_size(self.budget, self.allocation.name)
+        if self.executor != "here" and self.method.prunes:
+            raise ValueError(f"{self.method.name} takes units out of a model in one process: leave executor away")
         if self.repair.steps and self.method.prunes and not self.method.keeps_factors:
             raise ValueError(f"{self.method.name} leaves no factors to repair: see rankwise finetune")
         if self.repair.steps and not self.method.repairable:

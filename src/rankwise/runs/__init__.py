@@ -1,5 +1,6 @@
 """Stages on disk: listed with their hashes, taken over as they were written, by one process at a time."""
 
+from rankwise.runs.executor import Crew, Done, Here, Job
 from rankwise.runs.files import make_writable, replacing, take_space, to_disk, write_atomically
 from rankwise.runs.folder import MANIFEST, Folder
 from rankwise.runs.holding import keeping, locked
@@ -9,7 +10,11 @@ from rankwise.runs.run import Run, Stage, cache_root, default_run_directory, sta
 
 __all__ = [
     "MANIFEST",
+    "Crew",
+    "Done",
     "Folder",
+    "Here",
+    "Job",
     "KeptRun",
     "Lines",
     "Run",

@@ -57,7 +57,7 @@ def _measured(folder: Path) -> KeptRun:
         # What a sparse file does not take is not counted.
         size += min(found.st_size, 512 * found.st_blocks)
         used = max(used, found.st_mtime)
-    stages = sum(each.is_dir() for each in folder.iterdir())
+    stages = sum(each.is_dir() and not each.name.startswith(".") for each in folder.iterdir())
     return KeptRun(folder, size, stages, used)
 
 

@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rankwise.errors import RunError
 from rankwise.progress import Reporter
+from rankwise.runs.executor import clear_scratch
 from rankwise.runs.files import make_writable, to_disk
 from rankwise.runs.folder import MANIFEST, Folder, workspace
 from rankwise.runs.holding import keeping, locked
@@ -159,6 +160,9 @@ class Run:
         directory: made if absent.
         reporter: told what is kept when the run is stopped.
 
+    Attributes:
+        closing: what is ended when the directory is let go.
+
     Raises:
         RunError: when the directory cannot be made or written.
     """
@@ -166,6 +170,7 @@ class Run:
     def __init__(self, directory: Path, reporter: Reporter | None = None) -> None:
         self.directory = directory
         self._reporter = reporter or Reporter(show=False)
+        self.closing = ExitStack()
         make_writable(directory, "give another directory for finished stages with --run-dir, or set RANKWISE_CACHE")
 
     @contextmanager
@@ -180,11 +185,13 @@ class Run:
             self._reporter.note(text, passing=True)
 
         with locked(self.directory, waiting), keeping(self.directory, self.kept, say, "give a --run-dir elsewhere"):
-            yield
+            clear_scratch(self.directory)
+            with self.closing:
+                yield
 
     def kept(self) -> str:
         """What is there, for a user: how many stages, and how many files of those that are not finished."""
-        stages = [path for path in self.directory.iterdir() if path.is_dir()]
+        stages = [path for path in self.directory.iterdir() if path.is_dir() and not path.name.startswith(".")]
         half = [path for path in stages if path.suffix == ".partial"]
         files = sum(1 for path in half for file in path.rglob("*") if _is_begun(file))
         begun = f" and {files} files of those that were begun" if files else ""

@@ -2,11 +2,14 @@
 
 from rankwise.stages.at_site import draw_for, weight_and_statistics
 from rankwise.stages.comparing import Cell, Protocol, Rows, cells_of, measure_cell, measure_dense, write_comparison
+from rankwise.stages.crews import hire
 from rankwise.stages.finish import score, speed, write
 from rankwise.stages.fitting import fit_sites, store_layers, store_sites
+from rankwise.stages.judged import judging
+from rankwise.stages.measuring import collect_statistics
 from rankwise.stages.memory import Need, available_memory, chosen_memory, expected_need, require_config
-from rankwise.stages.outlooks import Outlooks, collect_statistics
-from rankwise.stages.planning import Chosen, check_budget, choose_cuts, judging, objective_key, select_samples
+from rankwise.stages.outlooks import Outlooks
+from rankwise.stages.planning import Chosen, check_budget, choose_cuts, objective_key, select_samples
 from rankwise.stages.repairing import Repairing, judge_repair, prepare_repair, repair_step
 from rankwise.stages.smaller import make_smaller
 from rankwise.stages.work import Texts, Work, begin, read_sequences, read_texts
@@ -31,6 +34,7 @@ __all__ = [
     "draw_for",
     "expected_need",
     "fit_sites",
+    "hire",
     "judge_repair",
     "judging",
     "make_smaller",

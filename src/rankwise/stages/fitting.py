@@ -4,33 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankwise.checkpoints import LoadedModel
 from rankwise.errors import IllConditionedError
-from rankwise.factors import Factors, Fit
+from rankwise.factors import Factors
 from rankwise.layers import kind_of, substitute
 from rankwise.layers.fold import fold_orders
 from rankwise.models import Site
 from rankwise.progress import Reporter
-from rankwise.quantizers import Packed, Rotation
-from rankwise.runs import Folder
+from rankwise.runs import Folder, Job
 from rankwise.sizes import Cut, Form, Plan
-from rankwise.stages.at_site import draw_for, naming, on_gpu_or_cpu, weight_and_statistics
+from rankwise.stages.crews import at_work
+from rankwise.stages.fitted import load_factors
+from rankwise.stages.jobs import Hand, fit_site
 from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.work import Work, calibration_key
-from rankwise.statistics import Store
 
 SiteFacts = dict[str, dict[str, Any]]
 """What a report says of each site, by name."""
 
 
-def fit_sites(work: Work, store: Store, outlooks: Outlooks, plan: Plan) -> SiteFacts:
+def fit_sites(work: Work, outlooks: Outlooks, plan: Plan) -> SiteFacts:
     """Fit every site that is not dense, and put the factors in its place; L R in numbers is float32 until it is stored.
 
     Codes that are on disk already are not made again.
@@ -43,115 +41,73 @@ def fit_sites(work: Work, store: Store, outlooks: Outlooks, plan: Plan) -> SiteF
     """
     model, found = work.loaded.model, {}
     sites = [site for site in work.sites if not plan.cuts[site.name].dense]
-    fits = _Fits(work, store, outlooks)
-    with work.reporter.counting("fitting", total=len(sites), done=0) as advance:
-        for site in sites:
-            cut = plan.cuts[site.name]
-            factors, facts = fits.of(site, cut)
-            kind = "quantized" if cut.coded else "two_factor"
-            dtype = work.loaded.stored_dtypes[f"{site.name}.weight"] if cut.coded else torch.float32
-            substitute(model, site.name, factors, kind, dtype)
-            work.loaded.settle(site.name)
-            found[site.name] = {**facts, "bits": plan.site_bits(site.name), "storage": kind}
-            if facts.get("fallback"):
-                work.reporter.note(
-                    f"{site.name}: its inputs, their gradient or its weight are zero on the calibration text; it was "
-                    "fitted by what is known there, at worst as if all inputs weighed the same"
-                )
-            advance(f"fitting: {site.name}, {cut}")
+    outlooks.require([(site, 0) for site in sites if not plan.cuts[site.name].q_bits])
+    fits = _Fits(work, outlooks)
+    fits.make({site: plan.cuts[site.name] for site in sites if plan.cuts[site.name].coded})
+    for site in work.reporter.track(sites, "factors", total=len(sites)):
+        cut = plan.cuts[site.name]
+        factors, facts = fits.of(site, cut)
+        kind = "quantized" if cut.coded else "two_factor"
+        dtype = work.loaded.stored_dtypes[f"{site.name}.weight"] if cut.coded else torch.float32
+        substitute(model, site.name, factors, kind, dtype)
+        work.loaded.settle(site.name)
+        found[site.name] = {**facts, "bits": plan.site_bits(site.name), "storage": kind}
+        if facts.get("fallback"):
+            work.reporter.note(
+                f"{site.name}: its inputs, their gradient or its weight are zero on the calibration text; it was "
+                "fitted by what is known there, at worst as if all inputs weighed the same"
+            )
     return found
 
 
 class _Fits:
     """Fits of a run: codes are kept in files, slices of a basis are not."""
 
-    def __init__(self, work: Work, store: Store, outlooks: Outlooks) -> None:
-        self._work, self._store, self._outlooks = work, store, outlooks
-        self._method = work.recipe.method
+    def __init__(self, work: Work, outlooks: Outlooks) -> None:
+        self._work, self._outlooks = work, outlooks
+        self._hand = Hand(work)
+        method = work.recipe.method
         # A site's codes depend on its own cut alone, so that another plan reuses what it shares.
-        key = {**calibration_key(work), "method": self._method.model_dump(exclude={"q_bits", "rank"})}
-        self._stage = work.stage(f"fits-{self._method.label}", key)
+        key = {**calibration_key(work), "method": method.model_dump(exclude={"q_bits", "rank"})}
+        self._stage = work.stage(f"fits-{method.label}", key)
 
     @cached_property
     def _folder(self) -> Folder:
         return self._stage.workspace()
 
+    def make(self, wanted: Mapping[Site, Cut]) -> None:
+        """Make the codes that are not on disk."""
+        jobs = []
+        for site, cut in wanted.items():
+            file = _file(site, cut)
+            if not (self._folder.has(file) and self._folder.has(f"{file}.json")):
+                asked = {"site": site.name, "cut": [cut.rank, cut.q_bits, cut.lr_bits], "file": file}
+                reads = (*self._outlooks.measured(site), *self._outlooks.looked(site))
+                jobs.append(Job("rankwise.stages.jobs:fit_codes", asked, reads, f"{site.name}, {cut}"))
+        if not jobs:
+            return
+        done = len(wanted) - len(jobs)
+        counting = self._work.reporter.counting("fitting", total=len(wanted), done=done)
+        with counting as advance, at_work(self._work) as crew:
+            for job, made in zip(jobs, crew.results(jobs, 4 * crew.workers), strict=True):
+                # What the fit says first: the codes alone would not be taken for whole.
+                for name in sorted(made.files, reverse=True):
+                    with self._folder.writing(name) as path:
+                        made.put(name, path)
+                advance(f"fitting: {job.label}")
+
     def of(self, site: Site, cut: Cut) -> tuple[Factors, dict[str, Any]]:
         """The factors of a site and what its fit says of itself."""
         if not cut.coded:
-            return self._fit(site, cut)
-        file = f"{site.name}.{cut.q_bits}-{cut.rank}-{cut.lr_bits}.safetensors"
-        says = f"{file}.json"
-        if not (self._folder.has(file) and self._folder.has(says)):
-            factors, facts = self._fit(site, cut)
-            self._folder.write_json(says, facts)
-            with self._folder.writing(file) as path:
-                save_factors(path, factors)
+            return fit_site(self._hand, site, cut)
+        file = _file(site, cut)
         bias = site.bias(self._work.loaded.model)
         found = load_factors(self._folder.path / file, self._work.problem.form, cut, bias)
-        return found, self._folder.read_json(says)
-
-    def _fit(self, site: Site, cut: Cut) -> tuple[Factors, dict[str, Any]]:
-        def fit_on(device: torch.device) -> tuple[Factors, Fit]:
-            weight, seen = weight_and_statistics(self._work, self._store, site, device)
-            with naming(site):
-                looking = self._outlooks.seen(site)
-                return self._method.fit(weight, seen, cut, draw_for(self._work, site), looking)
-
-        # A cut that is not coded is a slice of a basis.
-        factors, fit = on_gpu_or_cpu(self._work, site, fit_on) if cut.coded else fit_on(torch.device("cpu"))
-        fit.check_finite(site.name)
-        return factors, fit.facts()
+        return found, self._folder.read_json(f"{file}.json")
 
 
-def save_factors(path: Path, factors: Factors) -> None:
-    """Write coded factors, their bias left out."""
-    parts: dict[str, Tensor | None] = {
-        "left": factors.left,
-        "right": factors.right,
-        "minus_in": factors.rotation.minus_in,
-        "minus_out": factors.rotation.minus_out,
-    }
-    packed = {"q": factors.q}
-    if factors.packed is not None:
-        packed |= {"packed_left": factors.packed[0], "packed_right": factors.packed[1]}
-    for name, part in packed.items():
-        if part is not None:
-            parts |= {
-                f"{name}.codes": part.codes,
-                f"{name}.scale": part.scale,
-                f"{name}.columns": torch.tensor(part.columns),
-            }
-    save_file({name: part.cpu().contiguous() for name, part in parts.items() if part is not None}, path)
-
-
-def load_factors(path: Path, form: Form, cut: Cut, bias: Tensor | None) -> Factors:
-    """Read what `save_factors` wrote.
-
-    Args:
-        path: of the file.
-        form: says the codebooks.
-        cut: what the factors were fitted for.
-        bias: of the layer.
-    """
-    parts = load_file(path)
-
-    def packed(name: str, codebook: str, group: int) -> Packed | None:
-        if f"{name}.codes" not in parts:
-            return None
-        columns = int(parts[f"{name}.columns"])
-        return Packed(parts[f"{name}.codes"], parts[f"{name}.scale"], columns, codebook, group)
-
-    of_pair = form.factor_codebook(cut.lr_bits) if cut.lr_bits is not None else ""
-    left, right = packed("packed_left", of_pair, 0), packed("packed_right", of_pair, 0)
-    return Factors(
-        parts.get("left"),
-        parts.get("right"),
-        bias,
-        q=packed("q", form.codebook, form.group),
-        packed=None if left is None or right is None else (left, right),
-        rotation=Rotation(parts.get("minus_in"), parts.get("minus_out")),
-    )
+def _file(site: Site, cut: Cut) -> str:
+    return f"{site.name}.{cut.q_bits}-{cut.rank}-{cut.lr_bits}.safetensors"
 
 
 def store_sites(work: Work, plan: Plan, facts: Mapping[str, Mapping[str, Any]]) -> SiteFacts:

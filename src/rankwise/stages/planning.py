@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from rankwise.allocation import Choice, Evidence, Looks, Outcome, Problem, by_variance, random_plans
 from rankwise.errors import DataError
-from rankwise.evaluation import Objective
-from rankwise.layers.sliced import Beside, sliced
 from rankwise.models import Site
 from rankwise.reports import KeptPredictions, SearchSummary, SearchTimes, ValidationText
 from rankwise.sizes import Plan
+from rankwise.stages.crews import at_work
+from rankwise.stages.judged import Judging, judging
 from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.smaller import check_smaller
 from rankwise.stages.work import Work, calibration_key
@@ -69,13 +68,17 @@ def choose_cuts(work: Work, outlooks: Outlooks) -> Chosen:
         evidence = Evidence(reporter=work.reporter, fingerprint=work.fingerprint)
         return Chosen(_plan(work, allocation.choose(problem, evidence)), None, [], spectra_of(problem))
     samples = select_samples(work, outlooks)
+    outlooks.require(pairs_of(work))
     # The number of trials may be raised later, so it is not part of what a trial depends on.
     key = {**objective_key(work, samples), "allocation": allocation.model_dump(exclude={"trials"})}
     key |= {"budget": recipe.budget.model_dump(), "plan": _content(getattr(allocation, "plan", None))}
-    stage = work.stage("search", key)
-    with judging(work, outlooks, samples) as objective:
+    with at_work(work) as crew:
+        # So many at a time give another search than one after another.
+        stage = work.stage("search", key | ({"ahead": crew.workers} if crew.workers > 1 else {}))
+        judge = Judging(crew, outlooks.everything(), samples)
         evidence = Evidence(
-            objective=lambda cuts: Outcome(*objective(cuts)),
+            judge=judge.outcomes,
+            ahead=crew.workers,
             log=stage.log("trials.jsonl"),
             log_key=stage.key,
             seed=recipe.seed,
@@ -83,7 +86,7 @@ def choose_cuts(work: Work, outlooks: Outlooks) -> Chosen:
             fingerprint=work.fingerprint,
         )
         choice = allocation.choose(problem, evidence)
-        search = _summary(work, samples, objective, choice)
+        search = _summary(work, samples, judge.facts(), choice)
     return Chosen(_plan(work, choice), search, choice.trials, spectra_of(problem))
 
 
@@ -109,6 +112,11 @@ def spectra_of(problem: Problem) -> dict[str, list[tuple[float, float]]]:
             points.append((size, float(sum(losses.min() for losses in within))))
         found[role] = points
     return found
+
+
+def pairs_of(work: Work) -> list[tuple[Site, int]]:
+    """Every site with the bits of every Q that it may get."""
+    return [(site, q_bits) for site in work.sites for q_bits in work.problem.candidates[site.name].choices]
 
 
 def _content(path: str | None) -> str | None:
@@ -151,7 +159,7 @@ def _groups(work: Work, choice: Choice) -> dict[str, float]:
     return {role: kept[role] / whole[role] for role in whole}
 
 
-def _summary(work: Work, samples: Tensor, objective: Objective, choice: Choice) -> SearchSummary:
+def _summary(work: Work, samples: Tensor, facts: Mapping[str, Any], choice: Choice) -> SearchSummary:
     trials, validation = choice.trials, work.texts.validation
     best = min((t for t in trials if not t["failed"]), key=lambda t: t["objective"])
     assert validation is not None
@@ -163,7 +171,7 @@ def _summary(work: Work, samples: Tensor, objective: Objective, choice: Choice) 
         best_trial=best["trial"],
         best_origin=best["origin"],
         objective=Outcome(**choice.objective),
-        dense_nll=objective.dense_nll,
+        dense_nll=facts["dense_nll"],
         validation=ValidationText(
             source=validation.source,
             sequences=samples.shape[0],
@@ -171,12 +179,12 @@ def _summary(work: Work, samples: Tensor, objective: Objective, choice: Choice) 
             select=work.recipe.validation.select,
         ),
         predictions=KeptPredictions(
-            form=objective.predictions_form,
-            bytes=objective.predictions_bytes,
-            largest_share_of_kl_missed=objective.kl_error,
+            form=facts["form"],
+            bytes=facts["bytes"],
+            largest_share_of_kl_missed=facts["largest_share_of_kl_missed"],
         ),
         seconds=SearchTimes(
-            bare_forward=objective.bare_seconds,
+            bare_forward=facts["bare_forward"],
             trials=sum(t["trial_seconds"] for t in trials),
             optimiser=sum(t["optimiser_seconds"] for t in trials),
         ),
@@ -193,28 +201,6 @@ def objective_key(work: Work, samples: Tensor) -> dict[str, Any]:
         "batch_size": work.recipe.validation.batch_size,
         "objective": work.recipe.objective.model_dump(),
     }
-
-
-@contextmanager
-def judging(work: Work, outlooks: Outlooks, samples: Tensor) -> Iterator[Objective]:
-    """The model with every basis resident, for as long as the block runs, and the objective that steers it.
-
-    Args:
-        work: the run.
-        outlooks: what the method sees at each site.
-        samples: validation samples, shape `[samples, length]`.
-    """
-    recipe, loaded = work.recipe, work.loaded
-
-    def load(site: Site) -> dict[int, Beside]:
-        found = {}
-        for q_bits in work.problem.candidates[site.name].choices:
-            outlook = outlooks.of(site, q_bits)
-            found[q_bits] = outlook.q, outlook.rotation, outlook.basis
-        return found
-
-    with sliced(loaded.model, work.sites, load, work.problem.candidates, loaded.stored_dtypes) as set_cuts:
-        yield Objective(loaded.model, samples, recipe.objective, set_cuts, recipe.validation.batch_size)
 
 
 def select_samples(work: Work, outlooks: Outlooks) -> Tensor:
@@ -244,7 +230,7 @@ def select_samples(work: Work, outlooks: Outlooks) -> Tensor:
     if not stage.taken_over():
         lowest = getattr(recipe.allocation, "lowest", 0.2)
         plans = random_plans(space, work.problem, lowest, settings.plans, recipe.seed)
-        with judging(work, outlooks, read.ids) as objective, stage.making() as folder:
+        with judging(work, outlooks.of, read.ids) as objective, stage.making() as folder:
             rows = [
                 objective.sample_perplexities(plan).tolist()
                 for plan in work.reporter.track(plans, "validation samples", total=len(plans))

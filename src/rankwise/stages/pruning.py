@@ -22,7 +22,7 @@ from rankwise.models import Coupling, Site, find_sites, share_inputs, shrink, us
 from rankwise.runs import Stage
 from rankwise.sizes import Plan
 from rankwise.stages.at_site import naming, weight_and_statistics
-from rankwise.stages.outlooks import collect_requests
+from rankwise.stages.measuring import collect_requests
 from rankwise.stages.work import Work, calibration_key, problem_of
 from rankwise.statistics import SiteStatistics, Store
 

@@ -17,7 +17,7 @@ from rankwise.errors import DataError, ModelError
 from rankwise.models import Site, find_sites, fused_expert_parameters, share_inputs, unfuse_experts
 from rankwise.progress import Reporter
 from rankwise.recipes import Calibration, Evaluation, Recipe, Validation
-from rankwise.runs import Run, Stage
+from rankwise.runs import Crew, Run, Stage
 from rankwise.sizes import Allowance
 from rankwise.stages.memory import Need
 
@@ -66,6 +66,7 @@ class Work:
         need: what that was expected to take, where an estimate was made.
         smaller: hash of the weights after the model was made smaller; empty before, and where it is not.
         originals: by site name, `[m, n]` before the model was made smaller; empty where it is not.
+        crew: workers elsewhere; None where this process does all.
     """
 
     recipe: Recipe
@@ -81,6 +82,7 @@ class Work:
     stays: Mapping[str, Tensor] = field(default_factory=dict)
     smaller: str = ""
     originals: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    crew: Crew | None = None
 
     @property
     def looks(self) -> Looks:

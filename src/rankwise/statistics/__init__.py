@@ -5,6 +5,7 @@ A method imports the statistics it asks for from their files; nothing here lists
 
 from rankwise.statistics.base import Collected, Labels, Statistic, Sums, Totals
 from rankwise.statistics.passes import HIDDEN_GB, collect, collecting
+from rankwise.statistics.shards import shards
 from rankwise.statistics.store import SiteStatistics, Store, save_totals
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "collect",
     "collecting",
     "save_totals",
+    "shards",
 ]

@@ -41,6 +41,7 @@ class ByBlock:
         hidden_gb: hidden states that may stay in memory, in 10^9 bytes.
         known: whether totals are there already, given a statistic and the key of a stream.
         reporter: told about progress.
+        first: number of the first of the runner's sequences among all that are measured.
     """
 
     runner: BlockRunner
@@ -49,6 +50,7 @@ class ByBlock:
     hidden_gb: float
     known: Callable[[Statistic, str], bool]
     reporter: Reporter
+    first: int = 0
 
     def __post_init__(self) -> None:
         self._block = {site.name: site.block for site in self.sites}
@@ -133,7 +135,7 @@ class ByBlock:
             return
         with collector.watching(self.runner.model, streams):
             for part in self.runner.batches():
-                collector.begin(part.start, part.stop)
+                collector.begin(self.first + part.start, self.first + part.stop)
                 yield part
                 collector.end()
 
@@ -180,7 +182,7 @@ class ByBlock:
             given = top[part].to(runner.device, runner.dtype).requires_grad_()
             ids = runner.ids[part].to(runner.device)
             with torch.enable_grad(), runner.above(given):
-                backward(head(ids), ids, labels, seed, part.start)
+                backward(head(ids), ids, labels, seed, self.first + part.start)
             assert given.grad is not None
             gradient[part] = given.grad.float().cpu()
             advance()

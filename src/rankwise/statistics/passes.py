@@ -58,6 +58,8 @@ def collecting(
     hidden_gb: float = HIDDEN_GB,
     known: Callable[[Statistic, str], bool] = lambda _statistic, _key: False,
     reporter: Reporter | None = None,
+    first: int = 0,
+    of: int | None = None,
 ) -> Finished:
     """Collect what is asked for: one forward pass, and a pass with gradients for each kind of labels asked for.
 
@@ -75,6 +77,8 @@ def collecting(
         hidden_gb: hidden states between blocks that may stay in memory; more goes to files beside the snapshot.
         known: whether the totals of a statistic at a stream, by its key, are there already and not to be made.
         reporter: told about progress and about anything the user should know.
+        first: number of the first of these sequences among all that are measured, where this is a shard of them.
+        of: how many those are; None for no more than these.
 
     Yields:
         Statistic, stream key, totals, as soon as they are complete.
@@ -95,11 +99,11 @@ def collecting(
         # A device that holds the sums of one block has room for their totals; of all blocks it may not.
         keeping = device if by_block else CPU
         collectors = {
-            labels: Collector(wanted, sites, len(tokens), device, keeping, reporter)
+            labels: Collector(wanted, sites, of or len(tokens), device, keeping, reporter)
             for labels, wanted in passes.items()
         }
         if by_block:
-            walk = ByBlock(runner, sites, snapshot, hidden_gb, known, reporter)
+            walk = ByBlock(runner, sites, snapshot, hidden_gb, known, reporter, first)
             yield from walk.collecting(collectors, seed)
             return
         for labels, collector in collectors.items():
@@ -108,11 +112,11 @@ def collecting(
                 continue
             description = "calibration" if labels is None else f"calibration, gradients at {labels} labels"
             folder = snapshot / (labels or "forward") if snapshot else None
-            step = _step(model, labels, seed, tokens)
+            step = _step(model, labels, seed, tokens, first)
             saved = labels is not None and 4 * batch_size * tokens.shape[1] * _numbers_a_token(sites) > RECOMPUTE_BEYOND
             blocks = list(decoder_blocks(model)[1]) if saved else []
             with collector.watching(model, left), gradients(model, labels is not None), recomputed(blocks):
-                _run_batches(step, collector, tokens, batch_size, folder, description, reporter)
+                _run_batches(step, collector, tokens, batch_size, folder, description, reporter, first)
             for stream in left:
                 yield from collector.take(stream)
     finally:
@@ -123,12 +127,12 @@ def _numbers_a_token(sites: Sequence[Site]) -> int:
     return sum(site.m + site.n for site in sites)
 
 
-def _step(model: Any, labels: Labels | None, seed: int, tokens: Tensor) -> Step:
+def _step(model: Any, labels: Labels | None, seed: int, tokens: Tensor, first: int) -> Step:
     """What is done with each batch of a pass."""
     if labels is None:
         return lambda batch, start: model.base_model(input_ids=batch, use_cache=False)
     head = Head(model, tokens)
-    return lambda batch, start: backward(head(batch), batch, labels, seed, start)
+    return lambda batch, start: backward(head(batch), batch, labels, seed, first + start)
 
 
 def _run_batches(
@@ -139,6 +143,7 @@ def _run_batches(
     folder: Path | None,
     description: str,
     reporter: Reporter,
+    first: int,
 ) -> None:
     """Do every batch of a pass, leaving a snapshot in `folder` now and then, at a point where no sums hold anything."""
     begin = 0
@@ -153,10 +158,10 @@ def _run_batches(
     for start in reporter.track(starts, description, total=total, done=total - len(starts)):
         batch = tokens[start : start + batch_size]
         stop = start + len(batch)
-        collector.begin(start, stop)
+        collector.begin(first + start, first + stop)
         step(batch.to(collector.device), start)
         collector.end()
         due = time.monotonic() - saved >= _SNAPSHOT_SECONDS
-        if folder is not None and due and collector.sums_are_empty_after(stop) and stop < len(tokens):
+        if folder is not None and due and collector.sums_are_empty_after(first + stop) and stop < len(tokens):
             save_snapshot(folder, collector.kept, stop)
             saved = time.monotonic()

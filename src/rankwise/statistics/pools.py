@@ -85,6 +85,11 @@ class Pools:
                 if statistic.totals.vectors_in:
                     self._counting |= dict.fromkeys(stream.sites, (statistic, stream))
 
+    def peers(self, statistic: Statistic, site: Site) -> list[Stream]:
+        """Streams of all experts of a site's layer that are pooled with its own; none where it is no expert's."""
+        own = [pool for (of, stream), pool in self._pools.items() if of == statistic and site.name in stream.sites]
+        return [stream for pool in own for stream in self._peers[statistic, pool]]
+
     def totals(self, statistic: Statistic[T, V], stream: Stream) -> T:
         """The totals of an expert's stream, mixed where they are of few vectors.
 

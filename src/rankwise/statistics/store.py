@@ -98,6 +98,17 @@ class Store:
         """How much of the text comes to an expert; None where the site is none, or nothing was measured that tells."""
         return self._pools.reach(site)
 
+    def files(self, site: Site) -> list[Path]:
+        """All files that a site's totals may be read from: of an expert those of its peers, too."""
+        found: dict[Path, None] = {}
+        for statistic, folder in self._folders.items():
+            streams = [self._streams[statistic][site.name]] if site.name in self._streams[statistic] else []
+            streams += self._pools.peers(statistic, site)
+            for file in (folder / f"{stream.key}.safetensors" for stream in streams):
+                if file.exists():
+                    found[file] = None
+        return list(found)
+
     def totals(self, statistic: Statistic[T, V], site: Site) -> tuple[Stream, T]:
         """The stream that serves a site, and its totals; those of an expert that saw little as `Pools` mixes them.
 

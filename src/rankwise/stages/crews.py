@@ -1,0 +1,50 @@
+"""Who works for a run: workers that were asked for, or this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from rankwise.runs import Crew, Here
+from rankwise.stages.jobs import Hand
+from rankwise.stages.work import Work
+
+
+@contextmanager
+def at_work(work: Work) -> Iterator[Crew]:
+    """Who does the jobs of a run, for as long as the block runs."""
+    if work.crew is not None:
+        yield work.crew
+        return
+    with Here(Hand(work), work.run.directory) as crew:
+        yield crew
+
+
+def hire(work: Work) -> Work:
+    """The run with the workers that its recipe asks for; they leave when the run directory is let go.
+
+    Raises:
+        MissingPackageError: when what runs them is not installed.
+        RunError: when they do not start.
+        ModelError: when they find another model.
+    """
+    asked = work.recipe
+    if asked.executor == "here":
+        return work
+    from rankwise.runs.on_ray import Opening, RayCrew
+
+    model = str(Path(asked.model).resolve()) if Path(asked.model).is_dir() else asked.model
+    arguments = {
+        "recipe": asked.model_copy(update={"model": model, "output": None}).model_dump(mode="json"),
+        "texts": work.texts,
+        "memory": work.memory,
+        "fingerprint": work.fingerprint,
+    }
+    address = asked.executor.partition(":")[2]
+    opening = Opening("rankwise.stages.jobs:open_hand", arguments)
+    crew = RayCrew(address, asked.workers, opening, work.run.directory, work.reporter)
+    work.run.closing.callback(crew.close)
+    work.reporter.note(f"{crew.workers} workers on Ray", passing=True)
+    return replace(work, crew=crew)

@@ -1,0 +1,162 @@
+"""Statistics: what calibration measures at every site, in this process or by workers, a shard of the sequences each."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rankwise.allocation import Looks
+from rankwise.models import Site
+from rankwise.runs import Folder, Job, Stage
+from rankwise.stages.routed import note_experts
+from rankwise.stages.work import Work, calibration_key
+from rankwise.statistics import HIDDEN_GB, Statistic, Store, collecting, save_totals, shards
+from rankwise.statistics.files import load_totals
+
+Missing = list[Statistic]
+"""Statistics that no finished stage holds."""
+
+
+def requests_of(work: Work) -> tuple[Statistic, ...]:
+    """What the method, and the allocation by its losses, ask to be measured."""
+    method = work.recipe.method
+    return method.requests() + (method.plan_requests() if work.looks >= Looks.LOSSES else ())
+
+
+def collect_statistics(work: Work) -> Store:
+    """Collect what the method asks for and no finished stage holds: one pass for all of it.
+
+    Raises:
+        NotFiniteError: naming the layer.
+    """
+    store = collect_requests(work, requests_of(work), work.sites)
+    note_experts(work.sites, store, work.reporter)
+    return store
+
+
+def finished_store(work: Work) -> Store:
+    """The statistics that `collect_statistics` collected."""
+    stages = _stages(work, requests_of(work), calibration_key(work))
+    return Store({statistic: stage.folder for statistic, stage in stages.items()}, work.sites)
+
+
+def _stages(work: Work, requests: Sequence[Statistic], common: Mapping[str, Any]) -> dict[Statistic, Stage]:
+    return {
+        statistic: work.stage(f"statistics-{statistic.name}", {**common, "statistic": statistic.settings()})
+        for statistic in requests
+    }
+
+
+def collect_requests(
+    work: Work, requests: Sequence[Statistic], sites: Sequence[Site], beside: Mapping[str, Any] | None = None
+) -> Store:
+    """Collect some statistics at some sites, where no finished stage holds them.
+
+    Args:
+        work: the run.
+        requests: what is collected.
+        sites: where.
+        beside: what their stages depend on besides; where these are not all sites, which they are.
+
+    Raises:
+        NotFiniteError: naming the layer.
+    """
+    common = {**calibration_key(work), **(beside or {})}
+    stages = _stages(work, requests, common)
+    missing = [statistic for statistic, stage in stages.items() if not stage.taken_over()]
+    if missing:
+        folders = {statistic: stages[statistic].begun() for statistic in missing}
+        collect = _collect if work.crew is None else _collect_by_shard
+        collect(work, missing, sites, folders, common)
+        for statistic in missing:
+            with stages[statistic].making():
+                _note(work, statistic, sites)
+    return Store({statistic: stage.folder for statistic, stage in stages.items()}, sites)
+
+
+def _note(work: Work, statistic: Statistic, sites: Sequence[Site]) -> None:
+    """Say again what a statistic says of how it adds, so that it is kept with the stage of this one alone."""
+    statistic.sums(statistic.streams(sites), len(work.texts.calibration.ids), work.reporter)
+
+
+def _collect(
+    work: Work,
+    missing: Missing,
+    sites: Sequence[Site],
+    folders: Mapping[Statistic, Folder],
+    common: Mapping[str, Any],
+) -> None:
+    """In this process, all sequences."""
+    snapshot = work.stage("snapshot", {**common, "statistics": [s.settings() for s in missing]})
+    found = collecting(
+        work.loaded.model,
+        sites,
+        work.texts.calibration.ids,
+        missing,
+        batch_size=work.recipe.calibration.batch_size,
+        seed=work.recipe.seed,
+        snapshot=snapshot.partial,
+        hidden_gb=0.0 if work.memory == "disk" else HIDDEN_GB,
+        known=lambda statistic, key: folders[statistic].has(f"{key}.safetensors"),
+        reporter=work.reporter,
+    )
+    for statistic, key, totals in found:
+        with folders[statistic].writing(f"{key}.safetensors") as path:
+            save_totals(path, totals)
+    snapshot.discard()
+
+
+def _collect_by_shard(
+    work: Work,
+    missing: Missing,
+    _sites: Sequence[Site],
+    folders: Mapping[Statistic, Folder],
+    common: Mapping[str, Any],
+) -> None:
+    """By workers, a shard of the sequences each; what they give is added in the order of the sequences."""
+    assert work.crew is not None
+    total = len(work.texts.calibration.ids)
+    settings = [statistic.settings() for statistic in missing]
+    parts = shards(total, work.recipe.calibration.batch_size, missing, work.crew.workers)
+    made = [work.stage("shard", {**common, "statistics": settings, "sequences": part, "of": total}) for part in parts]
+    left = [(part, stage) for part, stage in zip(parts, made, strict=True) if not stage.taken_over()]
+    asked = requests_of(work)
+    jobs = [
+        Job(
+            "rankwise.stages.jobs:measure_shard",
+            {"numbers": [asked.index(statistic) for statistic in missing], "first": first, "stop": stop},
+            label=f"sequences {first} to {stop}",
+        )
+        for (first, stop), _ in left
+    ]
+    done = len(parts) - len(left)
+    with work.reporter.counting("calibration by shard", total=len(parts), done=done) as advance:
+        for (part, stage), found in zip(left, work.crew.results(jobs), strict=True):
+            with stage.making() as folder:
+                for name in found.files:
+                    with folder.writing(name) as path:
+                        found.put(name, path)
+            advance(f"calibration, sequences {part[0]} to {part[1]}")
+    for number, statistic in enumerate(missing):
+        for name in _names(made, number):
+            if folders[statistic].has(name):
+                continue
+            files = [stage.folder / str(number) / name for stage in made]
+            totals = None
+            for file in files:
+                # An expert may have seen no token of a shard.
+                if file.exists():
+                    read = load_totals(file, statistic.totals)
+                    totals = read if totals is None else totals.merge(read)
+            assert totals is not None
+            with folders[statistic].writing(name) as path:
+                save_totals(path, totals)
+    for stage in made:
+        shutil.rmtree(stage.folder)
+
+
+def _names(made: Sequence[Stage], number: int) -> Iterator[str]:
+    """Files of one statistic in any shard."""
+    seen = {path.name: None for stage in made for path in sorted((stage.folder / str(number)).glob("*.safetensors"))}
+    yield from seen
