@@ -124,6 +124,10 @@ class Reporter:
         self._taken = self._made = 0
         self._retell: Callable[[str], None] | None = None
 
+    def __reduce__(self) -> tuple[type[Reporter], tuple[bool]]:
+        """What is sent to another process says nothing there."""
+        return Reporter, (False,)
+
     def note(self, text: str, *, passing: bool = False) -> None:
         """Say something the user should know, once, and keep it for the report.
 

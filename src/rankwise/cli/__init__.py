@@ -15,10 +15,12 @@ from rankwise.cli.caching import cache_app
 from rankwise.cli.common import (
     Bos,
     Device,
+    Executor,
     Json,
     Overwrite,
     Quiet,
     Trust,
+    Workers,
     print_json,
     reporter_for,
 )
@@ -124,6 +126,8 @@ def compress(
     memory: Annotated[
         str | None, typer.Option(help="auto; whole, or blocks or disk for a model larger than memory.")
     ] = None,
+    executor: Executor = None,
+    workers: Workers = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where finished stages are kept and looked for.")] = None,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
@@ -153,6 +157,8 @@ def compress(
         "format": format,
         "device": device,
         "memory": memory,
+        "executor": executor,
+        "workers": workers,
         "trust_remote_code": trust_remote_code or None,
     }
     # These are of the text to score, where there is one.

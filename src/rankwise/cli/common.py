@@ -26,11 +26,30 @@ Cache = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the result of another model too, where --output holds one.")
 ]
+Executor = Annotated[
+    str | None,
+    typer.Option(help="here; ray has workers do the work on this machine, ray:ADDRESS on a cluster."),
+]
+Workers = Annotated[
+    int | None, typer.Option(help="How many of them; by default one a GPU or a machine, and two on a single one.")
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint ships.")]
 Bos = Annotated[
     str | None,
     typer.Option("--bos", help="Start token before every text: auto (as the tokenizer does), always, never."),
 ]
+
+
+def named_executor(text: str | None) -> str:
+    """What `--executor` says, as a recipe has it.
+
+    Raises:
+        RecipeError: when it is none that there is.
+    """
+    from rankwise.recipes import recipe_from
+
+    return recipe_from({"model": "any", "executor": text or "here"}, origin="--executor").executor
+
 
 _reporters: list[Reporter] = []
 

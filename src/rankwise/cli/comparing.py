@@ -10,12 +10,15 @@ import typer
 from rankwise.cli.common import (
     Bos,
     Cache,
+    Executor,
     Json,
     Overwrite,
     Quiet,
     Trust,
+    Workers,
     decode_once,
     load_named,
+    named_executor,
     print_json,
     reporter_for,
 )
@@ -61,6 +64,8 @@ def compare(
     storage: Annotated[str | None, typer.Option(help="As for compress.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override any key of the recipes.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    executor: Executor = None,
+    workers: Workers = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where finished stages are kept and looked for.")] = None,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
@@ -108,7 +113,14 @@ def compare(
 
     reporter = reporter_for(quiet, lines=True)
     reporter.facts["model"] = model
-    found = run(comparison, run_directory=run_dir, overwrite=overwrite, reporter=reporter)
+    found = run(
+        comparison,
+        run_directory=run_dir,
+        overwrite=overwrite,
+        executor=named_executor(executor),
+        workers=workers,
+        reporter=reporter,
+    )
     if json:
         print_json(found.model_dump(mode="json"))
     elif not quiet:

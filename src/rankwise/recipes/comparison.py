@@ -158,6 +158,9 @@ class Comparison(BaseModel):
     def _measures_something(self) -> Comparison:
         if not self.texts and not self.tasks:
             raise ValueError("nothing is measured: give texts or tasks")
+        for key in ("executor", "workers"):
+            if key in self.settings:
+                raise ValueError(f"{key} is of the whole comparison: give --{key}")
         for key in _OF_A_WAY:
             if key in self.settings:
                 raise ValueError(f"{key!r} is of each way and no key that all share; a method's own: methods.NAME.KEY")

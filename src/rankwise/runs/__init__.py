@@ -1,6 +1,6 @@
 """Stages on disk: listed with their hashes, taken over as they were written, by one process at a time."""
 
-from rankwise.runs.executor import Crew, Done, Here, Job
+from rankwise.runs.executor import SCRATCH, Crew, Done, Here, Job, clear_scratch
 from rankwise.runs.files import make_writable, replacing, take_space, to_disk, write_atomically
 from rankwise.runs.folder import MANIFEST, Folder
 from rankwise.runs.holding import keeping, locked
@@ -10,6 +10,7 @@ from rankwise.runs.run import Run, Stage, cache_root, default_run_directory, sta
 
 __all__ = [
     "MANIFEST",
+    "SCRATCH",
     "Crew",
     "Done",
     "Folder",
@@ -20,6 +21,7 @@ __all__ = [
     "Run",
     "Stage",
     "cache_root",
+    "clear_scratch",
     "default_run_directory",
     "delete_kept",
     "keeping",

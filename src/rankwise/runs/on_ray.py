@@ -37,8 +37,8 @@ class Opening:
     """What every worker does first.
 
     Attributes:
-        function: `module:name`, called with the run directory as the worker has it, a reporter, and the arguments;
-            what it returns is what the functions of jobs are called with.
+        function: `module:name`, called with the run directory as the worker has it, the worker's number, a reporter,
+            and the arguments; what it returns is what the functions of jobs are called with.
         arguments: plain values by name.
     """
 
@@ -52,13 +52,11 @@ class _Worker:
     Args:
         directory: of the run, as the machine that began it names it.
         token: name of a file in it; who sees that file sees the directory.
-        threads: for torch.
+        number: of the worker, from 1; one that is replaced hands it on.
     """
 
-    def __init__(self, directory: str, token: str, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
+    def __init__(self, directory: str, token: str, number: int) -> None:
+        self._number = number
         self._reporter = _Heard()
         self._held: Any = None
         shared = (Path(directory) / token).is_file()
@@ -77,7 +75,7 @@ class _Worker:
         """Get ready for jobs."""
 
         def work() -> None:
-            self._held = function_named(opening.function)(self._root, self._reporter, **opening.arguments)
+            self._held = function_named(opening.function)(self._root, self._number, self._reporter, **opening.arguments)
 
         return self._answer(work)
 
@@ -170,7 +168,7 @@ class RayCrew(Crew):
         self._stored: dict[Path, Any] = {}
         self._hands: list[_Hand] = []
         self._token = self._directory / f"{SEEN}{uuid.uuid4().hex}"
-        self._token.touch()
+        self._mark()
         try:
             resources = self._ray.cluster_resources()
             gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
@@ -192,7 +190,7 @@ class RayCrew(Crew):
     def _actor(self, number: int) -> Any:
         """Start a worker, and let it open; its answer is fetched by `_open`."""
         actor = self._ray.remote(_Worker).options(max_concurrency=2, max_restarts=0, **self._each)
-        actor = actor.remote(str(self._directory), self._token.name, int(self._each["num_cpus"]))
+        actor = actor.remote(str(self._directory), self._token.name, number)
         return actor, actor.facts.remote(), actor.open.remote(self._opening)
 
     def _open(self, begun: Any, number: int) -> _Hand:
@@ -206,6 +204,10 @@ class RayCrew(Crew):
                 where="ray",
                 remedy="see that rankwise and the model are there on every machine of the cluster, and memory for it",
             ) from None
+
+    def _mark(self) -> None:
+        """Leave a file that those see who see the directory."""
+        self._token.touch()
 
     def pids(self) -> list[int]:
         """Processes of the workers, where they run on this machine."""

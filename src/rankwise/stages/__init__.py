@@ -1,7 +1,16 @@
 """What each line of the flows does, in the same order. Every stage is keyed by all that its result depends on."""
 
 from rankwise.stages.at_site import draw_for, weight_and_statistics
-from rankwise.stages.comparing import Cell, Protocol, Rows, cells_of, measure_cell, measure_dense, write_comparison
+from rankwise.stages.comparing import (
+    Cell,
+    Protocol,
+    RowHand,
+    Rows,
+    cells_of,
+    measure_cell,
+    measure_dense,
+    write_comparison,
+)
 from rankwise.stages.crews import hire
 from rankwise.stages.finish import score, speed, write
 from rankwise.stages.fitting import fit_sites, store_layers, store_sites
@@ -21,6 +30,7 @@ __all__ = [
     "Outlooks",
     "Protocol",
     "Repairing",
+    "RowHand",
     "Rows",
     "Texts",
     "Work",

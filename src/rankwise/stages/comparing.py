@@ -364,6 +364,29 @@ def measure_cell(protocol: Protocol, cell: Cell, dense: ComparedRow, make: Calla
     )
 
 
+@dataclass(frozen=True)
+class RowHand:
+    """What rows are made with.
+
+    Attributes:
+        protocol: what they are scored by.
+        cells: all of them.
+        dense: row of the original.
+        make: gives `model`, `plan` and `report`, as `compress` does.
+    """
+
+    protocol: Protocol
+    cells: list[Cell]
+    dense: ComparedRow
+    make: Callable[[Recipe], Any]
+
+
+def make_row(hand: RowHand, _out: Path, *, number: int) -> dict[str, Any]:
+    """One row, as plain values."""
+    row = measure_cell(hand.protocol, hand.cells[number], hand.dense, hand.make)
+    return row.model_dump(mode="json")
+
+
 def write_comparison(protocol: Protocol, rows: list[ComparedRow], folder: Path) -> ComparedModels:
     """Write the rows that there are, as data, tables and a page."""
     found = ComparedModels(

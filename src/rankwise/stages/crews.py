@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from rankwise.runs import Crew, Here
+from rankwise.runs import Crew, Here, clear_scratch
 from rankwise.stages.jobs import Hand
 from rankwise.stages.work import Work
 
@@ -45,6 +45,7 @@ def hire(work: Work) -> Work:
     address = asked.executor.partition(":")[2]
     opening = Opening("rankwise.stages.jobs:open_hand", arguments)
     crew = RayCrew(address, asked.workers, opening, work.run.directory, work.reporter)
+    work.run.closing.callback(clear_scratch, work.run.directory)
     work.run.closing.callback(crew.close)
     work.reporter.note(f"{crew.workers} workers on Ray", passing=True)
     return replace(work, crew=crew)

@@ -22,7 +22,7 @@ from rankwise.methods import Looking, Outlook
 from rankwise.models import Site
 from rankwise.progress import Reporter
 from rankwise.recipes import recipe_from
-from rankwise.runs import Run
+from rankwise.runs import SCRATCH, Run
 from rankwise.sizes import Cut
 from rankwise.stages.at_site import draw_for, naming, on_gpu_or_cpu, weight_and_statistics
 from rankwise.stages.fitted import save_factors
@@ -50,6 +50,11 @@ class Hand:
         """Finished statistics."""
         return finished_store(self.work)
 
+    def dense(self) -> Work:
+        """The run, its model as it was loaded: after plans were judged, that is put back."""
+        self.close()
+        return self.work
+
     def site(self, name: str) -> Site:
         """A site by its name."""
         return next(site for site in self.work.sites if site.name == name)
@@ -74,7 +79,7 @@ class Hand:
         Raises:
             NotFiniteError: naming the site.
         """
-        work = self.work
+        work = self.dense()
 
         def make(device: torch.device) -> Outlook:
             weight, seen = weight_and_statistics(work, self.store, site, device)
@@ -104,12 +109,20 @@ class Hand:
 
 
 def open_hand(
-    root: Path, reporter: Reporter, *, recipe: Mapping[str, Any], texts: Texts, memory: str, fingerprint: str
+    root: Path,
+    number: int,
+    reporter: Reporter,
+    *,
+    recipe: Mapping[str, Any],
+    texts: Texts,
+    memory: str,
+    fingerprint: str,
 ) -> Hand:
     """What a worker begins with: it loads the model itself.
 
     Args:
         root: the run directory, as it is here.
+        number: of the worker.
         reporter: told what is to be known.
         recipe: the whole run, as plain values.
         texts: its token sequences.
@@ -120,12 +133,15 @@ def open_hand(
         ModelError: when the model here is another one.
     """
     asked = recipe_from(recipe)
+    files = root / f"{SCRATCH}weights-{number}" if memory in ("blocks", "disk") else None
+    if files is not None:
+        files.mkdir(exist_ok=True)
     loaded = load_model(
         asked.model,
         precision=asked.precision,
         device=named_device(asked.device),
         trust_remote_code=asked.trust_remote_code,
-        files=root if memory in ("blocks", "disk") else None,
+        files=files,
     )
     work = begin(asked, Run(root, reporter), loaded, texts, reporter, memory)
     if work.fingerprint != fingerprint:
@@ -150,7 +166,7 @@ def measure_shard(hand: Hand, out: Path, *, numbers: list[int], first: int, stop
     Raises:
         NotFiniteError: naming the layer.
     """
-    work, ids = hand.work, hand.work.texts.calibration.ids
+    work, ids = hand.dense(), hand.work.texts.calibration.ids
     asked = requests_of(work)
     missing = [asked[number] for number in numbers]
     of = {statistic: place for place, statistic in enumerate(missing)}
@@ -181,7 +197,7 @@ def estimate_losses(hand: Hand, out: Path, *, site: str) -> None:
         NotFiniteError: naming the site.
         RankwiseError: when the method answers other bits than it was asked for.
     """
-    work, place = hand.work, hand.site(site)
+    work, place = hand.dense(), hand.site(site)
     choices = work.problem.candidates[site].choices
 
     def estimate(device: torch.device) -> Mapping[int, float]:
@@ -233,7 +249,7 @@ def fit_site(hand: Hand, place: Site, cut: Cut) -> tuple[Factors, dict[str, Any]
     Raises:
         NotFiniteError: naming the site.
     """
-    work = hand.work
+    work = hand.dense()
 
     def fit_on(device: torch.device) -> tuple[Factors, Fit]:
         weight, seen = weight_and_statistics(work, hand.store, place, device)

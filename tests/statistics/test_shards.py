@@ -1,0 +1,63 @@
+"""Shards of sequences: where they may end, and that their sums, added, are those of one pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import tiny_llama
+from rankwise.models import find_sites, share_inputs
+from rankwise.statistics import collect, shards
+from rankwise.statistics.curvature import Curvature
+from rankwise.statistics.groups import group_ends
+from rankwise.statistics.input_moments import InputMoments
+from rankwise.statistics.moments import Moments
+from rankwise.statistics.pooled_covariance import PooledCovariance
+
+
+@given(st.integers(1, 300), st.integers(1, 16), st.integers(1, 40), st.integers(1, 9))
+def test_shards_hold_every_sequence_once_and_cut_no_batch_and_no_group(
+    sequences: int, batch: int, groups: int, wanted: int
+) -> None:
+    found = shards(sequences, batch, [Moments(groups=groups)], wanted)
+    assert [first for first, _ in found] == [0, *(stop for _, stop in found[:-1])]
+    assert found[-1][1] == sequences
+    assert 1 <= len(found) <= wanted
+    for first, stop in found:
+        assert first < stop
+        assert first % batch == 0
+        assert first in (0, *group_ends(sequences, min(groups, sequences)))
+
+
+def test_places_are_used() -> None:
+    assert shards(64, 4, [Moments(groups=16)], 4) == [(0, 16), (16, 32), (32, 48), (48, 64)]
+    assert shards(48, 8, [Moments()], 2) == [(0, 24), (24, 48)]
+
+
+@pytest.mark.parametrize("by_block", [True, False])
+def test_sums_of_shards_are_those_of_one_pass(by_block: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Float32 sums of a group are the same to the bit; adding groups in another order moves the last bit of float64."""
+    if not by_block:
+        monkeypatch.setattr("rankwise.statistics.passes.BlockRunner.alone", lambda _self: False)
+    model = tiny_llama()
+    ids = torch.randint(3, 2000, (24, 16), generator=torch.Generator().manual_seed(1))
+    sites = share_inputs(model, find_sites(model), ids[:1])
+    asked = [Moments(groups=12), InputMoments(), PooledCovariance(groups=6), Curvature(groups=12)]
+    how: dict[str, Any] = {"batch_size": 2, "seed": 3}
+    whole = collect(model, sites, ids, asked, **how)
+    parts = shards(len(ids), 2, asked, 3)
+    assert len(parts) == 3
+    found = [collect(model, sites, ids[a:b], asked, first=a, of=len(ids), **how) for a, b in parts]
+    for statistic, by_stream in whole.items():
+        assert by_stream
+        for key, totals in by_stream.items():
+            added = found[0][statistic][key]
+            for other in found[1:]:
+                added = added.merge(other[statistic][key])
+            for name, tensor in totals.tensors().items():
+                torch.testing.assert_close(added.tensors()[name], tensor, rtol=1e-12, atol=1e-12)
