@@ -265,6 +265,8 @@ class BlockRunner:
             handle.remove()
         try:
             hidden = self._inputs(others)
+            if hidden.ndim != 3 or hidden.shape[:2] != others.shape:
+                raise ValueError(f"hidden states of {list(hidden.shape)} for {list(others.shape)} tokens")
             for index in range(len(self.blocks)):
                 hidden = self.run(index, hidden)
             difference = float((hidden - seen[0]).norm() / seen[0].norm())

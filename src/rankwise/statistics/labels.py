@@ -49,9 +49,10 @@ def gradients(model: Any, wanted: bool) -> Iterator[None]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
-    # Gradients start at the embeddings' output, so that they flow though no parameter takes one.
+    # Gradients start at the embeddings' output, so that they flow though no parameter takes one; at a copy of it, which
+    # some models scale in place.
     embedding = model.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda _m, _a, output: output.requires_grad_(True))
+    handle = embedding.register_forward_hook(lambda _m, _a, output: output.requires_grad_(True).clone())
     try:
         yield
     finally:

@@ -94,6 +94,8 @@ class Collector:
             for stream in streams:
                 self._alike.setdefault((stream, statistic.groups, start), []).append(statistic)
         self._watches: dict[Stream, list[_Watch]] = {}
+        # What an expert lacks it has from its peers.
+        self._widths = {site.name: site.n for site in sites if not site.pool}
 
     @property
     def streams(self) -> list[Stream]:
@@ -109,10 +111,22 @@ class Collector:
         return [s for s in streams if not all(known(statistic, s.key) for statistic in self.serving(s))]
 
     def take(self, stream: Stream) -> Iterator[tuple[Statistic, str, Totals]]:
-        """What was kept of a stream, and no longer is: statistic, key of the stream, totals on the CPU."""
+        """What was kept of a stream, and no longer is: statistic, key of the stream, totals on the CPU.
+
+        A site that no gradient came to, such as one that a model runs without gradients, has those of zeros.
+        """
         for statistic in self.serving(stream):
+            if stream.side == "gradient" and stream.key not in self.kept[statistic] and stream.module in self._widths:
+                self.kept[statistic][stream.key] = self._of_zeros(stream, statistic)
             if stream.key in self.kept[statistic]:
                 yield statistic, stream.key, self.kept[statistic].pop(stream.key).to(CPU)
+
+    def _of_zeros(self, stream: Stream, statistic: Statistic) -> Totals:
+        start = next(start for (each, _, start), of in self._alike.items() if each == stream and statistic in of)
+        sums = start(stream.d, self.device)
+        nothing = torch.zeros(1, 1, stream.d, device=self.device)
+        sums.add(nothing, nothing.new_zeros(1, 1, self._widths[stream.module]))
+        return statistic.totals_of(sums.take()).to(CPU)
 
     def begin(self, start: int, stop: int) -> None:
         """A batch of the sequences `start..stop` comes next."""
