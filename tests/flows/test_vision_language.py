@@ -286,6 +286,12 @@ def test_commands_read_it_back(values: Values, tmp_path: Path, rankwise: Run, te
     status, out, err = rankwise("generate", tmp_path / "small", "--prompt", "the list", "--new-tokens", "4")
     assert status == 0, err
     assert out.strip()
+    status, out, err = rankwise("cost", tmp_path / "small", "--json")
+    assert status == 0, err
+    (counted,) = json.loads(out).values()
+    assert counted["linear_parameters"] < 18_432
+    status, _, err = rankwise("plan-memory", tmp_path / "seeing", "--sequences", "16")
+    assert status == 0, err
     failed(
         rankwise("compress", tmp_path / "small", "--calibration", f"text:{text}", "--output", tmp_path / "x"),
         "compressed already",
