@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from rankwise.checkpoints.auto import auto_class, require_causal, require_language_model
@@ -28,7 +28,7 @@ from rankwise.errors import ModelError, NotFiniteError
 from rankwise.layers import cache_dense
 from rankwise.layers.needs import unmet
 from rankwise.linalg import all_finite
-from rankwise.models import Streaming, reads_images, text_config
+from rankwise.models import Streaming, text_config
 from rankwise.reading import one_line
 
 CHECKPOINT_KEY = "rankwise"
@@ -248,7 +248,7 @@ def load_model(
             where=source,
             remedy="config.json and the weights do not fit together; fetch the model again",
         ) from problem
-    if reads_images(model):
+    if loader is AutoModelForImageTextToText:
         require_language_model(model, source)
     if getattr(model.config, CACHE_KEY, None) == "auto":
         # Here weights may be trained and compared: who wants them decoded once says so, with `keep_decoded`.

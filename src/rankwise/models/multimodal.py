@@ -42,8 +42,8 @@ def language_model(model: Any) -> tuple[str, Any]:
     if not has_own_language_model(getattr(model, "config", None)):
         return "", model
     decoder = model.get_decoder()
-    path = next(path for path, module in model.named_modules() if module is decoder)
-    return path, decoder
+    path = next((path for path, module in model.named_modules() if module is decoder), "")
+    return (path, decoder) if path else ("", model)
 
 
 def reads_images(model: Any) -> bool:
