@@ -681,6 +681,34 @@ MUTANTS = (
         "<= 1e9 * float(before.norm()) + 1e-6:",
         ("models/test_couplings.py",),
     ),
+    Mutant(
+        "decoder blocks are the largest list of the whole model",
+        "models/sites.py",
+        "path, decoder = language_model(model)",
+        'path, decoder = "", model',
+        ("models/test_language_model.py::test_a_large_vision_tower_is_not_taken_for_the_decoder",),
+    ),
+    Mutant(
+        "a checkpoint is tried on text alone",
+        "checkpoints/reload.py",
+        "if image := image_inputs(model, ids):",
+        "if image := {}:",
+        ("flows/test_vision_language.py::test_a_checkpoint_that_sees_otherwise_is_never_there",),
+    ),
+    Mutant(
+        "a processor stays behind",
+        "checkpoints/companions.py",
+        "for name, file in found.items():",
+        "for name, file in ():",
+        ("flows/test_vision_language.py::test_the_processor_goes_along",),
+    ),
+    Mutant(
+        "operations of a vision tower are counted with those of text",
+        "evaluation/operations.py",
+        'if not path or name.startswith(f"{path}.") or layer is head:',
+        "if layer is not None:",
+        ("flows/test_vision_language.py::test_operations_are_those_of_text_and_memory_is_told",),
+    ),
 )
 
 

@@ -141,8 +141,12 @@ def test_other_tensors_are_noted_and_tables_are_not(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}, "llava reads more than text"),
-        ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, "vision"),
+        ({"model_type": "chameleon"}, "loads chameleon as a model of images and text, and its config holds none"),
+        ({"model_type": "idefics"}, "loads idefics as a model of images and text, and its config holds none"),
+        ({"model_type": "qwen2_audio"}, r"qwen2_audio reads more than text \(audio\)"),
+        ({"model_type": "granite_speech"}, r"granite_speech reads more than text \(sound\)"),
+        ({"model_type": "florence2"}, "florence2 models are encoder-decoders"),
+        ({"model_type": "t5gemma2"}, "t5gemma2 models are encoder-decoders"),
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "encoder-decoder"),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
         ({"model_type": "vit", "architectures": ["ViTModel"]}, "no head for vit"),

@@ -38,6 +38,7 @@ DESCRIPTIONS = {
     ("docs/memory.md", "`--memory`"),
     ("docs/repair.md", "step"),
     ("docs/storage.md", "`--storage`"),
+    ("docs/vision.md", "part"),
 }
 """Tables without measurements: page, head of the first column."""
 

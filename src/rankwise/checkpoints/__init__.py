@@ -1,5 +1,6 @@
 """Reading and writing Hugging Face checkpoints."""
 
+from rankwise.checkpoints.companions import missing_processor
 from rankwise.checkpoints.empty import empty_model
 from rankwise.checkpoints.load import LoadedModel, fingerprint, load_model, load_tokenizer, read_config
 from rankwise.checkpoints.output import (
@@ -29,6 +30,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "made_from",
+    "missing_processor",
     "read_config",
     "reserved",
     "save_dense",

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from rankwise.checkpoints.auto import auto_class
 from rankwise.checkpoints.load import is_compressed, read_config, require_known_format
 from rankwise.checkpoints.modeling_file import compressed_class
 from rankwise.checkpoints.verify import read_json
@@ -31,4 +31,4 @@ def empty_model(source: str, trust_remote_code: bool = False) -> Any:
             return kind._from_config(config)
     config = read_config(source, trust_remote_code)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from rankwise.checkpoints.auto import auto_class, require_causal, require_language_model
 from rankwise.checkpoints.modeling_file import compressed_class
 from rankwise.checkpoints.sources import (
     ADAPTER_CONFIG,
     check_tensors,
     merge_adapter,
     prepare_quantised,
-    require_causal,
     require_model,
     require_numbers,
 )
@@ -28,7 +28,7 @@ from rankwise.errors import ModelError, NotFiniteError
 from rankwise.layers import cache_dense
 from rankwise.layers.needs import unmet
 from rankwise.linalg import all_finite
-from rankwise.models import Streaming
+from rankwise.models import Streaming, text_config
 from rankwise.reading import one_line
 
 CHECKPOINT_KEY = "rankwise"
@@ -74,7 +74,7 @@ class LoadedModel:
     @property
     def context(self) -> int | None:
         """Longest sequence in tokens that the config states, or None."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return getattr(text_config(self.model.config), "max_position_embeddings", None)
 
     def to_stored_dtypes(self) -> None:
         """Cast parameters back to the checkpoint's dtypes. Buffers (rotary frequencies) keep theirs.
@@ -235,10 +235,10 @@ def load_model(
         require_known_format(source)
         loader = compressed_class(read_json(Path(source) / "config.json"), source)
     else:
-        loader = AutoModelForCausalLM
         options["config"] = read_config(source, trust_remote_code)
         options["trust_remote_code"] = trust_remote_code
         require_causal(options["config"], source)
+        loader = auto_class(options["config"])
         quantised = prepare_quantised(options["config"], source)
     try:
         model, found = loader.from_pretrained(source, **options)
@@ -248,6 +248,8 @@ def load_model(
             where=source,
             remedy="config.json and the weights do not fit together; fetch the model again",
         ) from problem
+    if loader is AutoModelForImageTextToText:
+        require_language_model(model, source)
     if getattr(model.config, CACHE_KEY, None) == "auto":
         # Here weights may be trained and compared: who wants them decoded once says so, with `keep_decoded`.
         cache_dense(model, False)

@@ -17,7 +17,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from rankwise.errors import ModelError
 from rankwise.layers import biased, low_rank, narrow, needs, pivoted, quantized, replace
@@ -137,17 +137,32 @@ def base_classes(model: Any) -> tuple[type, type, type]:
     return tuple(each.__bases__[-1] for each in found) if generated else found  # type: ignore[return-value]
 
 
+def auto_names(config_class: type, causal_class: type) -> list[str]:
+    """The `Auto` classes that load a whole model: those which load the original, the one made for it first.
+
+    Args:
+        config_class: the base architecture's config class.
+        causal_class: the causal language model's class, or that of the model which reads images too.
+    """
+    mappings = {
+        "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
+    }
+    found = [name for name, known in mappings.items() if known.get(config_class, None) is causal_class]
+    return found or ["AutoModelForCausalLM"]
+
+
 def auto_map(config_class: type, base_class: type, causal_class: type) -> dict[str, str]:
     """The config's `auto_map` entry."""
     return {
         "AutoConfig": f"{MODULE_NAME}.Rankwise{config_class.__name__}",
         "AutoModel": f"{MODULE_NAME}.Rankwise{base_class.__name__}",
-        "AutoModelForCausalLM": f"{MODULE_NAME}.Rankwise{causal_class.__name__}",
+        **dict.fromkeys(auto_names(config_class, causal_class), f"{MODULE_NAME}.Rankwise{causal_class.__name__}"),
     }
 
 
 def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
-    """The causal language model class for a compressed checkpoint's config, built from rankwise's own text.
+    """The class of a compressed checkpoint's whole model, built from rankwise's own text.
 
     Args:
         raw_config: contents of config.json.
@@ -162,7 +177,10 @@ def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
         from transformers import CONFIG_MAPPING
 
         config_class = CONFIG_MAPPING[base_type]
-        causal_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+        sees = "AutoModelForImageTextToText" in names
+        causal_class: Any = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if sees else MODEL_FOR_CAUSAL_LM_MAPPING)[
+            config_class
+        ]
         base_name = names["AutoModel"].rpartition(".Rankwise")[2]
         base_class = getattr(sys.modules[causal_class.__module__], base_name)
     except (KeyError, AttributeError, TypeError) as problem:

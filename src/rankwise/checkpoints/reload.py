@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankwise.checkpoints import reload_elsewhere
-from rankwise.checkpoints.modeling_file import base_classes
+from rankwise.checkpoints.image_probe import image_inputs
+from rankwise.checkpoints.modeling_file import auto_names, base_classes
 from rankwise.errors import ModelError
 
 PROBE = 64
@@ -75,11 +76,12 @@ def _elsewhere(attempt: int = 0) -> _Elsewhere:
 
 
 @torch.inference_mode()
-def check_reload(folder: Path, model: Any, ids: Tensor, trust_remote_code: bool) -> None:
+def check_reload(folder: Path, model: Any, ids: Tensor, trust_remote_code: bool) -> bool:
     """Load a checkpoint in a process without rankwise and compare it with the model it was written from.
 
     Every parameter and buffer has to be the same to the bit, those that are computed when a model is built among them,
-    and the logits the same up to rounding.
+    and the logits the same up to rounding. A model that reads images is loaded by the class for it, and tried on text
+    and, where a random one can be made from its config, on an image.
 
     Args:
         folder: the checkpoint.
@@ -87,35 +89,49 @@ def check_reload(folder: Path, model: Any, ids: Tensor, trust_remote_code: bool)
         ids: a probe, shape `[1, tokens]`; the first `PROBE` tokens are used.
         trust_remote_code: whether loading it runs code that lies in the folder.
 
+    Returns:
+        Whether it was tried on an image too.
+
     Raises:
         ModelError: saying what differs.
     """
-    ids = ids[:1, :PROBE]
+    files: dict[str, str] = {}
+    probes: dict[str, dict[str, Tensor]] = {"text": {"input_ids": ids[:1, :PROBE].to(model.device)}}
+    if image := image_inputs(model, ids):
+        probes["image"] = image
     here = reload_elsewhere.digests(model)
+    classes = base_classes(model)
     with tempfile.TemporaryDirectory(prefix="rankwise-reload-") as name:
         answer = Path(name)
         request = {
             "folder": str(folder),
-            "ids": ids.tolist(),
+            "class": auto_names(classes[0], classes[2])[0],
+            "probes": files,
             "trust": trust_remote_code,
             "device": str(model.device),
             "threads": torch.get_num_threads(),
             "answer": name,
-            "modules": [each.__module__ for each in base_classes(model) if each.__module__.startswith("transformers.")],
+            "modules": [each.__module__ for each in classes if each.__module__.startswith("transformers.")],
         }
+        for probe, given in probes.items():
+            files[probe] = f"{probe}-given.safetensors"
+            save_file({k: v.cpu().contiguous() for k, v in given.items()}, answer / files[probe])
         status = _elsewhere().ask(request)
         if status:
             raise _differs(model, *_reason(status, answer / "error.txt"))
         there = json.loads((answer / "tensors.json").read_text())
-        found = load_file(answer / "logits.safetensors")["logits"].float()
+        found = load_file(answer / "logits.safetensors")
     for tensor in sorted(here.keys() | there.keys()):
         if here.get(tensor) != there.get(tensor):
             raise _differs(model, f"has another {tensor} when it is loaded again", tensor)
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-    allowed = _ROUNDING * torch.finfo(logits.dtype).eps * float(logits.float().abs().max())
-    difference = float((logits.float().cpu() - found).abs().max())
-    if not difference <= allowed:
-        raise _differs(model, f"gives other logits when it is loaded again (by {difference:.3g})", str(folder))
+    for probe, given in probes.items():
+        logits = model(**given, use_cache=False).logits
+        allowed = _ROUNDING * torch.finfo(logits.dtype).eps * float(logits.float().abs().max())
+        difference = float((logits.float().cpu() - found[probe].float()).abs().max())
+        if not difference <= allowed:
+            what = "gives other logits" if probe == "text" else "gives other logits of an image"
+            raise _differs(model, f"{what} when it is loaded again (by {difference:.3g})", str(folder))
+    return "image" in probes
 
 
 def _reason(status: int, error: Path) -> tuple[str, str]:

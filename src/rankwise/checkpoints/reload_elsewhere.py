@@ -1,10 +1,11 @@
 """A process that loads checkpoints where rankwise is not installed and says what it got. Run as a script, by path.
 
-Reads one request a line from standard input, a JSON object with the keys `folder`, `ids`, `trust`, `device`,
-`threads`, `answer` and `modules`, and answers each with a line `{"status"}` on standard output. Every request is
-served by a fork, which has imported torch, transformers and the modules named but run nothing yet: a fresh process
-without the seconds that importing takes. What it got is under `answer`: `tensors.json` with a hash by name of every
-parameter and buffer, and `logits.safetensors`; or `error.txt`.
+Reads one request a line from standard input, a JSON object with the keys `folder`, `class`, `probes`, `trust`,
+`device`, `threads`, `answer` and `modules`, and answers each with a line `{"status"}` on standard output. Every request
+is served by a fork, which has imported torch, transformers and the modules named but run nothing yet: a fresh process
+without the seconds that importing takes. Probes are files under `answer` with the arguments of a forward pass. What it
+got is there too: `tensors.json` with a hash by name of every parameter and buffer, and `logits.safetensors`, by probe;
+or `error.txt`.
 """
 
 import hashlib
@@ -35,12 +36,12 @@ def digests(model: "torch.nn.Module") -> dict[str, str]:
 def serve(request: dict) -> None:
     """Load one checkpoint and write what it is under `answer`."""
     import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
+    import transformers
+    from safetensors.torch import load_file, save_file
 
     answer = Path(request["answer"])
     torch.set_num_threads(request["threads"])
-    load: Any = AutoModelForCausalLM.from_pretrained
+    load: Any = getattr(transformers, request["class"]).from_pretrained
     model, found = load(request["folder"], trust_remote_code=request["trust"], dtype="auto", output_loading_info=True)
     wrong = sorted(found["missing_keys"]) + sorted(found["unexpected_keys"])
     if wrong:
@@ -50,10 +51,12 @@ def serve(request: dict) -> None:
         if hasattr(module, "cache"):
             module.cache = False  # as the model in memory, which is to be compared
     (answer / "tensors.json").write_text(json.dumps(digests(model)))
-    ids = torch.tensor(request["ids"], device=request["device"])
+    logits = {}
     with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False).logits
-    save_file({"logits": logits.cpu().contiguous()}, answer / "logits.safetensors")
+        for probe, file in request["probes"].items():
+            given = load_file(answer / file, device=request["device"])
+            logits[probe] = model(**given, use_cache=False).logits.cpu().contiguous()
+    save_file(logits, answer / "logits.safetensors")
 
 
 def fork(request: dict) -> int:

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
+from rankwise.checkpoints.auto import auto_class
+from rankwise.checkpoints.companions import write_companions
 from rankwise.checkpoints.load import CACHE_KEY, CHECKPOINT_KEY, LoadedModel
 from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, base_classes, model_type_for, modeling_source
 from rankwise.errors import ModelError, NotFiniteError
 from rankwise.layers import dense_layer, kind_of, stream_of
 from rankwise.layers.needs import FORMAT_VERSION, MINIMUM_TRANSFORMERS, WITHOUT_BLOCKS, WITHOUT_EXPERTS
 from rankwise.linalg import all_finite
-from rankwise.models import Site, UnfusedExperts, decoder_blocks, fuse
+from rankwise.models import Site, UnfusedExperts, decoder_blocks, fuse, text_config
 
 
 def low_rank_layers(model: Any, sites: Sequence[Site]) -> dict[str, dict[str, Any]]:
@@ -85,15 +86,6 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
             )
 
 
-def _write_companions(loaded: LoadedModel, folder: Path) -> None:
-    if loaded.tokenizer is not None:
-        loaded.tokenizer.save_pretrained(folder)
-    generation = getattr(loaded.model, "generation_config", None)
-    if generation is not None:
-        # Not save_pretrained: it refuses settings that many published models carry.
-        generation.to_json_file(folder / "generation_config.json")
-
-
 def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_shard_size: str = "5GB") -> None:
     """Write a checkpoint whose replaced layers any transformers can load with `trust_remote_code=True`.
 
@@ -138,12 +130,16 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
     _write_weights(model, folder, max_shard_size)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / f"{MODULE_NAME}.py").write_text(source)
-    _write_companions(loaded, folder)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        # Not save_pretrained: it refuses settings that many published models carry.
+        generation.to_json_file(folder / "generation_config.json")
+    write_companions(loaded, folder, base_type)
 
 
 def _parameter_names(config: Any) -> set[str]:
     with torch.device("meta"):
-        return {name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()}
+        return {name for name, _ in auto_class(config).from_config(config).named_parameters()}
 
 
 def _no_place(model: Any, where: str) -> ModelError:
@@ -176,8 +172,8 @@ def densify(loaded: LoadedModel, sites: Sequence[Site]) -> None:
     have = {name for name, _ in model.named_parameters()}
     if not have <= _parameter_names(model.config):
         for flag in ("attention_bias", "mlp_bias", "use_bias", "bias"):
-            if getattr(model.config, flag, None) is False:
-                setattr(model.config, flag, True)
+            if getattr(text_config(model.config), flag, None) is False:
+                setattr(text_config(model.config), flag, True)
     wanted = _parameter_names(model.config)
     if have - wanted:
         raise _no_place(model, min(have - wanted))
@@ -197,5 +193,4 @@ def save_dense(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_sha
     densify(loaded, sites)
     check_finite(loaded.model.state_dict())
     loaded.model.save_pretrained(folder, max_shard_size=max_shard_size)
-    if loaded.tokenizer is not None:
-        loaded.tokenizer.save_pretrained(folder)
+    write_companions(loaded, folder, loaded.model.config.model_type)

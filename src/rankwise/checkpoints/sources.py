@@ -7,16 +7,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
-
 from rankwise.errors import ModelError
 from rankwise.models import decoder_blocks
 
 ADAPTER_CONFIG = "adapter_config.json"
 """What peft calls the file that makes a directory an adapter, or a model with one."""
 
-_SENSES = ("vision_config", "audio_config", "speech_config", "image_config")
 _DEQUANTISED = ("fp8", "mxfp4")
 """What transformers turns into numbers by itself, to the last bit of what the codes say, on any machine."""
 
@@ -24,40 +20,6 @@ _TABLES = re.compile(r"(^|\.)((attn|attention|self_attn)\.bias|masked_bias|posit
 """Masks and tables that older checkpoints hold and models now make themselves."""
 
 _SHOWN = 5
-
-
-def require_causal(config: Any, source: str) -> None:
-    """Raise unless the config is of a decoder of text alone that predicts the next token.
-
-    Raises:
-        ModelError: saying what it is.
-    """
-    kind = config.model_type
-    senses = [name.removesuffix("_config") for name in _SENSES if getattr(config, name, None) is not None]
-    if senses or (kind in SEEING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        raise ModelError(
-            f"{kind} reads more than text ({', '.join(senses) or 'vision'}): its decoder gets embeddings that "
-            "calibration on text never shows.",
-            where=source,
-            remedy="models of text alone can be compressed; save its decoder as a model of its own and give that",
-        )
-    if getattr(config, "auto_map", None):
-        return
-    architectures = getattr(config, "architectures", None) or []
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if getattr(config, "is_encoder_decoder", False):
-        reason = f"{kind} models are encoder-decoders, whose decoder answers what an encoder read"
-    elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        reason = f"transformers has no head for {kind} models that predicts the next token"
-    elif architectures and not causal.intersection(architectures):
-        reason = f"its architecture is {architectures[0]}"
-    else:
-        return
-    raise ModelError(
-        f"This is not a causal language model: {reason}.",
-        where=source,
-        remedy="encoders and encoder-decoders cannot be compressed; give a decoder such as Llama, Qwen or GPT-2",
-    )
 
 
 def require_model(folder: Path) -> None:

@@ -7,7 +7,8 @@ Multiply-accumulate operations (MACs) of T tokens in one pass, as torch's own co
 A low-rank layer has r (m + n) numbers, or r (m + n - r) with pivot rows; of codes, those of Q, L and R, for they are
 multiplied decoded. An expert counts by the share of tokens that is routed to it. Routers, lookups, norms, softmax,
 rotations of codes and biases are not counted; all products of attention are, masked ones too. Layers that look at a
-window alone cache less than the full context, which is what is told.
+window alone cache less than the full context, which is what is told. Of a model that reads images too the pass is one
+of text: what the language model and the head do.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from rankwise.layers import is_linear, kind_of
-from rankwise.models import decoder_blocks
+from rankwise.models import decoder_blocks, language_model, text_config
 from rankwise.sizes import Plan
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -139,9 +140,10 @@ def count_operations(
         adds_bias: whether the plan's method gives a bias to sites that had none.
         stored_dtypes: by parameter name, where types differ.
     """
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     share, width = _routed_share(config), stored.itemsize
     prefix = decoder_blocks(model)[0] + "."
+    path, head = language_model(model)[0], model.get_output_embeddings()
     linear = {n: m for n, m in model.named_modules() if is_linear(m) and not _inside_another(n, model)}
     parameters = linear_parameters = 0
     per_token = 0.0
@@ -158,7 +160,8 @@ def count_operations(
             count = kind.entries(layer)
         parameters += count
         linear_parameters += count if name.startswith(prefix) else 0
-        per_token += count * (share if _EXPERT.search(name) else 1.0)
+        if not path or name.startswith(f"{path}.") or layer is head:
+            per_token += count * (share if _EXPERT.search(name) else 1.0)
     planned = set() if plan is None else set(plan.shapes)
     inside = tuple(f"{name}." for name in linear)
     dtypes = stored_dtypes or {}
@@ -171,7 +174,6 @@ def count_operations(
         if not name.startswith(inside) or name.endswith("bias"):
             parameters += parameter.numel()
     size += sum(b.numel() * b.itemsize for name, b in model.named_buffers() if name.startswith(inside))
-    head = model.get_output_embeddings()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     if tied:
         # Its numbers are the embedding's, which were counted with the parameters.

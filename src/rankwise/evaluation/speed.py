@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankwise.models import text_config
 from rankwise.progress import Reporter, anonymous_bytes
 
 SECONDS = 2.0
@@ -38,7 +39,7 @@ def decode_speed(model: Any, prompt: Tensor, *, seconds: float = SECONDS, tokens
         seconds: after which no further step begins.
         tokens: most steps; fewer where the model's context ends before.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(text_config(model.config), "max_position_embeddings", None)
     if context is not None:
         prompt = prompt[: max(1, context - tokens - 2)]
         tokens = max(1, min(tokens, context - len(prompt[:PROMPT]) - 2))

@@ -4,6 +4,13 @@ from rankwise.models.blocks import BlockRunner, allocate
 from rankwise.models.couplings import Coupling, Section, find_couplings
 from rankwise.models.experts import UnfusedExperts, fuse
 from rankwise.models.head import LOGITS, Head, Logits
+from rankwise.models.multimodal import (
+    beside_language_model,
+    has_own_language_model,
+    language_model,
+    reads_images,
+    text_config,
+)
 from rankwise.models.original import Original
 from rankwise.models.pre_norm import PreNorm
 from rankwise.models.recompute import recomputed
@@ -33,17 +40,22 @@ __all__ = [
     "Unfused",
     "UnfusedExperts",
     "allocate",
+    "beside_language_model",
     "decoder_blocks",
     "empty_in_file",
     "find_couplings",
     "find_sites",
     "fuse",
     "fused_expert_parameters",
+    "has_own_language_model",
     "into_file",
+    "language_model",
     "place_of",
+    "reads_images",
     "recomputed",
     "share_inputs",
     "shrink",
+    "text_config",
     "unfuse_experts",
     "usable_couplings",
 ]

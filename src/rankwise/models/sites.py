@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from rankwise.errors import ModelError, NotFiniteError
 from rankwise.linalg import all_finite
 from rankwise.models.experts import UnfusedExperts
+from rankwise.models.multimodal import language_model
 
 _ROLES = {
     "q_proj": "q",
@@ -93,12 +94,20 @@ def place_of(name: str) -> tuple[int, str]:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The module list that holds most linear weights: the decoder's blocks."""
+    """The module list that holds most linear weights: the decoder's blocks, and their path.
+
+    Of a model that reads images too it is one within the language model, however large the rest.
+
+    Raises:
+        ModelError: when the model has no module list.
+    """
 
     def linear_parameters(module: nn.Module) -> int:
         return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear | Conv1D))
 
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    path, decoder = language_model(model)
+    start = f"{path}." if path else ""
+    lists = [(start + name, m) for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList)]
     if not lists:
         raise ModelError("The model has no list of decoder blocks.", where=type(model).__name__)
     # Of nested lists the outermost holds as much as its children; max() keeps the first, which is the outermost.

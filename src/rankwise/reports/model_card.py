@@ -11,7 +11,7 @@ from rankwise.reports.report import Report
 _CARD = """\
 ---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {{ "image-text-to-text" if sees else "text-generation" }}
 tags: [rankwise, {{ "quantized" if coded else "low-rank" }}]
 ---
 
@@ -74,15 +74,15 @@ What to try next, in this order:
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {{ model_class }}, {{ reader_class }}
 
-model = AutoModelForCausalLM.from_pretrained("DIR"{% if low_rank %}, trust_remote_code=True{% endif %})
-tokenizer = AutoTokenizer.from_pretrained("DIR"{% if low_rank %}, trust_remote_code=True{% endif %})
+model = {{ model_class }}.from_pretrained("DIR"{% if low_rank %}, trust_remote_code=True{% endif %})
+{{ reader }} = {{ reader_class }}.from_pretrained("DIR"{% if low_rank %}, trust_remote_code=True{% endif %})
 ```
 {% if low_rank %}
 `trust_remote_code=True` runs `modeling_rankwise.py` from this directory: the new layers and three small subclasses
-of the original classes. Without it loading stops with an error. The tokenizer is the original's; transformers reads the
-model's config for it all the same, and would ask otherwise.
+of the original classes. Without it loading stops with an error. The {{ reader }} is the original's; transformers reads
+the model's config for it all the same, and would ask otherwise.
 {%- if coded %} On a CPU
 weights are decoded once and kept, as large as the original, where memory allows, and else in every forward pass;
 `from_pretrained(..., rankwise_cache_dense=True)` or `False` says which.{% endif %}
@@ -95,16 +95,26 @@ The weights are multiplied back: this checkpoint loads like the original and is 
 """
 
 
-def model_card(report: Report, plain: bool | None = None) -> str:
+def model_card(report: Report, plain: bool | None = None, sees: bool = False) -> str:
     """Markdown for a report.
 
     Args:
         report: of the checkpoint.
         plain: whether it needs no code of its own; by default what the recipe's format says.
+        sees: whether the model reads images too.
     """
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"in_words": in_words, "text": in_markdown, "code": in_code}
     name = report.recipe.model.rstrip("/").rpartition("/")[2]
     low_rank = report.recipe.format == "low_rank" if plain is None else not plain
     smaller = report.after.parameters < report.before.parameters
-    return environment.from_string(_CARD).render(**dict(report), name=name, low_rank=low_rank, smaller=smaller)
+    return environment.from_string(_CARD).render(
+        **dict(report),
+        name=name,
+        low_rank=low_rank,
+        smaller=smaller,
+        sees=sees,
+        model_class="AutoModelForImageTextToText" if sees else "AutoModelForCausalLM",
+        reader_class="AutoProcessor" if sees else "AutoTokenizer",
+        reader="processor" if sees else "tokenizer",
+    )

@@ -16,6 +16,7 @@ from rankwise.device import describe
 from rankwise.errors import RankwiseError
 from rankwise.evaluation import Cost, Perplexity, decode_speed, measure_cost, perplexity
 from rankwise.layers import decoded_once
+from rankwise.models import reads_images
 from rankwise.reports import (
     SPECTRA_FILE,
     CalibrationText,
@@ -193,7 +194,10 @@ def write(
         with writing(Path(recipe.output)) as folder:
             save(folder, loaded, work.sites, recipe.max_shard_size)
             own_code = not plain or recipe.trust_remote_code
-            check_reload(folder, loaded.model, work.texts.calibration.ids, own_code)
+            seen = check_reload(folder, loaded.model, work.texts.calibration.ids, own_code)
+            if reads_images(loaded.model) and not seen:
+                work.reporter.note("the checkpoint was tried on text alone: no image could be made from the config")
+                report = report.model_copy(update={"notes": tuple(work.reporter.notes)})
             # Multiplied back, the model in memory is what was written, and no longer what was planned. Where experts
             # are fused again, as in the original, their sites are gone and its size is that of the original.
             fused = recipe.format == "dense" and any(".experts." in site.name for site in work.sites)
@@ -208,7 +212,8 @@ def write(
             if can_draw():
                 _draw(folder, chosen, report)
             write_report_page(folder, report, chosen.plan)
-            (folder / "README.md").write_text(model_card(report, plain), encoding="utf-8")
+            sees = reads_images(loaded.model)
+            (folder / "README.md").write_text(model_card(report, plain, sees), encoding="utf-8")
     except RankwiseError:
         work.reporter.note(f"finished stages are kept in {work.run.directory}")
         raise

@@ -15,7 +15,7 @@ from rankwise.allocation import Looks
 from rankwise.checkpoints import empty_model
 from rankwise.device import named_device
 from rankwise.errors import ModelError, RankwiseError
-from rankwise.models import LOGITS, Site, decoder_blocks, find_sites, share_inputs, unfuse_experts
+from rankwise.models import LOGITS, Site, decoder_blocks, find_sites, share_inputs, text_config, unfuse_experts
 from rankwise.progress import Reporter
 from rankwise.recipes import Recipe
 from rankwise.statistics import HIDDEN_GB, Statistic, Sums
@@ -126,7 +126,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
     stored = (getattr(model.config, "dtype", None) or torch.float32).itemsize
     device = named_device(recipe.device)
     widens = recipe.precision == "float32" or (recipe.precision == "auto" and device.type == "cpu")
-    context = getattr(model.config, "max_position_embeddings", None) or _LENGTH
+    context = getattr(text_config(model.config), "max_position_embeddings", None) or _LENGTH
     weights = sum(site.parameters for site in sites)
     budget = recipe.budget
     keep = budget.keep if budget.keep is not None else 1.0

@@ -10,7 +10,7 @@ import torch
 
 from rankwise.checkpoints import REPORT_FILE, LoadedModel, check_reload, is_plain, save_dense, save_low_rank, writing
 from rankwise.evaluation import Cost, Perplexity
-from rankwise.models import Site
+from rankwise.models import Site, reads_images
 from rankwise.progress import Reporter
 from rankwise.recipes import FineTune
 from rankwise.repair import steps_of
@@ -105,5 +105,5 @@ def write_tuned(
         if can_draw():
             draw_losses(folder / "finetune.svg", {step.settings.method: step.history})
         write_report_page(folder, report, plan)
-        (folder / "README.md").write_text(model_card(report, plain))
+        (folder / "README.md").write_text(model_card(report, plain, reads_images(loaded.model)))
     return report

@@ -14,12 +14,19 @@ from rankwise.allocation import Looks, Problem
 from rankwise.checkpoints import LoadedModel, fingerprint
 from rankwise.data import Sequences, choose, load_sequences, parse_source
 from rankwise.errors import DataError, ModelError
-from rankwise.models import Site, find_sites, fused_expert_parameters, share_inputs, unfuse_experts
+from rankwise.models import (
+    Site,
+    find_sites,
+    fused_expert_parameters,
+    reads_images,
+    unfuse_experts,
+)
 from rankwise.progress import Reporter
 from rankwise.recipes import Calibration, Evaluation, Recipe, Validation
 from rankwise.runs import Crew, Run, Stage
 from rankwise.sizes import Allowance
 from rankwise.stages.memory import Need
+from rankwise.stages.seeing import require_widths_kept, say_what_stays, sharing_sites
 
 _STAGE_FORMAT = 8
 """Raised when the contents or the arithmetic of a stage change, so that old stages are not taken for new ones."""
@@ -212,12 +219,15 @@ def begin(
         need: what that is expected to take.
 
     Raises:
-        ModelError: when the model is compressed already or has no linear layers.
+        ModelError: when the model is compressed already, has no linear layers, or is one that the method cannot make
+            smaller.
     """
     if hasattr(loaded.model.config, "rankwise"):
         raise ModelError("The model is compressed already.", where=recipe.model, remedy="compress the original")
     for note in loaded.notes:
         reporter.note(note)
+    if reads_images(loaded.model):
+        require_widths_kept(recipe, loaded)
     reporter.facts |= {"architecture": type(loaded.model).__name__, "run directory": str(run.directory)}
     # Of the weights as they are loaded, so that the same source is known again.
     mark = fingerprint(loaded.model, loaded.stored_dtypes)
@@ -227,7 +237,9 @@ def begin(
     for site in found:
         site.weight(loaded.model)
     probe = texts.calibration.ids[:1].to(loaded.model.device)
-    sites = share_inputs(loaded.model, found, probe)
+    sites = sharing_sites(loaded, found, probe)
+    if reads_images(loaded.model):
+        say_what_stays(loaded, sites, reporter)
     idle = len(found) - len(sites)
     if idle:
         reporter.note(f"{idle} linear layers took no token of the first calibration sequence and stay dense, uncounted")
