@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from rankwise.checkpoints.auto import auto_class, require_causal, require_language_model
@@ -196,6 +196,19 @@ def load_tokenizer(source: str, trust_remote_code: bool = False, config: Any = N
         ) from None
 
 
+def name_decoder(model: Any) -> None:
+    """Where a class says a name of its decoder that is none of its children, say the right one.
+
+    Args:
+        model: as transformers loaded it; changed in place.
+    """
+    if model.base_model is not model:
+        return
+    decoders = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    if len(decoders) == 1:
+        model.base_model_prefix = decoders[0]
+
+
 def load_model(
     source: str,
     *,
@@ -250,6 +263,7 @@ def load_model(
         ) from problem
     if loader is AutoModelForImageTextToText:
         require_language_model(model, source)
+    name_decoder(model)
     if getattr(model.config, CACHE_KEY, None) == "auto":
         # Here weights may be trained and compared: who wants them decoded once says so, with `keep_decoded`.
         cache_dense(model, False)

@@ -47,6 +47,7 @@ class Rankwise{config}({config}):
 
 class Rankwise{base}(FillsAsOriginal, {base}):
     config_class = Rankwise{config}
+    base_model_prefix = "{decoder}"
 
     def __init__(self, config):
         require(config.rankwise)
@@ -61,11 +62,12 @@ class Rankwise{base}(FillsAsOriginal, {base}):
 
 class Rankwise{causal}(FillsAsOriginal, {causal}):
     config_class = Rankwise{config}
+    base_model_prefix = "{decoder}"
 
     def __init__(self, config):
         with one_size(config):
             super().__init__(config)
-        setattr(self, self.base_model_prefix, Rankwise{base}(config))
+        setattr(self, "{decoder}", without_what_lacks(Rankwise{base}(config), getattr(self, "{decoder}", None)))
         self.post_init()
 '''
 
@@ -101,13 +103,14 @@ def _layer_source() -> str:
     return "\n".join(imports) + "\n\n\n" + "\n\n\n".join(parts)
 
 
-def modeling_source(config_class: type, base_class: type, causal_class: type) -> str:
+def modeling_source(config_class: type, base_class: type, causal_class: type, decoder: str) -> str:
     """Text of the modelling file.
 
     Args:
         config_class: the base architecture's config class.
         base_class: the class of the decoder without head.
         causal_class: the causal language model's class.
+        decoder: name of the decoder in the causal language model.
 
     Raises:
         ModelError: when the architecture is not one that ships with transformers.
@@ -126,6 +129,7 @@ def modeling_source(config_class: type, base_class: type, causal_class: type) ->
         config=config_class.__name__,
         base=base_class.__name__,
         causal=causal_class.__name__,
+        decoder=decoder,
         model_type=model_type_for(config_class.model_type),  # type: ignore[attr-defined]
     )
 
@@ -189,7 +193,8 @@ def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
             where=where,
             remedy="a newer transformers or rankwise may know this architecture",
         ) from None
-    source = modeling_source(config_class, base_class, causal_class)
+    decoder = raw_config["rankwise"].get("decoder", causal_class.base_model_prefix)
+    source = modeling_source(config_class, base_class, causal_class, decoder)
     # Under one name in sys.modules, so that pickling and inspection of the classes work.
     module = ModuleType(f"{_GENERATED}{base_type}")
     sys.modules[module.__name__] = module

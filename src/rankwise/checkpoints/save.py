@@ -100,7 +100,7 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
     """
     model = loaded.model
     classes = base_classes(model)
-    source = modeling_source(*classes)
+    source = modeling_source(*classes, model.base_model_prefix)
     config = json.loads(model.config.to_json_string(use_diff=False))
     base_type = classes[0].model_type  # type: ignore[attr-defined]
     prefix = model.base_model_prefix + "."
@@ -119,6 +119,7 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
                 "base_architecture": classes[2].__name__,
                 "layers": layers,
                 **({"experts": experts} if experts else {}),
+                **({"decoder": prefix[:-1]} if prefix[:-1] != classes[2].base_model_prefix else {}),  # type: ignore[attr-defined]
                 **({"blocks": blocks} if blocks else {}),
                 **({"stream": stream} if stream else {}),
             }

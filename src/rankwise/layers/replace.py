@@ -86,6 +86,19 @@ def _remade(plain: type, replaced: tuple) -> Any:
     return found.__new__(found)
 
 
+def without_what_lacks(module: nn.Module, original: Any) -> nn.Module:
+    """Leave out of a decoder what the one of the original causal language model lacks, such as a pooler.
+
+    Args:
+        module: the decoder as it is built by itself.
+        original: as the causal language model builds it; None where that has none.
+    """
+    for name in [name for name, _ in module.named_children()]:
+        if getattr(original, name, name) is None:
+            setattr(module, name, None)
+    return module
+
+
 class FillsAsOriginal:
     """What a model class here has before the class it comes from: loading fills what no file holds as the original's.
 

@@ -20,6 +20,7 @@ from rankwise.models.sites import (
     decoder_blocks,
     find_sites,
     fused_expert_parameters,
+    other_layers,
     place_of,
     share_inputs,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "has_own_language_model",
     "into_file",
     "language_model",
+    "other_layers",
     "place_of",
     "reads_images",
     "recomputed",

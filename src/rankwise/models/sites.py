@@ -117,8 +117,9 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def find_sites(model: nn.Module) -> list[Site]:
     """Every linear weight in the decoder's blocks, in forward order of definition.
 
-    Embeddings, the head and everything outside the blocks are no sites, nor is what routes tokens to experts. Experts
-    that are fused in one tensor have none; `unfuse_experts` takes them apart.
+    Embeddings, the head and everything outside the blocks are no sites, nor is what routes tokens to experts, or a
+    linear layer whose class makes something else of its weight than W x + b. Experts that are fused in one tensor have
+    none; `unfuse_experts` takes them apart.
 
     Raises:
         ModelError: when the model has no blocks or no linear weight in them.
@@ -128,7 +129,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     for index, block in enumerate(blocks):
         experts = _experts_in(block)
         for path, module in block.named_modules():
-            if _routes(path, module, experts):
+            if _routes(path, module, experts) or not gives_product(module):
                 continue
             if isinstance(module, nn.Linear):
                 m, n = module.weight.shape
@@ -154,6 +155,39 @@ def find_sites(model: nn.Module) -> list[Site]:
     if not sites:
         raise ModelError("The model's blocks hold no linear layers.", where=type(model).__name__)
     return sites
+
+
+_AS_A_PRODUCT = 0.02
+"""Relative difference from W x + b: above the rounding of 16 bits."""
+
+
+@torch.no_grad()
+def gives_product(module: nn.Module) -> bool:
+    """Whether a linear layer gives W x + b; one whose class has a forward of its own is tried on random vectors.
+
+    Args:
+        module: anything; what is no linear layer gives what it gives.
+    """
+    if not isinstance(module, nn.Linear | Conv1D) or type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+    drawn = torch.randn(2, 3, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    x = drawn.to(weight.device, weight.dtype)
+    expected = nn.functional.linear(x, weight, module.bias)
+    try:
+        found = module(x)
+    except Exception:  # whatever it wants instead: it is then another layer
+        return False
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    return found.is_meta or bool((found - expected).norm() <= _AS_A_PRODUCT * expected.norm())
+
+
+def other_layers(model: nn.Module) -> dict[str, int]:
+    """Linear layers in the blocks that are no sites because they do not give W x + b: parameters by name."""
+    prefix, blocks = decoder_blocks(model)
+    linear = [(name, each) for name, each in blocks.named_modules() if isinstance(each, nn.Linear | Conv1D)]
+    return {f"{prefix}.{name}": each.weight.numel() for name, each in linear if not gives_product(each)}
 
 
 def _experts_in(block: nn.Module) -> dict[str, int]:

@@ -18,6 +18,7 @@ from rankwise.models import (
     Site,
     find_sites,
     fused_expert_parameters,
+    other_layers,
     reads_images,
     unfuse_experts,
 )
@@ -243,6 +244,13 @@ def begin(
     idle = len(found) - len(sites)
     if idle:
         reporter.note(f"{idle} linear layers took no token of the first calibration sequence and stay dense, uncounted")
+    others = other_layers(loaded.model)
+    if others:
+        reporter.note(
+            f"{len(others)} layers ({sum(others.values())} parameters) stay dense, uncounted, because they make "
+            f"something else of their weights than W x + b: {', '.join(list(others)[:3])}"
+            + (", ..." if len(others) > 3 else "")
+        )
     fused = fused_expert_parameters(loaded.model)
     if fused:
         reporter.note(

@@ -1,0 +1,113 @@
+"""What families do that others do not: layers of another product, embeddings scaled in place, no gradient, no pooler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_architectures import SMALL, tokens  # noqa: F401
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from conftest import tiny_llama
+from rankwise import compress
+from rankwise.checkpoints import load_model
+from rankwise.models import find_sites, other_layers, share_inputs
+from rankwise.progress import Reporter
+from rankwise.recipes import recipe_from
+from rankwise.statistics import collect
+from rankwise.statistics.curvature import Curvature
+
+BERT = {**{k: v for k, v in SMALL.items() if k not in ("num_key_value_heads", "head_dim")}, "is_decoder": True}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    # Its causal class leaves out a pooler that its decoder has by itself.
+    "Bert": ("BertLMHeadModel", BERT),
+    # Its embeddings are scaled in place.
+    "CTRL": ("CTRLLMHeadModel", {"vocab_size": 128, "n_embd": 32, "dff": 64, "n_layer": 2, "n_head": 4}),
+    # Its class says a name of the decoder that is none of its children.
+    "Llama4Text": ("Llama4ForCausalLM", {**SMALL, "intermediate_size_mlp": 64, "num_local_experts": 2}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_unusual_family_is_compressed_with_gradients_and_reloaded(
+    name: str,
+    tokens: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    kind, settings = CASES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, f"{name}Config")(**settings)).eval()
+    model.save_pretrained(tmp_path / "dense")
+    values = {
+        "model": str(tmp_path / "dense"),
+        "output": str(tmp_path / "small"),
+        "method": "two_sided",
+        "budget": {"keep": 0.5, "rank_multiple": 1},
+        "calibration": {"source": tokens},
+    }
+    small = compress(recipe_from(values))
+    assert all(0 < site.dropped_energy < 1 for site in small.report.sites.values() if site.rank)
+    ids = torch.arange(3, 19)[None]
+    trusted = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True).eval()
+    with torch.no_grad():
+        expected = small.model(input_ids=ids, use_cache=False).logits
+        assert torch.equal(trusted(input_ids=ids, use_cache=False).logits, expected)
+        assert torch.equal(load_model(str(tmp_path / "small")).model(input_ids=ids, use_cache=False).logits, expected)
+
+
+class Grouped(nn.Linear):
+    """A linear layer in name, which multiplies each half of its input by its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, -1)
+        half = self.weight[:, : x.shape[-1] // 2]
+        return nn.functional.linear(first, half) - nn.functional.linear(second, half)
+
+
+class Spelled(nn.Linear):
+    """W x + b, written in another way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
+
+def test_a_layer_that_is_no_product_stays_and_one_that_is_spelled_otherwise_is_a_site(
+    tokens: str,  # noqa: F811
+) -> None:
+    model = tiny_llama()
+    before = [site.name for site in find_sites(model)]
+    model.model.layers[0].mlp.up_proj.__class__ = Grouped
+    model.model.layers[1].mlp.up_proj.__class__ = Spelled
+    left = [site.name for site in find_sites(model)]
+    assert set(before) - set(left) == {"model.layers.0.mlp.up_proj"}
+    assert other_layers(model) == {"model.layers.0.mlp.up_proj": 80 * 32}
+    meta = tiny_llama().to("meta")
+    meta.model.layers[0].mlp.up_proj.__class__ = Spelled
+    assert [site.name for site in find_sites(meta)] == before
+
+
+@pytest.mark.parametrize("by_block", [True, False])
+def test_a_site_without_gradients_has_those_of_zeros(by_block: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not by_block:
+        monkeypatch.setattr("rankwise.statistics.passes.BlockRunner.alone", lambda _self: False)
+    model = tiny_llama()
+    layer = model.model.layers[1].mlp.up_proj
+    real = layer.forward
+
+    def without(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return real(x)
+
+    layer.forward = without
+    ids = torch.randint(3, 2000, (4, 16), generator=torch.Generator().manual_seed(1))
+    sites = share_inputs(model, find_sites(model), ids[:1])
+    found = collect(model, sites, ids, [Curvature()], batch_size=2, reporter=Reporter(show=False))[Curvature()]
+    assert len(found) == len(sites)
+    for site in sites:
+        value = found[f"{site.name}.gradient"].value()
+        assert torch.isfinite(value).all()
+        assert bool(value.any()) != (site.name == "model.layers.1.mlp.up_proj")
