@@ -1,17 +1,18 @@
 """Every family of causal language models that the installed transformers can build small: compressed, saved, loaded.
 
-python benchmarks/families.py [FAMILY ...]
+python benchmarks/families.py [FAMILY ...] [--run-dir DIR]
 
 A model of a few thousand parameters is made from each family's own config, compressed to half with random tokens and
 written, which tries it in a process without rankwise; then the two-sided method with a backward pass, from a bfloat16
 checkpoint. A family is fine where both end well; what is refused says why; anything else is a foreign exception.
+Outcomes stay in --run-dir: the same command goes on after a stop, and families that are named are tried again.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from common import ended, forked, markdown_table, write_result
+from common import ROOT, ended, forked, markdown_table, write_result
 from rankwise import compress
 from rankwise.checkpoints import load_model, reload
 from rankwise.errors import RankwiseError
@@ -57,7 +58,7 @@ SMALL: dict[str, Any] = {
 LARGEST = 8_000_000
 """Parameters beyond which a model is not small."""
 
-SECONDS = 120
+SECONDS = 400
 
 
 def build(family: str) -> Any:
@@ -131,13 +132,19 @@ def in_a_process(family: str) -> dict[str, Any]:
 
 def main() -> None:
     reload._elsewhere()  # One for all, which each would start else.
-    wanted = sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("family", nargs="*")
+    parser.add_argument("--run-dir", type=Path, default=ROOT / ".benchmarks" / "families")
+    arguments = parser.parse_args()
+    arguments.run_dir.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
-    for family in wanted:
-        found[family] = in_a_process(family)
-        print(family, found[family], flush=True)
-    if sys.argv[1:]:
-        return
+    for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        file = arguments.run_dir / f"{family}.json"
+        if family in arguments.family or not (arguments.family or file.exists()):
+            file.write_text(json.dumps(in_a_process(family)))
+            print(family, file.read_text(), flush=True)
+        if file.exists():
+            found[family] = json.loads(file.read_text())
     count = Counter(row["outcome"] for row in found.values())
     rows = [
         [

@@ -1,4 +1,4 @@
-"""What families do that others do not: layers of another product, embeddings scaled in place, no gradient, no pooler."""
+"""What some families do: layers of another product, embeddings scaled in place, no gradient, no pooler."""
 
 from __future__ import annotations
 
