@@ -508,7 +508,7 @@ MUTANTS = (
     ),
     Mutant(
         "an outlook is taken for that of other settings",
-        "stages/outlooks.py",
+        "stages/looked.py",
         '{**key, "method": method.model_dump()}',
         '{**key, "method": method.name}',
         ("stages/test_keys.py",),
@@ -516,9 +516,37 @@ MUTANTS = (
     Mutant(
         "a fit is taken for that of other settings",
         "stages/fitting.py",
-        'self._method.model_dump(exclude={"q_bits", "rank"})',
-        "self._method.name",
+        'method.model_dump(exclude={"q_bits", "rank"})',
+        "method.name",
         ("stages/test_keys.py",),
+    ),
+    Mutant(
+        "a shard draws the labels of the first sequences",
+        "statistics/passes.py",
+        "backward(head(batch), batch, labels, seed, first + start)",
+        "backward(head(batch), batch, labels, seed, start)",
+        ("statistics/test_shards.py",),
+    ),
+    Mutant(
+        "a shard may cut a group of sequences",
+        "statistics/shards.py",
+        "places &= set(group_ends(sequences, min(statistic.groups, sequences)))",
+        "pass",
+        ("statistics/test_shards.py",),
+    ),
+    Mutant(
+        "a proposal knows what is not finished yet",
+        "allocation/search.py",
+        "finished = trial - ahead + 1",
+        "finished = trial",
+        ("allocation/test_allocation.py",),
+    ),
+    Mutant(
+        "a layer that makes something else of its weight is a site",
+        "models/sites.py",
+        "if _routes(path, module, experts) or not gives_product(module):",
+        "if _routes(path, module, experts):",
+        ("models/test_unusual_layers.py",),
     ),
     Mutant(
         "a quantised layer reads L and R past what hangs on them",

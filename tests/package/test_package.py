@@ -38,7 +38,7 @@ def test_compress_is_a_function_whatever_was_imported_first() -> None:
 def test_the_modelling_file_imports_torch_and_transformers_alone() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-    tree = ast.parse(modeling_source(LlamaConfig, LlamaModel, LlamaForCausalLM))
+    tree = ast.parse(modeling_source(LlamaConfig, LlamaModel, LlamaForCausalLM, "model"))
     roots = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

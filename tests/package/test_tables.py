@@ -37,6 +37,7 @@ DESCRIPTIONS = {
     ("docs/reliability.md", "exit status"),
     ("docs/memory.md", "`--memory`"),
     ("docs/repair.md", "step"),
+    ("docs/scaling.md", "part of the run"),
     ("docs/storage.md", "`--storage`"),
     ("docs/vision.md", "part"),
 }
