@@ -85,6 +85,20 @@ def compress(
     rank: Annotated[int | None, typer.Option(help="Rank of L R at every site (caldera).")] = None,
     lr_bits: Annotated[int | None, typer.Option(help="Bits of L and R (caldera); 16 for unquantised.")] = None,
     codebook: Annotated[str | None, typer.Option(help="Of Q: e8p, uniform or nf.")] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Compress only linear weights whose names match, such as '*.mlp.*'; may be given more than once.",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Leave linear weights whose names match as they are; --keep and --bits still count them.",
+        ),
+    ] = None,
     allocation: Annotated[
         str | None,
         typer.Option(
@@ -139,6 +153,8 @@ def compress(
         "budget.size": size,
         "budget.storage": storage,
         "method": method,
+        "include": include or None,
+        "exclude": exclude or None,
         "allocation": allocation,
         "calibration.source": calibration,
         "validation.source": validation,

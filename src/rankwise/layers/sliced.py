@@ -182,7 +182,7 @@ def sliced(
     computed = model.get_input_embeddings().weight.dtype
     try:
         for site in sites:
-            if all(cut.dense for cut in candidates[site.name].cuts):
+            if candidates[site.name].stays:
                 continue
             weight = originals[site.name].weight
             # Weights that lie in files are widened with their block, which knows nothing of these.

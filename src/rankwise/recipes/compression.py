@@ -12,7 +12,7 @@ from rankwise.data import Start
 from rankwise.errors import nearest
 from rankwise.evaluation import ObjectiveSettings
 from rankwise.methods import AnyMethod, TwoSided, method_class, method_named
-from rankwise.recipes.values import Count, FilePath, Length, ModelName, Seed, Skipped, SourceText
+from rankwise.recipes.values import Count, FilePath, Length, ModelName, Pattern, Seed, Skipped, SourceText
 from rankwise.repair import Blocks, FullFactors, Refit, Subspace
 from rankwise.sizes import SPELLINGS, Budget
 
@@ -149,6 +149,10 @@ class Recipe(_Node):
     Attributes:
         model: directory or hub name of the checkpoint.
         output: directory to write; None keeps the result in memory only.
+        include: glob patterns over names of linear weights in the decoder's blocks, such as `*.mlp.*`; those that match
+            one are compressed, all of them where none is given.
+        exclude: likewise; those that match one stay as they are, whatever `include` says. A budget of `keep` or `bits`
+            is of all of them, left out or not.
         method: how a weight is fitted.
         allocation: how size is spread over sites. When it is not given: `spectral` for methods whose
             losses are in one unit at every site (`two_sided`; the others that quantise on a budget), else `uniform`.
@@ -172,6 +176,8 @@ class Recipe(_Node):
 
     model: ModelName
     output: FilePath | None = None
+    include: tuple[Pattern, ...] = ()
+    exclude: tuple[Pattern, ...] = ()
     method: AnyMethod = TwoSided()
     allocation: AnyAllocation = Spectral()
     budget: Budget = Budget(keep=0.8)
@@ -196,6 +202,11 @@ class Recipe(_Node):
     @model_validator(mode="after")
     def _size_for_method(self) -> Recipe:
         self.method.check_size(self.budget, self.allocation.name)
+        if (self.include or self.exclude) and not self.method.by_site:
+            raise ValueError(
+                f"{self.method.name} cuts the residual stream, which all linear weights read or write: none of them "
+                "can be left out by include or exclude"
+            )
         if self.repair.steps and self.method.prunes and not self.method.keeps_factors:
             raise ValueError(f"{self.method.name} leaves no factors to repair: see rankwise finetune")
         if self.repair.steps and not self.method.repairable:
@@ -203,6 +214,11 @@ class Recipe(_Node):
                 f"no repair knows codes: {self.method.name} is followed by rankwise finetune --method lowrank"
             )
         return self
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("method", mode="before")
     @classmethod

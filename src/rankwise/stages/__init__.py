@@ -9,7 +9,7 @@ from rankwise.stages.outlooks import Outlooks, collect_statistics
 from rankwise.stages.planning import Chosen, check_budget, choose_cuts, judging, objective_key, select_samples
 from rankwise.stages.repairing import Repairing, judge_repair, prepare_repair, repair_step
 from rankwise.stages.smaller import make_smaller
-from rankwise.stages.work import Texts, Work, begin, read_sequences, read_texts
+from rankwise.stages.work import Texts, Work, begin, chosen_key, read_sequences, read_texts
 
 __all__ = [
     "Cell",
@@ -26,6 +26,7 @@ __all__ = [
     "cells_of",
     "check_budget",
     "choose_cuts",
+    "chosen_key",
     "chosen_memory",
     "collect_statistics",
     "draw_for",

@@ -19,6 +19,7 @@ from rankwise.methods import Looking, Method, Outlook, estimated_losses
 from rankwise.models import Site
 from rankwise.quantizers import Packed, Rotation
 from rankwise.stages.at_site import draw_for, naming, on_gpu_or_cpu, weight_and_statistics
+from rankwise.stages.chosen import watched
 from rankwise.stages.routed import note_experts
 from rankwise.stages.work import Work, calibration_key, model_key
 from rankwise.statistics import HIDDEN_GB, Statistic, Store, collecting, save_totals
@@ -34,7 +35,9 @@ def collect_statistics(work: Work) -> Store:
     requests = method.requests()
     if work.looks >= Looks.LOSSES:
         requests += method.plan_requests()
-    store = collect_requests(work, requests, work.sites)
+    sites = watched(work.sites, work.left_out)
+    beside = {"sites": sorted(site.name for site in sites)} if len(sites) < len(work.sites) else None
+    store = collect_requests(work, requests, sites, beside)
     note_experts(work.sites, store, work.reporter)
     return store
 
@@ -205,9 +208,10 @@ class Outlooks:
             NotFiniteError: naming the site.
         """
         work = self._work
-        left = [site for site in work.sites if self._estimated(site) is None or self._unseen(site)]
-        done = len(work.sites) - len(left)
-        for site in work.reporter.track(left, "looking at weights", total=len(work.sites), done=done):
+        sites = [site for site in work.sites if not work.problem.candidates[site.name].stays]
+        left = [site for site in sites if self._estimated(site) is None or self._unseen(site)]
+        done = len(sites) - len(left)
+        for site in work.reporter.track(left, "looking at weights", total=len(sites), done=done):
             if self._estimated(site) is None:
                 self._estimate(site)
             for q_bits in self._unseen(site):
@@ -273,6 +277,9 @@ class Outlooks:
             energies: dict[int, Tensor] = {}
             noise: dict[int, Mapping[int, float]] = {}
             table = work.problem.candidates[site.name]
+            if table.stays:
+                candidates[site.name] = table.with_losses(torch.zeros(1, dtype=torch.float64))
+                continue
             # What was estimated counts even where codes are there, so that a plan does not depend on earlier runs.
             estimated = self._estimated(site) or {}
             for q_bits in table.choices:

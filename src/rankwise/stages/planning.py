@@ -22,7 +22,7 @@ from rankwise.reports import KeptPredictions, SearchSummary, SearchTimes, Valida
 from rankwise.sizes import Plan
 from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.smaller import check_smaller
-from rankwise.stages.work import Work, calibration_key
+from rankwise.stages.work import Work, calibration_key, chosen_key
 
 
 def check_budget(work: Work) -> None:
@@ -72,6 +72,7 @@ def choose_cuts(work: Work, outlooks: Outlooks) -> Chosen:
     # The number of trials may be raised later, so it is not part of what a trial depends on.
     key = {**objective_key(work, samples), "allocation": allocation.model_dump(exclude={"trials"})}
     key |= {"budget": recipe.budget.model_dump(), "plan": _content(getattr(allocation, "plan", None))}
+    key |= chosen_key(work)
     stage = work.stage("search", key)
     with judging(work, outlooks, samples) as objective:
         evidence = Evidence(
@@ -239,7 +240,7 @@ def select_samples(work: Work, outlooks: Outlooks) -> Tensor:
     recipe = work.recipe
     space = getattr(recipe.allocation, "space", "rolesx1")
     key = {**calibration_key(work), "method": recipe.method.model_dump(), "ids": read.fingerprint, "space": space}
-    key |= {"budget": recipe.budget.model_dump(), "plans": settings.plans}
+    key |= {"budget": recipe.budget.model_dump(), "plans": settings.plans, **chosen_key(work)}
     stage = work.stage("selection", key)
     if not stage.taken_over():
         lowest = getattr(recipe.allocation, "lowest", 0.2)

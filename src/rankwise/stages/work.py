@@ -18,7 +18,8 @@ from rankwise.models import Site, find_sites, fused_expert_parameters, share_inp
 from rankwise.progress import Reporter
 from rankwise.recipes import Calibration, Evaluation, Recipe, Validation
 from rankwise.runs import Run, Stage
-from rankwise.sizes import Allowance
+from rankwise.sizes import Allowance, dense_candidate
+from rankwise.stages.chosen import left_out, note_left_out
 from rankwise.stages.memory import Need
 
 _STAGE_FORMAT = 8
@@ -66,6 +67,7 @@ class Work:
         need: what that was expected to take, where an estimate was made.
         smaller: hash of the weights after the model was made smaller; empty before, and where it is not.
         originals: by site name, `[m, n]` before the model was made smaller; empty where it is not.
+        left_out: names of the sites that stay as they are, by the recipe's patterns.
     """
 
     recipe: Recipe
@@ -81,6 +83,7 @@ class Work:
     stays: Mapping[str, Tensor] = field(default_factory=dict)
     smaller: str = ""
     originals: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    left_out: frozenset[str] = frozenset()
 
     @property
     def looks(self) -> Looks:
@@ -211,6 +214,7 @@ def begin(
 
     Raises:
         ModelError: when the model is compressed already or has no linear layers.
+        RecipeError: when a pattern matches no site, or patterns leave none.
     """
     if hasattr(loaded.model.config, "rankwise"):
         raise ModelError("The model is compressed already.", where=recipe.model, remedy="compress the original")
@@ -243,11 +247,15 @@ def begin(
         )
     if calibration.cut:
         reporter.note("the calibration source is very large; its first 64 million characters were read")
-    problem = problem_of(recipe, loaded, sites, sum(site.parameters for site in sites))
-    return Work(recipe, run, loaded, texts, sites, mark, reporter, problem, memory, need)
+    names = left_out(sites, recipe.include, recipe.exclude)
+    note_left_out(sites, names, reporter)
+    problem = problem_of(recipe, loaded, sites, sum(site.parameters for site in sites), names)
+    return Work(recipe, run, loaded, texts, sites, mark, reporter, problem, memory, need, left_out=names)
 
 
-def problem_of(recipe: Recipe, loaded: LoadedModel, sites: list[Site], weights: int) -> Problem:
+def problem_of(
+    recipe: Recipe, loaded: LoadedModel, sites: list[Site], weights: int, left_out: frozenset[str] = frozenset()
+) -> Problem:
     """Candidates of every site, without losses, and what they may take together.
 
     Args:
@@ -255,6 +263,7 @@ def problem_of(recipe: Recipe, loaded: LoadedModel, sites: list[Site], weights: 
         loaded: the model.
         sites: its sites.
         weights: numbers that the budget is of: those of the sites before units were taken out.
+        left_out: names of the sites that stay as they are.
     """
     method, budget = recipe.method, recipe.budget
     number_bits = 8 * max(loaded.stored_dtypes[f"{site.name}.weight"].itemsize for site in sites)
@@ -263,15 +272,17 @@ def problem_of(recipe: Recipe, loaded: LoadedModel, sites: list[Site], weights: 
         shape: method.candidates(shape, form, budget.rank_multiple, recipe.allocation.looks >= Looks.LOSSES)
         for shape in dict.fromkeys((site.m, site.n) for site in sites)
     }
-    candidates = {site.name: by_shape[site.m, site.n] for site in sites}
-    allowance = Allowance(budget, weights, number_bits, _rest_bytes(loaded, sites, method.adds_bias))
+    whole = {(site.m, site.n): dense_candidate((site.m, site.n), form) for site in sites if site.name in left_out}
+    candidates = {site.name: (whole if site.name in left_out else by_shape)[site.m, site.n] for site in sites}
+    biased = [site for site in sites if method.adds_bias and not site.has_bias and site.name not in left_out]
+    allowance = Allowance(budget, weights, number_bits, _rest_bytes(loaded, sites, biased))
     if budget.size is not None:
         allowance.require(0, what="no weight at all and the rest of the model")
     return Problem(sites, candidates, form, allowance)
 
 
-def _rest_bytes(loaded: LoadedModel, sites: list[Site], adds_bias: bool) -> int:
-    """Bytes of the weight files beside the sites' weights, biases that may be added and headers among them."""
+def _rest_bytes(loaded: LoadedModel, sites: list[Site], biased: list[Site]) -> int:
+    """Bytes of the weight files beside the sites' weights, those of biases that may be added and headers among them."""
     weights = {f"{site.name}.weight" for site in sites}
     total = _HEADER
     for name, parameter in loaded.model.named_parameters():
@@ -280,9 +291,7 @@ def _rest_bytes(loaded: LoadedModel, sites: list[Site], adds_bias: bool) -> int:
             total += parameter.numel() * loaded.stored_dtypes[name].itemsize
     for site in sites:
         total += _PARTS_OF_A_SITE * (len(site.name) + _HEADER)
-        if adds_bias and not site.has_bias:
-            total += site.m * loaded.stored_dtypes[f"{site.name}.weight"].itemsize
-    return total
+    return total + sum(site.m * loaded.stored_dtypes[f"{site.name}.weight"].itemsize for site in biased)
 
 
 def model_key(work: Work) -> dict[str, Any]:
@@ -294,6 +303,11 @@ def model_key(work: Work) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def chosen_key(work: Work) -> dict[str, Any]:
+    """What the cuts of an allocation depend on, where sites are left out."""
+    return {"left_out": sorted(work.left_out)} if work.left_out else {}
 
 
 def calibration_key(work: Work) -> dict[str, Any]:
