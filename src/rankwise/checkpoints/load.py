@@ -69,7 +69,8 @@ class LoadedModel:
 
     @property
     def vocabulary(self) -> int:
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        embedding = self.model.get_input_embeddings()
+        return int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
 
     @property
     def context(self) -> int | None:

@@ -99,6 +99,12 @@ def compress(
             help="Leave linear weights whose names match as they are; --keep and --bits still count them.",
         ),
     ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="8bit stores embeddings in 8 bits; a head that is tied to them too.")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="8bit stores the head in 8 bits; embeddings that are tied to it too.")
+    ] = None,
     allocation: Annotated[
         str | None,
         typer.Option(
@@ -155,6 +161,8 @@ def compress(
         "method": method,
         "include": include or None,
         "exclude": exclude or None,
+        "embeddings": embeddings,
+        "head": head,
         "allocation": allocation,
         "calibration.source": calibration,
         "validation.source": validation,

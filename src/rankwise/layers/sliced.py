@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rankwise.device import computed_type
 from rankwise.factors import Basis, Factors
 from rankwise.models import Site
 from rankwise.quantizers import Packed, Rotation
@@ -179,7 +180,7 @@ def sliced(
     """
     layers: dict[str, SlicedLinear] = {}
     originals = {site.name: site.module(model) for site in sites}
-    computed = model.get_input_embeddings().weight.dtype
+    computed = computed_type(model)
     try:
         for site in sites:
             if candidates[site.name].stays:

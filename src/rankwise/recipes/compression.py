@@ -154,6 +154,9 @@ class Recipe(_Node):
         exclude: likewise; those that match one stay as they are, whatever `include` says. A budget of `keep` or `bits`
             is of all of them, left out or not.
         method: how a weight is fitted.
+        embeddings: `8bit` stores them as 8-bit integers with a scale a row; where the head is tied to them, both.
+        head: `8bit` stores it likewise; where it is tied to the embeddings, both. A budget of `keep` or `bits` counts
+            neither, one of `size` counts both as they are stored.
         allocation: how size is spread over sites. When it is not given: `spectral` for methods whose
             losses are in one unit at every site (`two_sided`; the others that quantise on a budget), else `uniform`.
         budget: how much is kept.
@@ -179,6 +182,8 @@ class Recipe(_Node):
     include: tuple[Pattern, ...] = ()
     exclude: tuple[Pattern, ...] = ()
     method: AnyMethod = TwoSided()
+    embeddings: Literal["8bit"] | None = None
+    head: Literal["8bit"] | None = None
     allocation: AnyAllocation = Spectral()
     budget: Budget = Budget(keep=0.8)
     calibration: Calibration = Calibration()
@@ -212,6 +217,15 @@ class Recipe(_Node):
         if self.repair.steps and not self.method.repairable:
             raise ValueError(
                 f"no repair knows codes: {self.method.name} is followed by rankwise finetune --method lowrank"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _vocabulary_for_method(self) -> Recipe:
+        if (self.embeddings or self.head) and self.budget.size is not None and not self.method.by_site:
+            raise ValueError(
+                f"{self.method.name} cuts embeddings and head itself, and chooses its width for numbers: with "
+                "embeddings or head in 8 bits give keep or bits, not size"
             )
         return self
 

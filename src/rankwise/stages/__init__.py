@@ -9,6 +9,7 @@ from rankwise.stages.outlooks import Outlooks, collect_statistics
 from rankwise.stages.planning import Chosen, check_budget, choose_cuts, judging, objective_key, select_samples
 from rankwise.stages.repairing import Repairing, judge_repair, prepare_repair, repair_step
 from rankwise.stages.smaller import make_smaller
+from rankwise.stages.vocabulary import store_vocabulary
 from rankwise.stages.work import Texts, Work, begin, chosen_key, read_sequences, read_texts
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "speed",
     "store_layers",
     "store_sites",
+    "store_vocabulary",
     "weight_and_statistics",
     "write",
     "write_comparison",

@@ -203,7 +203,7 @@ def prune(work: Work) -> Work:
         sites=sites,
         smaller=fingerprint(small, loaded.stored_dtypes),
         originals={site.name: (site.m, site.n) for site in work.sites},
-        problem=problem_of(work.recipe, loaded, sites, weights, work.left_out),
+        problem=problem_of(work.recipe, loaded, sites, weights, work.left_out, work.vocabulary),
         stays=found.stays,
     )
 

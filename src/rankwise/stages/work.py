@@ -13,7 +13,9 @@ from torch import Tensor
 from rankwise.allocation import Looks, Problem
 from rankwise.checkpoints import LoadedModel, fingerprint
 from rankwise.data import Sequences, choose, load_sequences, parse_source
+from rankwise.device import computed_type
 from rankwise.errors import DataError, ModelError
+from rankwise.layers import VocabularyParts
 from rankwise.models import Site, find_sites, fused_expert_parameters, share_inputs, unfuse_experts
 from rankwise.progress import Reporter
 from rankwise.recipes import Calibration, Evaluation, Recipe, Validation
@@ -21,11 +23,15 @@ from rankwise.runs import Run, Stage
 from rankwise.sizes import Allowance, dense_candidate
 from rankwise.stages.chosen import left_out, note_left_out
 from rankwise.stages.memory import Need
+from rankwise.stages.vocabulary import bytes_of_vocabulary, chosen_vocabulary
 
 _STAGE_FORMAT = 8
 """Raised when the contents or the arithmetic of a stage change, so that old stages are not taken for new ones."""
 
 _DEFAULT_LENGTH = 512
+
+_PROBE = 64
+"""Most tokens of a sequence on which something is tried."""
 
 _HEADER = 120
 """Bytes that a tensor takes at most in the header of a file, beside its name."""
@@ -68,6 +74,7 @@ class Work:
         smaller: hash of the weights after the model was made smaller; empty before, and where it is not.
         originals: by site name, `[m, n]` before the model was made smaller; empty where it is not.
         left_out: names of the sites that stay as they are, by the recipe's patterns.
+        vocabulary: what of embeddings and head is stored in 8 bits; None for nothing.
     """
 
     recipe: Recipe
@@ -84,6 +91,7 @@ class Work:
     smaller: str = ""
     originals: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     left_out: frozenset[str] = frozenset()
+    vocabulary: VocabularyParts | None = None
 
     @property
     def looks(self) -> Looks:
@@ -249,12 +257,20 @@ def begin(
         reporter.note("the calibration source is very large; its first 64 million characters were read")
     names = left_out(sites, recipe.include, recipe.exclude)
     note_left_out(sites, names, reporter)
-    problem = problem_of(recipe, loaded, sites, sum(site.parameters for site in sites), names)
-    return Work(recipe, run, loaded, texts, sites, mark, reporter, problem, memory, need, left_out=names)
+    vocabulary = chosen_vocabulary(recipe, loaded, probe[:, :_PROBE], reporter)
+    whole = sum(site.parameters for site in sites)
+    problem = problem_of(recipe, loaded, sites, whole, names, vocabulary)
+    shared = (recipe, run, loaded, texts, sites, mark, reporter, problem, memory, need)
+    return Work(*shared, left_out=names, vocabulary=vocabulary)
 
 
 def problem_of(
-    recipe: Recipe, loaded: LoadedModel, sites: list[Site], weights: int, left_out: frozenset[str] = frozenset()
+    recipe: Recipe,
+    loaded: LoadedModel,
+    sites: list[Site],
+    weights: int,
+    left_out: frozenset[str],
+    vocabulary: VocabularyParts | None,
 ) -> Problem:
     """Candidates of every site, without losses, and what they may take together.
 
@@ -264,6 +280,7 @@ def problem_of(
         sites: its sites.
         weights: numbers that the budget is of: those of the sites before units were taken out.
         left_out: names of the sites that stay as they are.
+        vocabulary: what of embeddings and head is stored in 8 bits.
     """
     method, budget = recipe.method, recipe.budget
     number_bits = 8 * max(loaded.stored_dtypes[f"{site.name}.weight"].itemsize for site in sites)
@@ -275,19 +292,22 @@ def problem_of(
     whole = {(site.m, site.n): dense_candidate((site.m, site.n), form) for site in sites if site.name in left_out}
     candidates = {site.name: (whole if site.name in left_out else by_shape)[site.m, site.n] for site in sites}
     biased = [site for site in sites if method.adds_bias and not site.has_bias and site.name not in left_out]
-    allowance = Allowance(budget, weights, number_bits, _rest_bytes(loaded, sites, biased))
+    allowance = Allowance(budget, weights, number_bits, _rest_bytes(loaded, sites, biased, vocabulary))
     if budget.size is not None:
         allowance.require(0, what="no weight at all and the rest of the model")
     return Problem(sites, candidates, form, allowance)
 
 
-def _rest_bytes(loaded: LoadedModel, sites: list[Site], biased: list[Site]) -> int:
+def _rest_bytes(loaded: LoadedModel, sites: list[Site], biased: list[Site], vocabulary: VocabularyParts | None) -> int:
     """Bytes of the weight files beside the sites' weights, those of biases that may be added and headers among them."""
     weights = {f"{site.name}.weight" for site in sites}
+    coded = bytes_of_vocabulary(loaded, vocabulary)
     total = _HEADER
     for name, parameter in loaded.model.named_parameters():
         total += len(name) + _HEADER
-        if name not in weights:
+        if name in coded:
+            total += coded[name] + len(name) + _HEADER
+        elif name not in weights:
             total += parameter.numel() * loaded.stored_dtypes[name].itemsize
     for site in sites:
         total += _PARTS_OF_A_SITE * (len(site.name) + _HEADER)
@@ -298,7 +318,7 @@ def model_key(work: Work) -> dict[str, Any]:
     return {
         "format": _STAGE_FORMAT,
         "model": work.smaller or work.fingerprint,
-        "precision": str(work.loaded.model.get_input_embeddings().weight.dtype),
+        "precision": str(computed_type(work.loaded.model)),
         "device": work.loaded.model.device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
