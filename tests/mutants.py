@@ -59,6 +59,34 @@ OWN_METRIC = "methods/test_own_metric.py"
 
 MUTANTS = (
     Mutant(
+        "a tied head keeps a matrix of its own",
+        "layers/coding.py",
+        "hold_head(read, None, None, looked_up)",
+        "hold_head(read, *eight_bits(read.weight.detach() * 1.5, GROUPS))",
+        ("layers/test_vocabulary.py",),
+    ),
+    Mutant(
+        "sizes count embeddings as numbers that are codes",
+        "stages/work.py",
+        "total += coded[name] + len(name) + _HEADER",
+        "total += parameter.numel() * loaded.stored_dtypes[name].itemsize",
+        ("layers/test_vocabulary.py",),
+    ),
+    Mutant(
+        "statistics of peers of an expert are not collected",
+        "stages/chosen.py",
+        "if site.name not in names or site.pool in pools}",
+        "if site.name not in names}",
+        ("stages/test_chosen.py",),
+    ),
+    Mutant(
+        "channels of a weight that is left out are put in another order",
+        "stages/fitting.py",
+        "sites = [site for site in work.sites if site.name not in work.left_out]",
+        "sites = list(work.sites)",
+        ("stages/test_chosen.py",),
+    ),
+    Mutant(
         "a cut norm divides by the width that is left",
         "layers/narrow.py",
         ".sum(-1, keepdim=True) / self.width",

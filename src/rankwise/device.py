@@ -35,9 +35,15 @@ def named_device(name: str) -> torch.device:
     return device
 
 
+def computed_type(model: Any) -> torch.dtype:
+    """The type that a model's hidden states begin in: of its embeddings, or of what these give where they are codes."""
+    embedding = model.get_input_embeddings()
+    return getattr(embedding, "number_type", None) or embedding.weight.dtype
+
+
 def computing(model: Any) -> AbstractContextManager[Any]:
     """Autocast for a model that computes in less than float32 while its factors are held in float32."""
-    dtype = model.get_input_embeddings().weight.dtype
+    dtype = computed_type(model)
     return torch.autocast(model.device.type, dtype) if dtype.itemsize == 2 else nullcontext()
 
 

@@ -31,6 +31,13 @@ class Planned(Allocation):
         given = Plan.load(Path(self.file))
         cuts = given.fitting(problem.sites, self.file)
         note_other_weights(given, self.file, evidence)
+        stays = [s.name for s in problem.sites if problem.candidates[s.name].stays and not cuts[s.name].dense]
+        if stays and not all(each.stays for each in problem.candidates.values()):
+            raise BudgetError(
+                f"The plan compresses {stays[0]} ({cuts[stays[0]]}), which is left out here.",
+                where=self.file,
+                remedy="give the include and exclude that the plan was made with, or make a plan for these",
+            )
         unknown = next((s.name for s in problem.sites if not problem.candidates[s.name].allows(cuts[s.name])), None)
         if unknown is not None:
             raise BudgetError(

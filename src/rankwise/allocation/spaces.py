@@ -136,7 +136,7 @@ class GroupSpace(Space):
 
     Raises:
         BudgetError: when the smallest coordinates, with what has to stay dense, exceed the budget.
-        RecipeError: when there are more depth groups than blocks.
+        RecipeError: when there are more depth groups than blocks, or nothing in any group may be compressed.
     """
 
     def __init__(self, problem: Problem, grouping: str, depths: int | None, lowest: float) -> None:
@@ -156,10 +156,16 @@ class GroupSpace(Space):
         self._group_of: dict[str, str] = {}
         for site in sites:
             label = self._roles[site.role]
-            if label is not None:
+            if label is not None and not problem.candidates[site.name].stays:
                 depth = blocks.index(site.block) * depths // len(blocks)
                 self._group_of[site.name] = label if depths == 1 else f"{label}@{depth + 1}/{depths}"
         self.labels = list(dict.fromkeys(self._group_of.values()))
+        if not self.labels:
+            raise RecipeError(
+                f"The space {self.name} has nothing to vary: all that it compresses is left out.",
+                where="allocation",
+                remedy="use bayesian:rolesx1 or bayesian:spectral, which compress every role, or leave out less",
+            )
         parameters = dict.fromkeys(self.labels, 0)
         roles_of: dict[str, set[str]] = {label: set() for label in self.labels}
         least, most = dict.fromkeys(self.labels, math.inf), dict.fromkeys(self.labels, 0.0)
@@ -262,9 +268,10 @@ class MultiplierSpace(Space):
         problem.check_smallest()
         seen = all(each.losses is not None for each in problem.candidates.values())
         self._choice = MultipleChoice(problem) if seen else None
-        roles = list(dict.fromkeys(site.role for site in sites))
+        # What stays as it is has nothing that a coordinate of its own would steer.
+        roles = list(dict.fromkeys(site.role for site in sites if not problem.candidates[site.name].stays))
         self.labels = [*roles, "slope"]
-        self._role = torch.tensor([roles.index(site.role) for site in sites])
+        self._role = torch.tensor([roles.index(site.role) if site.role in roles else 0 for site in sites])
         blocks = sorted({site.block for site in sites})
         self._depth = torch.tensor([2 * blocks.index(s.block) / max(1, len(blocks) - 1) - 1 for s in sites]).double()
         self.upper = torch.full((len(roles) + 1,), _WIDEST, dtype=torch.float64)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.utils import logging as transformers_logging
 
 from rankwise.checkpoints.auto import auto_class, require_causal, require_language_model
+from rankwise.checkpoints.gguf import gguf_config, gguf_tokenizer, is_gguf, read_gguf
 from rankwise.checkpoints.modeling_file import compressed_class
 from rankwise.checkpoints.sources import (
     ADAPTER_CONFIG,
@@ -69,7 +70,8 @@ class LoadedModel:
 
     @property
     def vocabulary(self) -> int:
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        embedding = self.model.get_input_embeddings()
+        return int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
 
     @property
     def context(self) -> int | None:
@@ -143,6 +145,8 @@ def read_config(source: str, trust_remote_code: bool) -> Any:
     Raises:
         ModelError: when there is none, or it is of no known architecture.
     """
+    if is_gguf(source):
+        return gguf_config(source)
     folder = Path(source)
     if folder.is_dir():
         raw = read_json(folder / "config.json")
@@ -181,6 +185,8 @@ def load_tokenizer(source: str, trust_remote_code: bool = False, config: Any = N
     Raises:
         ModelError: when its files are there and cannot be read.
     """
+    if is_gguf(source):
+        return gguf_tokenizer(source)
     folder = Path(source)
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if folder.is_dir() and not any((folder / name).exists() for name in files):
@@ -236,14 +242,17 @@ def load_model(
     if folder.is_dir():
         require_model(folder)
         verify_checkpoint(folder)
-    elif "/" in source and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+    elif "/" in source and not is_gguf(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ModelError("There is no such model directory.", where=source, remedy="check the path")
     transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
     if folder.is_dir():
         # The adapter that may lie there is merged below; transformers would put it beside the weights, unsaid.
         options["adapter_kwargs"] = {"subfolder": _NOWHERE}
-    quantised = ""
+    quantised, place = "", source
+    held = read_gguf(source) if is_gguf(source) else None
+    if held is not None:
+        place, options = str(held.path.parent), {**options, **held.as_numbers}
     if is_compressed(source):
         require_known_format(source)
         loader = compressed_class(read_json(Path(source) / "config.json"), source)
@@ -254,7 +263,7 @@ def load_model(
         loader = auto_class(options["config"])
         quantised = prepare_quantised(options["config"], source)
     try:
-        model, found = loader.from_pretrained(source, **options)
+        model, found = loader.from_pretrained(place, **options)
     except Exception as problem:
         raise ModelError(
             f"The model cannot be loaded ({type(problem).__name__}: {one_line(problem, 300)}).",
@@ -281,6 +290,8 @@ def load_model(
             remedy="fetch it into a directory and give that, so that the adapter is merged",
         )
     notes = check_tensors(model, set(found["unexpected_keys"]), source)
+    if held is not None:
+        notes.append(held.note)
     if quantised:
         require_numbers(model, quantised, source)
         notes.append(f"the source is quantised by {quantised}; its weights were turned into numbers")

@@ -3,9 +3,9 @@
 The file holds the source of the layers (`layers/low_rank.py`, `pivoted.py`, `quantized.py`, `replace.py`), of what
 reads codes (`quantizers/codes.py`, `rotation.py`), of experts as plain layers (`models/experts.py`), of blocks of other
 sizes (`models/resizing.py`), of dense layers with a bias (`layers/biased.py`), of blocks whose residual stream was cut
-(`layers/narrow.py`), of what it needs (`layers/needs.py`), and three small subclasses of the base architecture. Loading
-with `trust_remote_code=True` runs it where rankwise is not installed; rankwise itself builds the same text afresh and
-never runs the file it finds in a directory.
+(`layers/narrow.py`), of embeddings and a head in 8 bits (`layers/vocabulary.py`), of what it needs (`layers/needs.py`),
+and three small subclasses of the base architecture. Loading with `trust_remote_code=True` runs it where rankwise is not
+installed; rankwise itself builds the same text afresh and never runs the file it finds in a directory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from rankwise.errors import ModelError
-from rankwise.layers import biased, low_rank, narrow, needs, pivoted, quantized, replace
+from rankwise.layers import biased, low_rank, narrow, needs, pivoted, quantized, replace, vocabulary
 from rankwise.models import experts, resizing
 from rankwise.quantizers import codes, rotation
 
@@ -45,7 +45,7 @@ class Rankwise{config}({config}):
     model_type = "{model_type}"
 
 
-class Rankwise{base}(FillsAsOriginal, {base}):
+class Rankwise{base}(FillsAsOriginal, ResizesNot, {base}):
     config_class = Rankwise{config}
     base_model_prefix = "{decoder}"
 
@@ -57,10 +57,11 @@ class Rankwise{base}(FillsAsOriginal, {base}):
         narrow_stream(self, config.rankwise.get("stream", {{}}))
         unfuse(self, config.rankwise.get("experts", []))
         replace_linears(self, config.rankwise["layers"], getattr(config, "rankwise_cache_dense", "auto"))
+        code_embedding(self, config.rankwise.get("vocabulary", {{}}))
         self.post_init()
 
 
-class Rankwise{causal}(FillsAsOriginal, {causal}):
+class Rankwise{causal}(FillsAsOriginal, ResizesNot, {causal}):
     config_class = Rankwise{config}
     base_model_prefix = "{decoder}"
 
@@ -68,6 +69,7 @@ class Rankwise{causal}(FillsAsOriginal, {causal}):
         with one_size(config):
             super().__init__(config)
         setattr(self, "{decoder}", without_what_lacks(Rankwise{base}(config), getattr(self, "{decoder}", None)))
+        code_head(self, config.rankwise.get("vocabulary", {{}}))
         self.post_init()
 '''
 
@@ -77,7 +79,20 @@ def model_type_for(base_model_type: str) -> str:
     return f"rankwise_{base_model_type}"
 
 
-_SOURCES = (needs, codes, rotation, experts, resizing, biased, narrow, low_rank, pivoted, quantized, replace)
+_SOURCES = (
+    needs,
+    codes,
+    rotation,
+    experts,
+    resizing,
+    biased,
+    narrow,
+    low_rank,
+    pivoted,
+    quantized,
+    replace,
+    vocabulary,
+)
 
 
 def _is_heading(node: ast.AST) -> bool:
@@ -213,6 +228,10 @@ def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
         narrow_stream=narrow.narrow_stream,
         LAYERS=replace.LAYERS,
         replace_linears=replace.replace_linears,
+        CodedEmbedding=vocabulary.CodedEmbedding,
+        CodedHead=vocabulary.CodedHead,
+        code_embedding=vocabulary.code_embedding,
+        code_head=vocabulary.code_head,
         one_size=resizing.one_size,
         resize_blocks=resizing.resize_blocks,
     )

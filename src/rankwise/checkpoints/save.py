@@ -16,8 +16,14 @@ from rankwise.checkpoints.companions import write_companions
 from rankwise.checkpoints.load import CACHE_KEY, CHECKPOINT_KEY, LoadedModel
 from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, base_classes, model_type_for, modeling_source
 from rankwise.errors import ModelError, NotFiniteError
-from rankwise.layers import dense_layer, kind_of, stream_of
-from rankwise.layers.needs import FORMAT_VERSION, MINIMUM_TRANSFORMERS, WITHOUT_BLOCKS, WITHOUT_EXPERTS
+from rankwise.layers import decode_vocabulary, dense_layer, kind_of, stream_of, vocabulary_entry
+from rankwise.layers.needs import (
+    FORMAT_VERSION,
+    MINIMUM_TRANSFORMERS,
+    WITHOUT_BLOCKS,
+    WITHOUT_EXPERTS,
+    WITHOUT_VOCABULARY,
+)
 from rankwise.linalg import all_finite
 from rankwise.models import Site, UnfusedExperts, decoder_blocks, fuse, text_config
 
@@ -44,18 +50,23 @@ def sizes_of_blocks(model: Any) -> dict[str, dict[str, int]]:
     return {f"{inside}.{index}": {name: getattr(each, name) for name in names} for index, each in enumerate(own)}
 
 
-def _format_of(layers: Mapping[str, Mapping[str, Any]], made_smaller: bool, experts: Sequence[str]) -> int:
+def _format_of(
+    layers: Mapping[str, Mapping[str, Any]], made_smaller: bool, experts: Sequence[str], vocabulary: Mapping[str, Any]
+) -> int:
     """The oldest format that can say it."""
-    if made_smaller or any(form.get("storage") == "dense" for form in layers.values()):
+    if vocabulary:
         return FORMAT_VERSION
+    if made_smaller or any(form.get("storage") == "dense" for form in layers.values()):
+        return WITHOUT_VOCABULARY
     return WITHOUT_BLOCKS if experts else WITHOUT_EXPERTS
 
 
 def is_plain(model: Any, sites: Sequence[Site]) -> bool:
     """Whether the architecture's own code and config say all of a model: no layer of ours, no block of a size of its
-    own, no adapters of a stream.
+    own, no adapters of a stream, no vocabulary of codes.
     """
-    return not low_rank_layers(model, sites) and not sizes_of_blocks(model) and not stream_of(model)
+    ours = low_rank_layers(model, sites), sizes_of_blocks(model), stream_of(model), vocabulary_entry(model)
+    return not any(ours)
 
 
 def _write_weights(model: Any, folder: Path, max_shard_size: str) -> None:
@@ -106,14 +117,14 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
     prefix = model.base_model_prefix + "."
     layers, blocks = low_rank_layers(model, sites), sizes_of_blocks(model)
     experts = [name.removeprefix(prefix) for name, each in model.named_modules() if isinstance(each, UnfusedExperts)]
-    stream = stream_of(model)
+    stream, vocabulary = stream_of(model), vocabulary_entry(model)
     config.update(
         model_type=model_type_for(base_type),
         architectures=[f"Rankwise{classes[2].__name__}"],
         auto_map=auto_map(*classes),
         **{
             CHECKPOINT_KEY: {
-                "format": _format_of(layers, bool(blocks or stream), experts),
+                "format": _format_of(layers, bool(blocks or stream), experts, vocabulary),
                 "needs": {"transformers": f">={MINIMUM_TRANSFORMERS}"},
                 "base_model_type": base_type,
                 "base_architecture": classes[2].__name__,
@@ -122,6 +133,7 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
                 **({"decoder": prefix[:-1]} if prefix[:-1] != classes[2].base_model_prefix else {}),  # type: ignore[attr-defined]
                 **({"blocks": blocks} if blocks else {}),
                 **({"stream": stream} if stream else {}),
+                **({"vocabulary": vocabulary} if vocabulary else {}),
             }
         },
     )
@@ -158,6 +170,7 @@ def densify(loaded: LoadedModel, sites: Sequence[Site]) -> None:
         ModelError: when the original architecture has no place for an added bias.
     """
     model = loaded.model
+    decode_vocabulary(model)
     for site in sites:
         module = site.module(model)
         kind = kind_of(module)

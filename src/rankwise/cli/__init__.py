@@ -87,6 +87,26 @@ def compress(
     rank: Annotated[int | None, typer.Option(help="Rank of L R at every site (caldera).")] = None,
     lr_bits: Annotated[int | None, typer.Option(help="Bits of L and R (caldera); 16 for unquantised.")] = None,
     codebook: Annotated[str | None, typer.Option(help="Of Q: e8p, uniform or nf.")] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Compress only linear weights whose names match, such as '*.mlp.*'; may be given more than once.",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Leave linear weights whose names match as they are; --keep and --bits still count them.",
+        ),
+    ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="8bit stores embeddings in 8 bits; a head that is tied to them too.")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="8bit stores the head in 8 bits; embeddings that are tied to it too.")
+    ] = None,
     allocation: Annotated[
         str | None,
         typer.Option(
@@ -143,6 +163,10 @@ def compress(
         "budget.size": size,
         "budget.storage": storage,
         "method": method,
+        "include": include or None,
+        "exclude": exclude or None,
+        "embeddings": embeddings,
+        "head": head,
         "allocation": allocation,
         "calibration.source": calibration,
         "validation.source": validation,

@@ -115,7 +115,7 @@ def speed(
         costs[label] = count_operations(*_counted(name, trust_remote_code))
         decode_once(loaded.model, dense_cache, quiet)
         models[label] = loaded.model
-    smallest = min(m.get_input_embeddings().weight.shape[0] for m in models.values())
+    smallest = min(m.get_input_embeddings().num_embeddings for m in models.values())
     ids = torch.randint(0, smallest, (prompt,), generator=torch.Generator().manual_seed(0))
     with reporter.stage("speed"):
         found = measure_speeds(models, ids, tokens=tokens, rounds=rounds, reporter=reporter)

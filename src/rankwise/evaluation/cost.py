@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rankwise.layers import kind_of
+from rankwise.layers import coded_buffers, kind_of
 from rankwise.models import Site
 
 
@@ -17,7 +17,7 @@ class Cost:
     """Sizes of a model in the dtypes it is stored in; tied tensors count once.
 
     Attributes:
-        parameters: all parameters.
+        parameters: all parameters; of embeddings and a head in 8 bits, their codes.
         bytes: their bytes.
         linear_parameters: weights (or factors) of the decoder's linear layers, biases not counted. A quantised layer
             has those of Q, L and R.
@@ -44,12 +44,14 @@ def measure_cost(model: Any, sites: Sequence[Site], stored_dtypes: Mapping[str, 
         stored_dtypes: by parameter name; a parameter that is not named counts in the dtype it has.
     """
     own = tuple(f"{site.name}." for site in sites)
+    coded = coded_buffers(model)
+    scales = {f"{name.removesuffix('codes')}scale" for name in coded}
     parameters = size = linear_bytes = biases = 0
     for name, parameter in model.named_parameters():
         count, width = parameter.numel(), stored_dtypes.get(name, parameter.dtype).itemsize
         size += count * width
         if not name.startswith(own):
-            parameters += count
+            parameters += 0 if name in scales else count
         elif name.endswith("bias"):
             parameters += count
             biases += count
@@ -59,6 +61,9 @@ def measure_cost(model: Any, sites: Sequence[Site], stored_dtypes: Mapping[str, 
         if name.startswith(own):
             size += buffer.numel() * buffer.dtype.itemsize
             linear_bytes += buffer.numel() * buffer.dtype.itemsize
+        elif name in coded:
+            size += buffer.numel() * buffer.dtype.itemsize
+            parameters += buffer.numel()
     layers = [site.module(model) for site in sites]
     linear = sum(kind_of(layer).entries(layer) for layer in layers)
     indices = sum(kind_of(layer).indices(layer) for layer in layers)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankwise.layers import is_linear, kind_of
+from rankwise.layers import coded_buffers, is_linear, kind_of, vocabulary_entry
 from rankwise.models import decoder_blocks, language_model, text_config
 from rankwise.sizes import Plan
 
@@ -174,6 +174,11 @@ def count_operations(
         if not name.startswith(inside) or name.endswith("bias"):
             parameters += parameter.numel()
     size += sum(b.numel() * b.itemsize for name, b in model.named_buffers() if name.startswith(inside))
+    looked_up = {name: codes for name, codes in coded_buffers(model).items() if not name.startswith(inside)}
+    for name, codes in looked_up.items():
+        scales = model.get_submodule(name.rpartition(".")[0]).scale.numel()
+        size += codes.numel() * codes.itemsize
+        parameters += (0 if vocabulary_entry(model).get("head", {}).get("tied") else codes.numel()) - scales
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     if tied:
         # Its numbers are the embedding's, which were counted with the parameters.

@@ -112,6 +112,7 @@ def compress(
                 stages.repair_step(work, repairing, step)
         with reporter.stage("storage"):
             facts = stages.store_sites(work, chosen.plan, facts)
+            stages.store_vocabulary(loaded, work.vocabulary)
         cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
         with reporter.stage("evaluate compressed"):
             score = stages.score(work, "compressed", chosen.plan, repairing)

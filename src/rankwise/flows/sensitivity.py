@@ -126,8 +126,10 @@ def sensitivity(
         with reporter.stage("outlooks"):
             outlooks.look()
         samples = stages.select_samples(work, outlooks)
-        points = points_of(work.sites, fractions, site_fraction)
-        stage = work.stage("sensitivity", {**stages.objective_key(work, samples), "budget": recipe.budget.model_dump()})
+        free = [site for site in work.sites if site.name not in work.left_out]
+        points = points_of(free, fractions, site_fraction)
+        key = {**stages.objective_key(work, samples), "budget": recipe.budget.model_dump(), **stages.chosen_key(work)}
+        stage = work.stage("sensitivity", key)
         log = TrialLog(stage.log("points.jsonl"), stage.key, reporter)
         known = {(r["kind"], r["role"], r["block"], r["keep"]): r for r in log.records}
         labels = {site.name: site.name for site in work.sites}
@@ -138,7 +140,7 @@ def sensitivity(
                 cuts = nearest_cuts(work.problem, point.fractions(work.sites))
                 value, perplexity, kl = objective(cuts)
                 of_sites = work.problem.kept_by(labels, cuts)
-                touched = [site for site in work.sites if point.covers(site)]
+                touched = [site for site in free if point.covers(site)]
                 kept = sum(of_sites[s.name] * s.parameters for s in touched) / sum(s.parameters for s in touched)
                 row = {
                     "kind": point.kind,

@@ -1,6 +1,15 @@
 """Modules that take the place of a linear layer."""
 
 from rankwise.layers.biased import BiasedLinear
+from rankwise.layers.coding import (
+    VocabularyParts,
+    code_vocabulary,
+    coded_buffers,
+    coded_bytes,
+    decode_vocabulary,
+    vocabulary_entry,
+    vocabulary_parts,
+)
 from rankwise.layers.decoding import decoded_once, keep_decoded
 from rankwise.layers.fold import fold_orders
 from rankwise.layers.kinds import KINDS, Kind, dense_layer, is_linear, kind_of, substitute
@@ -22,7 +31,12 @@ __all__ = [
     "PivotedLinear",
     "QuantizedLinear",
     "SlicedLinear",
+    "VocabularyParts",
     "cache_dense",
+    "code_vocabulary",
+    "coded_buffers",
+    "coded_bytes",
+    "decode_vocabulary",
     "decoded_once",
     "dense_layer",
     "fold_orders",
@@ -35,4 +49,6 @@ __all__ = [
     "sliced",
     "stream_of",
     "substitute",
+    "vocabulary_entry",
+    "vocabulary_parts",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rankwise.device import computed_type
 from rankwise.layers.quantized import KeptWhereItFits, QuantizedLinear, cache_dense
 
 
@@ -22,7 +23,7 @@ def keep_decoded(model: Any, wanted: bool | None = None) -> str | None:
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     if not layers:
         return None
-    width = model.get_input_embeddings().weight.element_size()
+    width = computed_type(model).itemsize
     room = KeptWhereItFits(sum(layer.in_features * layer.out_features for layer in layers))
     kept = (model.device.type == "cpu" and room.fits(width)) if wanted is None else wanted
     cache_dense(model, kept)

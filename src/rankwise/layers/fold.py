@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.device import computed_type
 from rankwise.layers.kinds import kind_of
 from rankwise.models import Site
 
@@ -63,7 +64,7 @@ def fold_orders(model: Any, sites: Sequence[Site], probe: Tensor) -> int:
         kind_of(modules["down"]).move_inputs(modules["down"], order, put)
         folded += 1
     after = model(input_ids=probe, use_cache=False).logits.float()
-    tolerance = _TOLERANCE.get(model.get_input_embeddings().weight.dtype, _COARSE_TOLERANCE)
+    tolerance = _TOLERANCE.get(computed_type(model), _COARSE_TOLERANCE)
     if float((after - before).norm()) <= tolerance * float(before.norm()):
         return folded
     for owner, name, value in reversed(changes):

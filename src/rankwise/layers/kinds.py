@@ -17,6 +17,7 @@ from rankwise.layers.pivoted import PivotedLinear
 from rankwise.layers.quantized import PackedMatrix, QuantizedLinear
 from rankwise.layers.replace import name_parent
 from rankwise.layers.stored import finite, parameter, sixteen, store
+from rankwise.layers.vocabulary import CodedHead
 from rankwise.linalg import balanced, pivot
 from rankwise.quantizers import Packed, Rotation, packed_signs
 
@@ -149,6 +150,23 @@ class _Dense(Kind):
 
     def move_inputs(self, layer: Any, order: Tensor, put: Setter) -> None:
         _move(layer, 1 - self._outputs, order, put)
+
+
+class _CodedHead(Kind):
+    """A head in 8 bits, which is no site."""
+
+    replaced = False
+    in_numbers = False
+    movable = False
+
+    def of(self, factors: Factors, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        raise ValueError("a head is made of no factors")
+
+    def factors(self, layer: Any) -> Factors:
+        raise ValueError("a head has no factors")
+
+    def entries(self, layer: CodedHead) -> int:
+        return layer.in_features * layer.out_features
 
 
 class _TwoFactor(Kind):
@@ -335,6 +353,7 @@ _OF_CLASS: dict[type, Kind] = {
     LowRankLinear: KINDS["two_factor"],
     PivotedLinear: KINDS["pivoted"],
     QuantizedLinear: KINDS["quantized"],
+    CodedHead: _CodedHead(),
     nn.Linear: _Dense(0),
     Conv1D: _Dense(1),
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rankwise.device import computed_type
 from rankwise.factors import Basis, Factors
 from rankwise.models import Site
 from rankwise.quantizers import Packed, Rotation
@@ -179,10 +180,10 @@ def sliced(
     """
     layers: dict[str, SlicedLinear] = {}
     originals = {site.name: site.module(model) for site in sites}
-    computed = model.get_input_embeddings().weight.dtype
+    computed = computed_type(model)
     try:
         for site in sites:
-            if all(cut.dense for cut in candidates[site.name].cuts):
+            if candidates[site.name].stays:
                 continue
             weight = originals[site.name].weight
             # Weights that lie in files are widened with their block, which knows nothing of these.

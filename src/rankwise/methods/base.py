@@ -50,6 +50,7 @@ class Method(BaseModel, ABC):
         default_keep: kept fraction where no size is given; None where the settings may say it all.
         keeps_factors: whether what it makes is L R in numbers, which repairs know how to mend.
         prunes: whether it makes the model smaller before its weights are looked at: units go, or directions.
+        by_site: whether it can leave out a site and still do its work at the others.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,6 +59,7 @@ class Method(BaseModel, ABC):
     default_keep: ClassVar[float | None] = 0.8
     keeps_factors: ClassVar[bool] = True
     prunes: ClassVar[bool] = False
+    by_site: ClassVar[bool] = True
 
     name: str
 

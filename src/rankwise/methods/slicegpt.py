@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ class SliceGPT(WholeWeights):
         tokens: `normalised` lets all tokens weigh the same, `raw` by the square of their norm (the released code).
         multiple: k is a multiple of this.
     """
+
+    by_site: ClassVar[bool] = False
 
     name: Literal["slicegpt"] = "slicegpt"
     adapters: Literal["full", "none"] = "full"

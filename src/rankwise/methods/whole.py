@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from rankwise.factors import Basis
 from rankwise.linalg import decompose
 from rankwise.methods.base import Factorisation, make_basis
-from rankwise.sizes import DENSE, Candidates, Form
+from rankwise.sizes import Candidates, Form, dense_candidate
 from rankwise.statistics import SiteStatistics
 
 
@@ -21,8 +20,7 @@ class WholeWeights(Factorisation):
     keeps_factors: ClassVar[bool] = False
 
     def candidates(self, shape: tuple[int, int], form: Form, multiple: int, looks: bool) -> Candidates:
-        bits = torch.tensor([form.bits(shape, DENSE)])
-        return Candidates((DENSE,), bits, torch.tensor([0]), (0.0, float(form.number_bits)))
+        return dense_candidate(shape, form)
 
     def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
         return make_basis(decompose(weight))

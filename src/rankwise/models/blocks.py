@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.device import computing
+from rankwise.device import computed_type, computing
 from rankwise.errors import ModelError
 from rankwise.models.sites import decoder_blocks
 from rankwise.runs import take_space
@@ -88,7 +88,7 @@ class BlockRunner:
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
-        self.dtype = self.model.get_input_embeddings().weight.dtype
+        self.dtype = computed_type(self.model)
 
     def _computing(self) -> AbstractContextManager[Any]:
         return computing(self.model) if self.autocast else nullcontext()

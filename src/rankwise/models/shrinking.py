@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.device import computed_type
 from rankwise.errors import ModelError
 from rankwise.models.couplings import Coupling, find_couplings
 from rankwise.models.resizing import resize_blocks
@@ -204,7 +205,7 @@ def _wrong_with(
     tried in the first block alone, too, so that blocks may differ.
     """
     by_name = {site.name: site for site in sites}
-    narrow = model.get_input_embeddings().weight.dtype.itemsize < 4
+    narrow = computed_type(model).itemsize < 4
     tolerance = _COARSE_TOLERANCE if narrow else _TOLERANCE
     try:
         for tried in (couplings, couplings[:1]):

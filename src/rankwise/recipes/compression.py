@@ -12,7 +12,7 @@ from rankwise.data import Start
 from rankwise.errors import nearest
 from rankwise.evaluation import ObjectiveSettings
 from rankwise.methods import AnyMethod, TwoSided, method_class, method_named
-from rankwise.recipes.values import Count, FilePath, Length, ModelName, Seed, Skipped, SourceText
+from rankwise.recipes.values import Count, FilePath, Length, ModelName, Pattern, Seed, Skipped, SourceText
 from rankwise.repair import Blocks, FullFactors, Refit, Subspace
 from rankwise.sizes import SPELLINGS, Budget
 
@@ -149,7 +149,14 @@ class Recipe(_Node):
     Attributes:
         model: directory or hub name of the checkpoint.
         output: directory to write; None keeps the result in memory only.
+        include: glob patterns over names of linear weights in the decoder's blocks, such as `*.mlp.*`; those that match
+            one are compressed, all of them where none is given.
+        exclude: likewise; those that match one stay as they are, whatever `include` says. A budget of `keep` or `bits`
+            is of all of them, left out or not.
         method: how a weight is fitted.
+        embeddings: `8bit` stores them as 8-bit integers with a scale a row; where the head is tied to them, both.
+        head: `8bit` stores it likewise; where it is tied to the embeddings, both. A budget of `keep` or `bits` counts
+            neither, one of `size` counts both as they are stored.
         allocation: how size is spread over sites. When it is not given: `spectral` for methods whose
             losses are in one unit at every site (`two_sided`; the others that quantise on a budget), else `uniform`.
         budget: how much is kept.
@@ -175,7 +182,11 @@ class Recipe(_Node):
 
     model: ModelName
     output: FilePath | None = None
+    include: tuple[Pattern, ...] = ()
+    exclude: tuple[Pattern, ...] = ()
     method: AnyMethod = TwoSided()
+    embeddings: Literal["8bit"] | None = None
+    head: Literal["8bit"] | None = None
     allocation: AnyAllocation = Spectral()
     budget: Budget = Budget(keep=0.8)
     calibration: Calibration = Calibration()
@@ -203,6 +214,11 @@ class Recipe(_Node):
         self.method.check_size(self.budget, self.allocation.name)
         if self.executor != "here" and self.method.prunes:
             raise ValueError(f"{self.method.name} takes units out of a model in one process: leave executor away")
+        if (self.include or self.exclude) and not self.method.by_site:
+            raise ValueError(
+                f"{self.method.name} cuts the residual stream, which all linear weights read or write: none of them "
+                "can be left out by include or exclude"
+            )
         if self.repair.steps and self.method.prunes and not self.method.keeps_factors:
             raise ValueError(f"{self.method.name} leaves no factors to repair: see rankwise finetune")
         if self.repair.steps and not self.method.repairable:
@@ -210,6 +226,20 @@ class Recipe(_Node):
                 f"no repair knows codes: {self.method.name} is followed by rankwise finetune --method lowrank"
             )
         return self
+
+    @model_validator(mode="after")
+    def _vocabulary_for_method(self) -> Recipe:
+        if (self.embeddings or self.head) and self.budget.size is not None and not self.method.by_site:
+            raise ValueError(
+                f"{self.method.name} cuts embeddings and head itself, and chooses its width for numbers: with "
+                "embeddings or head in 8 bits give keep or bits, not size"
+            )
+        return self
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("method", mode="before")
     @classmethod

@@ -25,6 +25,9 @@ Skipped = Annotated[int, Field(ge=0, le=_MOST)]
 Length = Annotated[int, Field(ge=2, le=_MOST)]
 """Tokens a sequence."""
 
+Pattern = Annotated[str, Field(min_length=1, max_length=500)]
+"""A glob pattern over names of sites."""
+
 _BESIDE = len("..training.partial")
 
 

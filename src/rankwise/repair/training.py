@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rankwise.data.instructions import IGNORED
-from rankwise.device import computing
+from rankwise.device import computed_type, computing
 from rankwise.errors import MissingPackageError, NotFiniteError, RecipeError
 from rankwise.layers import kind_of, substitute
 from rankwise.models import Head, Logits, Site
@@ -245,7 +245,7 @@ def train(
             remedy=f"set CUDA_VISIBLE_DEVICES={device.index} and use --device cuda",
         )
     head = Head(model, examples.ids[0][None])
-    half = model.get_input_embeddings().weight.dtype if device.type != "cpu" else torch.float32
+    half = computed_type(model) if device.type != "cpu" else torch.float32
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro,

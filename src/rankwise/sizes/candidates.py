@@ -36,6 +36,11 @@ class Candidates:
         return self.cuts[-1].dense
 
     @property
+    def stays(self) -> bool:
+        """Whether the weight can only stay as it is."""
+        return all(cut.dense for cut in self.cuts)
+
+    @property
     def smallest(self) -> int:
         """The least bits of any."""
         return int(self.bits.min())
@@ -77,6 +82,13 @@ class Candidates:
         if len({each.rank for each in ranked}) == 1:
             return cut in ranked
         return (cut.q_bits, cut.lr_bits) in {(each.q_bits, each.lr_bits) for each in ranked}
+
+
+def dense_candidate(shape: tuple[int, int], form: Form) -> Candidates:
+    """The table of a weight `(m, n)` that stays as it is."""
+    return Candidates(
+        (DENSE,), torch.tensor([form.bits(shape, DENSE)]), torch.tensor([0]), (0.0, float(form.number_bits))
+    )
 
 
 def low_rank_candidates(shape: tuple[int, int], form: Form, multiple: int) -> Candidates:

@@ -21,7 +21,8 @@ from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.planning import Chosen, check_budget, choose_cuts, objective_key, select_samples
 from rankwise.stages.repairing import Repairing, judge_repair, prepare_repair, repair_step
 from rankwise.stages.smaller import make_smaller
-from rankwise.stages.work import Texts, Work, begin, read_sequences, read_texts
+from rankwise.stages.vocabulary import store_vocabulary
+from rankwise.stages.work import Texts, Work, begin, chosen_key, read_sequences, read_texts
 
 __all__ = [
     "Cell",
@@ -39,6 +40,7 @@ __all__ = [
     "cells_of",
     "check_budget",
     "choose_cuts",
+    "chosen_key",
     "chosen_memory",
     "collect_statistics",
     "draw_for",
@@ -61,6 +63,7 @@ __all__ = [
     "speed",
     "store_layers",
     "store_sites",
+    "store_vocabulary",
     "weight_and_statistics",
     "write",
     "write_comparison",

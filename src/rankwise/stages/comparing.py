@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from rankwise.checkpoints import fingerprint, load_model
 from rankwise.data import Sequences, existing, parse_source
-from rankwise.device import named_device
+from rankwise.device import computed_type, named_device
 from rankwise.errors import BudgetError, DataError, MissingPackageError, NotFiniteError, RankwiseError, RunError
 from rankwise.evaluation import (
     TaskScore,
@@ -276,7 +276,7 @@ def measure_dense(
             fingerprint=fingerprint(loaded.model, loaded.stored_dtypes),
             architecture=type(loaded.model).__name__,
             machine=machine_of(loaded.model.device),
-            computed=(str(loaded.model.get_input_embeddings().weight.dtype), loaded.model.device.type),
+            computed=(str(computed_type(loaded.model)), loaded.model.device.type),
             reporter=reporter,
         )
     key = stage_key({**protocol.key, "recipe": "dense"})

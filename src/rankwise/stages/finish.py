@@ -63,6 +63,8 @@ def score(work: Work, what: str, plan: Plan | None = None, repairing: Repairing 
             "method": work.recipe.method.model_dump(),
             **calibration_key(work),
         }
+    if plan is not None and work.vocabulary is not None:
+        key["vocabulary"] = asdict(work.vocabulary)
     if repairing is not None:
         key["repaired"] = repairing.key
     stage = work.stage(f"score-{what}", key)

@@ -123,7 +123,9 @@ def store_sites(work: Work, plan: Plan, facts: Mapping[str, Mapping[str, Any]]) 
     """
     probe = work.texts.calibration.ids[:1, :64]
     dtypes = {name: work.loaded.stored_dtypes[f"{name}.weight"] for name in facts}
-    found = store_layers(work.loaded, work.sites, plan.form, dtypes, probe, work.reporter)
+    # Channels are put in another order where no weight of theirs has to stay as it is.
+    sites = [site for site in work.sites if site.name not in work.left_out]
+    found = store_layers(work.loaded, sites, plan.form, dtypes, probe, work.reporter)
     return {name: {**each, **found.get(name, {})} for name, each in facts.items()}
 
 

@@ -25,6 +25,7 @@ from rankwise.recipes import recipe_from
 from rankwise.runs import SCRATCH, Run
 from rankwise.sizes import Cut
 from rankwise.stages.at_site import draw_for, naming, on_gpu_or_cpu, weight_and_statistics
+from rankwise.stages.chosen import watched
 from rankwise.stages.fitted import save_factors
 from rankwise.stages.judged import judging
 from rankwise.stages.looked import load_outlook, outlook_file, outlook_stage, save_outlook
@@ -174,7 +175,7 @@ def measure_shard(hand: Hand, out: Path, *, numbers: list[int], first: int, stop
     snapshot = work.stage("snapshot", {**key, "model": work.fingerprint})
     found = collecting(
         work.loaded.model,
-        work.sites,
+        watched(work.sites, work.left_out),
         ids[first:stop],
         missing,
         batch_size=work.recipe.calibration.batch_size,

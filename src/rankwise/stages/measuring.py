@@ -9,6 +9,7 @@ from typing import Any
 from rankwise.allocation import Looks
 from rankwise.models import Site
 from rankwise.runs import Folder, Job, Stage
+from rankwise.stages.chosen import watched
 from rankwise.stages.routed import note_experts
 from rankwise.stages.work import Work, calibration_key
 from rankwise.statistics import HIDDEN_GB, Statistic, Store, collecting, save_totals, shards
@@ -30,15 +31,23 @@ def collect_statistics(work: Work) -> Store:
     Raises:
         NotFiniteError: naming the layer.
     """
-    store = collect_requests(work, requests_of(work), work.sites)
+    sites, beside = _watched(work)
+    store = collect_requests(work, requests_of(work), sites, beside)
     note_experts(work.sites, store, work.reporter)
     return store
 
 
 def finished_store(work: Work) -> Store:
     """The statistics that `collect_statistics` collected."""
-    stages = _stages(work, requests_of(work), calibration_key(work))
-    return Store({statistic: stage.folder for statistic, stage in stages.items()}, work.sites)
+    sites, beside = _watched(work)
+    stages = _stages(work, requests_of(work), {**calibration_key(work), **beside})
+    return Store({statistic: stage.folder for statistic, stage in stages.items()}, sites)
+
+
+def _watched(work: Work) -> tuple[list[Site], dict[str, Any]]:
+    """The sites at which statistics are collected, and, where these are not all, what stages depend on besides."""
+    sites = watched(work.sites, work.left_out)
+    return sites, {"sites": sorted(site.name for site in sites)} if len(sites) < len(work.sites) else {}
 
 
 def _stages(work: Work, requests: Sequence[Statistic], common: Mapping[str, Any]) -> dict[Statistic, Stage]:

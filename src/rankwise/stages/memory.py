@@ -18,6 +18,7 @@ from rankwise.errors import ModelError, RankwiseError
 from rankwise.models import LOGITS, Site, decoder_blocks, find_sites, share_inputs, text_config, unfuse_experts
 from rankwise.progress import Reporter
 from rankwise.recipes import Recipe
+from rankwise.stages.chosen import left_out, watched
 from rankwise.statistics import HIDDEN_GB, Statistic, Sums
 
 MODES = ("whole", "blocks", "disk")
@@ -117,8 +118,9 @@ def shapes_of(recipe: Recipe) -> Shapes:
     calibration = recipe.calibration
     count = calibration.sequences or _SEQUENCES
     made: dict[Any, int] = {}
+    measured = watched(sites, left_out(sites, recipe.include, recipe.exclude))
     for statistic in requests:
-        for key, size in _sizes(statistic, sites, count).items():
+        for key, size in _sizes(statistic, measured, count).items():
             made[key] = size
     for (*_, first), size in made.items():
         sums[block_of[first]] += size

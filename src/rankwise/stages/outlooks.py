@@ -117,14 +117,15 @@ class Outlooks:
             NotFiniteError: naming the site.
         """
         work = self._work
+        sites = [site for site in work.sites if not work.problem.candidates[site.name].stays]
         self._fill(
             [
                 Job("rankwise.stages.jobs:estimate_losses", {"site": site.name}, self.measured(site), site.name)
-                for site in work.sites
+                for site in sites
                 if self._estimated(site) is None
             ]
         )
-        unseen = [(site, q_bits) for site in work.sites for q_bits in self._unseen(site)]
+        unseen = [(site, q_bits) for site in sites for q_bits in self._unseen(site)]
         self._make(unseen, with_basis=work.looks >= Looks.OBJECTIVE)
 
     def _unseen(self, site: Site) -> list[int]:
@@ -162,6 +163,9 @@ class Outlooks:
             energies: dict[int, Tensor] = {}
             noise: dict[int, Mapping[int, float]] = {}
             table = work.problem.candidates[site.name]
+            if table.stays:
+                candidates[site.name] = table.with_losses(torch.zeros(1, dtype=torch.float64))
+                continue
             # What was estimated counts even where codes are there, so that a plan does not depend on earlier runs.
             estimated = self._estimated(site) or {}
             for q_bits in table.choices:

@@ -21,7 +21,7 @@ from rankwise.stages.crews import at_work
 from rankwise.stages.judged import Judging, judging
 from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.smaller import check_smaller
-from rankwise.stages.work import Work, calibration_key
+from rankwise.stages.work import Work, calibration_key, chosen_key
 
 
 def check_budget(work: Work) -> None:
@@ -72,6 +72,7 @@ def choose_cuts(work: Work, outlooks: Outlooks) -> Chosen:
     # The number of trials may be raised later, so it is not part of what a trial depends on.
     key = {**objective_key(work, samples), "allocation": allocation.model_dump(exclude={"trials"})}
     key |= {"budget": recipe.budget.model_dump(), "plan": _content(getattr(allocation, "plan", None))}
+    key |= chosen_key(work)
     with at_work(work) as crew:
         # So many at a time give another search than one after another.
         stage = work.stage("search", key | ({"ahead": crew.workers} if crew.workers > 1 else {}))
@@ -116,7 +117,8 @@ def spectra_of(problem: Problem) -> dict[str, list[tuple[float, float]]]:
 
 def pairs_of(work: Work) -> list[tuple[Site, int]]:
     """Every site with the bits of every Q that it may get."""
-    return [(site, q_bits) for site in work.sites for q_bits in work.problem.candidates[site.name].choices]
+    tables = [(site, work.problem.candidates[site.name]) for site in work.sites]
+    return [(site, q_bits) for site, table in tables if not table.stays for q_bits in table.choices]
 
 
 def _content(path: str | None) -> str | None:
@@ -225,7 +227,7 @@ def select_samples(work: Work, outlooks: Outlooks) -> Tensor:
     recipe = work.recipe
     space = getattr(recipe.allocation, "space", "rolesx1")
     key = {**calibration_key(work), "method": recipe.method.model_dump(), "ids": read.fingerprint, "space": space}
-    key |= {"budget": recipe.budget.model_dump(), "plans": settings.plans}
+    key |= {"budget": recipe.budget.model_dump(), "plans": settings.plans, **chosen_key(work)}
     stage = work.stage("selection", key)
     if not stage.taken_over():
         lowest = getattr(recipe.allocation, "lowest", 0.2)

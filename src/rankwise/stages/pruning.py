@@ -20,10 +20,10 @@ from rankwise.layers import BiasedLinear
 from rankwise.methods import Part, Pruning
 from rankwise.models import Coupling, Site, find_sites, share_inputs, shrink, usable_couplings
 from rankwise.runs import Stage
-from rankwise.sizes import Plan
+from rankwise.sizes import DENSE, Plan
 from rankwise.stages.at_site import naming, weight_and_statistics
 from rankwise.stages.measuring import collect_requests
-from rankwise.stages.work import Work, calibration_key, problem_of
+from rankwise.stages.work import Work, calibration_key, chosen_key, problem_of
 from rankwise.statistics import SiteStatistics, Store
 
 _STAYS, _CONSUMERS = "stays.json", "consumers.safetensors"
@@ -41,6 +41,28 @@ def couplings_of(work: Work) -> list[Coupling]:
         layers = "attention" if kind == "heads" else "feed-forward"
         work.reporter.note(f"no units are taken out of {layers} layers: {reason}")
     return found
+
+
+def losing(work: Work, couplings: list[Coupling]) -> list[Coupling]:
+    """Of the couplings of a model, those that lose units: all but those with a site that is left out, which is said.
+
+    Raises:
+        RecipeError: when that is none.
+    """
+    whole = [coupling for coupling in couplings if work.left_out.intersection(coupling.sites)]
+    if whole and len(whole) == len(couplings):
+        raise RecipeError(
+            f"{work.recipe.method.name} takes units out of all weights that they go through, and of each of the "
+            f"{len(couplings)} sets of such weights one at least is left out.",
+            where="include, exclude",
+            remedy=f"leave out whole sets, such as {', '.join(whole[0].sites)}, or take a method of low rank",
+        )
+    if whole:
+        work.reporter.note(
+            f"no units are taken out of {len(whole)} of {len(couplings)} heads or feed-forward layers: they go through "
+            f"weights that are left out, such as {next(n for n in whole[0].sites if n in work.left_out)}"
+        )
+    return [coupling for coupling in couplings if coupling not in whole]
 
 
 def check_pruning(work: Work) -> None:
@@ -72,7 +94,9 @@ def check_pruning(work: Work) -> None:
         )
     problem = work.problem
     sites = {site.name: site for site in work.sites}
-    couplings = couplings_of(work)
+    couplings = losing(work, couplings_of(work))
+    if method.equal and work.left_out:
+        _require_equal(work, couplings)
     _planned(work, couplings)
     parts = [Part(coupling, sites, _nothing) for coupling in couplings]
     if method.rests:
@@ -80,6 +104,20 @@ def check_pruning(work: Work) -> None:
         return
     least = (method.least(parts) + _others(work, parts)) * problem.form.number_bits
     problem.allowance.require(least, ", lower method.multiple, or protect fewer layers", "the fewest units")
+
+
+def _require_equal(work: Work, couplings: list[Coupling]) -> None:
+    """Raise when some layers lose units and others of their kind are left out, and all are to be equal."""
+    for kind in ("heads", "channels"):
+        losing = {coupling.block for coupling in couplings if coupling.kind == kind}
+        blocks = {site.block for site in work.sites}
+        if losing and losing != blocks:
+            raise RecipeError(
+                f"Layers are to keep as many units each (method.equal), and {len(blocks - losing)} of {len(blocks)} "
+                "blocks have weights that are left out.",
+                where="include, exclude",
+                remedy="leave out the same weights in every block, or leave away method.equal",
+            )
 
 
 def _least_bits(work: Work, method: Pruning, parts: list[Part]) -> int:
@@ -93,7 +131,10 @@ def _least_bits(work: Work, method: Pruning, parts: list[Part]) -> int:
         consumer = coupling.columns.site
         shapes[consumer] = shapes[consumer][0], left * coupling.columns.size
     form, multiple = work.problem.form, work.recipe.budget.rank_multiple
-    return sum(method.candidates(shape, form, multiple, True).smallest for shape in shapes.values())
+    return sum(
+        form.bits(shape, DENSE) if name in work.left_out else method.candidates(shape, form, multiple, True).smallest
+        for name, shape in shapes.items()
+    )
 
 
 def _nothing(name: str) -> tuple[Tensor, SiteStatistics]:
@@ -131,8 +172,10 @@ def prune(work: Work) -> Work:
     """
     method, loaded = work.recipe.method, work.loaded
     assert isinstance(method, Pruning)
-    couplings = couplings_of(work)
+    every = couplings_of(work)
+    couplings = losing(work, every)
     key = {**calibration_key(work), "method": method.model_dump(), "budget": work.recipe.budget.model_dump()}
+    key |= chosen_key(work)
     key["couplings"] = [[coupling.name, coupling.units] for coupling in couplings]
     planned = _planned(work, couplings)
     if planned is not None:
@@ -145,7 +188,7 @@ def prune(work: Work) -> Work:
             with folder.writing(_CONSUMERS) as path:
                 save_file(_tensors(found.consumers), path)
     found = _read(stage)
-    small = shrink(loaded.model, couplings, work.sites, found.stays, found.consumers, BiasedLinear)
+    small = shrink(loaded.model, every, work.sites, found.stays, found.consumers, BiasedLinear)
     dtypes = {name: loaded.stored_dtypes.get(name) for name, _ in small.named_parameters()}
     loaded.stored_dtypes = {
         name: dtype or loaded.stored_dtypes[name.rpartition(".")[0] + ".weight"] for name, dtype in dtypes.items()
@@ -160,7 +203,7 @@ def prune(work: Work) -> Work:
         sites=sites,
         smaller=fingerprint(small, loaded.stored_dtypes),
         originals={site.name: (site.m, site.n) for site in work.sites},
-        problem=problem_of(work.recipe, loaded, sites, weights),
+        problem=problem_of(work.recipe, loaded, sites, weights, work.left_out, work.vocabulary),
         stays=found.stays,
     )
 
@@ -210,7 +253,9 @@ def _allowed(work: Work, method: Pruning, parts: list[Part]) -> int:
     """
     allowance, others = work.problem.allowance, _others(work, parts)
     if method.rests:
-        return allowance.bits * (allowance.weights - others) // allowance.weights
+        left = sum(site.parameters for site in work.sites if site.name in work.left_out)
+        spare = max(0, allowance.bits - left * work.problem.form.number_bits)
+        return spare * (allowance.weights - others) // (allowance.weights - left)
     return allowance.bits - others * work.problem.form.number_bits
 
 

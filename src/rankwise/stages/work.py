@@ -13,7 +13,9 @@ from torch import Tensor
 from rankwise.allocation import Looks, Problem
 from rankwise.checkpoints import LoadedModel, fingerprint
 from rankwise.data import Sequences, choose, load_sequences, parse_source
+from rankwise.device import computed_type
 from rankwise.errors import DataError, ModelError
+from rankwise.layers import VocabularyParts
 from rankwise.models import (
     Site,
     find_sites,
@@ -25,14 +27,19 @@ from rankwise.models import (
 from rankwise.progress import Reporter
 from rankwise.recipes import Calibration, Evaluation, Recipe, Validation
 from rankwise.runs import Crew, Run, Stage
-from rankwise.sizes import Allowance
+from rankwise.sizes import Allowance, dense_candidate
+from rankwise.stages.chosen import left_out, note_left_out
 from rankwise.stages.memory import Need
 from rankwise.stages.seeing import require_widths_kept, say_what_stays, sharing_sites
+from rankwise.stages.vocabulary import bytes_of_vocabulary, chosen_vocabulary
 
 _STAGE_FORMAT = 8
 """Raised when the contents or the arithmetic of a stage change, so that old stages are not taken for new ones."""
 
 _DEFAULT_LENGTH = 512
+
+_PROBE = 64
+"""Most tokens of a sequence on which something is tried."""
 
 _HEADER = 120
 """Bytes that a tensor takes at most in the header of a file, beside its name."""
@@ -75,6 +82,8 @@ class Work:
         smaller: hash of the weights after the model was made smaller; empty before, and where it is not.
         originals: by site name, `[m, n]` before the model was made smaller; empty where it is not.
         crew: workers elsewhere; None where this process does all.
+        left_out: names of the sites that stay as they are, by the recipe's patterns.
+        vocabulary: what of embeddings and head is stored in 8 bits; None for nothing.
     """
 
     recipe: Recipe
@@ -91,6 +100,8 @@ class Work:
     smaller: str = ""
     originals: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     crew: Crew | None = None
+    left_out: frozenset[str] = frozenset()
+    vocabulary: VocabularyParts | None = None
 
     @property
     def looks(self) -> Looks:
@@ -222,6 +233,7 @@ def begin(
     Raises:
         ModelError: when the model is compressed already, has no linear layers, or is one that the method cannot make
             smaller.
+        RecipeError: when a pattern matches no site, or patterns leave none.
     """
     if hasattr(loaded.model.config, "rankwise"):
         raise ModelError("The model is compressed already.", where=recipe.model, remedy="compress the original")
@@ -265,11 +277,23 @@ def begin(
         )
     if calibration.cut:
         reporter.note("the calibration source is very large; its first 64 million characters were read")
-    problem = problem_of(recipe, loaded, sites, sum(site.parameters for site in sites))
-    return Work(recipe, run, loaded, texts, sites, mark, reporter, problem, memory, need)
+    names = left_out(sites, recipe.include, recipe.exclude)
+    note_left_out(sites, names, reporter)
+    vocabulary = chosen_vocabulary(recipe, loaded, probe[:, :_PROBE], reporter)
+    whole = sum(site.parameters for site in sites)
+    problem = problem_of(recipe, loaded, sites, whole, names, vocabulary)
+    shared = (recipe, run, loaded, texts, sites, mark, reporter, problem, memory, need)
+    return Work(*shared, left_out=names, vocabulary=vocabulary)
 
 
-def problem_of(recipe: Recipe, loaded: LoadedModel, sites: list[Site], weights: int) -> Problem:
+def problem_of(
+    recipe: Recipe,
+    loaded: LoadedModel,
+    sites: list[Site],
+    weights: int,
+    left_out: frozenset[str],
+    vocabulary: VocabularyParts | None,
+) -> Problem:
     """Candidates of every site, without losses, and what they may take together.
 
     Args:
@@ -277,6 +301,8 @@ def problem_of(recipe: Recipe, loaded: LoadedModel, sites: list[Site], weights: 
         loaded: the model.
         sites: its sites.
         weights: numbers that the budget is of: those of the sites before units were taken out.
+        left_out: names of the sites that stay as they are.
+        vocabulary: what of embeddings and head is stored in 8 bits.
     """
     method, budget = recipe.method, recipe.budget
     number_bits = 8 * max(loaded.stored_dtypes[f"{site.name}.weight"].itemsize for site in sites)
@@ -285,37 +311,45 @@ def problem_of(recipe: Recipe, loaded: LoadedModel, sites: list[Site], weights: 
         shape: method.candidates(shape, form, budget.rank_multiple, recipe.allocation.looks >= Looks.LOSSES)
         for shape in dict.fromkeys((site.m, site.n) for site in sites)
     }
-    candidates = {site.name: by_shape[site.m, site.n] for site in sites}
-    allowance = Allowance(budget, weights, number_bits, _rest_bytes(loaded, sites, method.adds_bias))
+    whole = {(site.m, site.n): dense_candidate((site.m, site.n), form) for site in sites if site.name in left_out}
+    candidates = {site.name: (whole if site.name in left_out else by_shape)[site.m, site.n] for site in sites}
+    biased = [site for site in sites if method.adds_bias and not site.has_bias and site.name not in left_out]
+    allowance = Allowance(budget, weights, number_bits, _rest_bytes(loaded, sites, biased, vocabulary))
     if budget.size is not None:
         allowance.require(0, what="no weight at all and the rest of the model")
     return Problem(sites, candidates, form, allowance)
 
 
-def _rest_bytes(loaded: LoadedModel, sites: list[Site], adds_bias: bool) -> int:
-    """Bytes of the weight files beside the sites' weights, biases that may be added and headers among them."""
+def _rest_bytes(loaded: LoadedModel, sites: list[Site], biased: list[Site], vocabulary: VocabularyParts | None) -> int:
+    """Bytes of the weight files beside the sites' weights, those of biases that may be added and headers among them."""
     weights = {f"{site.name}.weight" for site in sites}
+    coded = bytes_of_vocabulary(loaded, vocabulary)
     total = _HEADER
     for name, parameter in loaded.model.named_parameters():
         total += len(name) + _HEADER
-        if name not in weights:
+        if name in coded:
+            total += coded[name] + len(name) + _HEADER
+        elif name not in weights:
             total += parameter.numel() * loaded.stored_dtypes[name].itemsize
     for site in sites:
         total += _PARTS_OF_A_SITE * (len(site.name) + _HEADER)
-        if adds_bias and not site.has_bias:
-            total += site.m * loaded.stored_dtypes[f"{site.name}.weight"].itemsize
-    return total
+    return total + sum(site.m * loaded.stored_dtypes[f"{site.name}.weight"].itemsize for site in biased)
 
 
 def model_key(work: Work) -> dict[str, Any]:
     return {
         "format": _STAGE_FORMAT,
         "model": work.smaller or work.fingerprint,
-        "precision": str(work.loaded.model.get_input_embeddings().weight.dtype),
+        "precision": str(computed_type(work.loaded.model)),
         "device": work.loaded.model.device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def chosen_key(work: Work) -> dict[str, Any]:
+    """What the cuts of an allocation depend on, where sites are left out."""
+    return {"left_out": sorted(work.left_out)} if work.left_out else {}
 
 
 def calibration_key(work: Work) -> dict[str, Any]:
