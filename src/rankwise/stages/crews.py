@@ -35,7 +35,7 @@ def hire(work: Work) -> Work:
         return work
     from rankwise.runs.on_ray import Opening, RayCrew
 
-    model = str(Path(asked.model).resolve()) if Path(asked.model).is_dir() else asked.model
+    model = str(Path(asked.model).resolve()) if Path(asked.model).exists() else asked.model
     arguments = {
         "recipe": asked.model_copy(update={"model": model, "output": None}).model_dump(mode="json"),
         "texts": work.texts,
