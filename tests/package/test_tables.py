@@ -119,7 +119,7 @@ TABLES = {
     ),
     ("docs/quantisation.md", "mixed"): Shown(
         named("row", "Q alone", "Q + L R", "mixed"),
-        {text: ({"asked": 3.0}, [f"perplexity/{text}", f"kl/{text}"]) for text in TEXTS},
+        {f"{t} {bits}": ({"asked": bits}, [f"perplexity/{t}"]) for t in TEXTS for bits in (2.1, 2.5, 3.0, 4.0)},
         "smollm2-135m",
     ),
     ("docs/repair.md", "repair-stories260k"): Shown(
