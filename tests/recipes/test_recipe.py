@@ -88,6 +88,9 @@ def test_overrides_reach_any_depth_and_named_nodes() -> None:
     assert recipe.budget.rank_multiple == 1
     fresh: dict[str, Any] = {"model": "M"}
     set_value(fresh, "method.damping", 1e-3)
+    searched: dict[str, Any] = {"allocation": "bayesian:5x4"}
+    set_value(searched, "allocation.trials", 6)
+    assert searched == {"allocation": {"name": "bayesian", "space": "5x4", "trials": 6}}
     assert recipe_from(fresh).method == Recipe(model="M").method.model_copy(update={"damping": 1e-3})
     with pytest.raises(RecipeError, match="holds a value"):
         set_value(values, "model.x", 1)

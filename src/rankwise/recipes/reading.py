@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from rankwise.allocation import ALLOCATIONS
+from rankwise.allocation import ALLOCATIONS, allocation_from
 from rankwise.errors import RecipeError, nearest
 from rankwise.methods import METHODS
 from rankwise.reading import UnreadableError, first_problem, one_line, parse_yaml, read_text, shown
@@ -105,6 +105,11 @@ def set_value(values: dict[str, Any], path: str, value: Any) -> None:
             child = {"name": Recipe.model_fields[parent].default.name if child is None else child}
             if not isinstance(child["name"], str):
                 child = child["name"]
+            elif parent == "allocation" and ":" in child["name"]:
+                # As the command line writes it, with settings behind the colon.
+                child = allocation_from(child["name"]).model_dump(exclude_unset=True) | {
+                    "name": child["name"].partition(":")[0]
+                }
         child = {} if child is None else child
         if not isinstance(child, Mapping):
             raise RecipeError(f"{parent!r} holds a value, not keys.", where=path, remedy="see rankwise recipes show")

@@ -41,7 +41,7 @@ def fit_sites(work: Work, outlooks: Outlooks, plan: Plan) -> SiteFacts:
     """
     model, found = work.loaded.model, {}
     sites = [site for site in work.sites if not plan.cuts[site.name].dense]
-    outlooks.require([(site, 0) for site in sites if not plan.cuts[site.name].q_bits])
+    outlooks.require([(site, 0) for site in sites if not plan.cuts[site.name].coded])
     fits = _Fits(work, outlooks)
     fits.make({site: plan.cuts[site.name] for site in sites if plan.cuts[site.name].coded})
     for site in work.reporter.track(sites, "factors", total=len(sites)):
