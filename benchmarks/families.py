@@ -145,6 +145,12 @@ def main() -> None:
             print(family, file.read_text(), flush=True)
         if file.exists():
             found[family] = json.loads(file.read_text())
+    write_result("families", "Families of decoders", "python benchmarks/families.py", table(found), found)
+    PAGE.write_text(page(found, transformers.__version__))
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """All families with what came of them."""
     count = Counter(row["outcome"] for row in found.values())
     rows = [
         [
@@ -155,13 +161,55 @@ def main() -> None:
         ]
         for family, row in found.items()
     ]
-    body = (
+    return (
         f"transformers {transformers.__version__}. {count['fine']} families fine, {count['refused']} refused with a "
         f"reason, {count['foreign']} ended with a foreign exception; {count['not built']} could not be built small.\n\n"
         "Covered: share of the decoder's matrices that are sites. The others stay as they are.\n\n"
+    ) + markdown_table(["family", "outcome", "covered", "why"], rows)
+
+
+PAGE = ROOT / "docs" / "architectures.md"
+
+
+def page(found: dict[str, dict[str, Any]], version: str) -> str:
+    """docs/architectures.md, of the families that could be built."""
+    built = {family: row for family, row in found.items() if row["outcome"] != "not built"}
+    fine = {family: row for family, row in built.items() if row["outcome"] == "fine"}
+    whole = sum(row["covered"] > _NEARLY_ALL for row in fine.values())
+    rows = [
+        [
+            family,
+            f"{100 * row['covered']:.0f}%" if "covered" in row else "-",
+            "" if row["outcome"] == "fine" else _why(row),
+        ]
+        for family, row in built.items()
+    ]
+    return (
+        f"""# Architectures
+
+Every family of causal language models that transformers {version} knows, if its own config could be made small: random
+weights, compressed to half by `bolaco` from float32 and by `two_sided` (with a backward pass) from bfloat16, written,
+and tried in a process without rankwise. Of {len(built)} families {len(fine)} end well, {whole} of them with all matrices
+of the decoder covered but for routers and the like. `python benchmarks/families.py` makes this page and
+`benchmarks/results/families.md`, which lists the {len(found) - len(built)} that could not be built small, too.
+
+Covered is the share of the numbers in the decoder's matrices that are compressed. The rest stays as it is: routers,
+convolutions, states, experts of a layout that is not known, and linear layers that make something else of their weights
+than W x + b. Models that read images too: [vision.md](vision.md).
+
+"""
+        + markdown_table(["family", "covered", "what keeps it"], rows)
+        + "\n"
     )
-    table = markdown_table(["family", "outcome", "covered", "why"], rows)
-    write_result("families", "Families of decoders", "python benchmarks/families.py", body + table, found)
+
+
+_NEARLY_ALL = 0.985
+"""Share from which on a page says 'all but routers and the like'."""
+
+
+def _why(row: dict[str, Any]) -> str:
+    """What stopped a family, in one cell."""
+    return " ".join(row["why"].replace("|", "/").split())[:160]
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ from rankwise.stages import jobs, measuring, planning
 from rankwise.recipes import recipe_from
 from rankwise.checkpoints import save
 where, after, recipe, run_directory = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
-owner = next(each for each in (save, jobs, measuring, planning) if hasattr(each, where))
+owner = next(each for each in (save, measuring, jobs, planning) if hasattr(each, where))
 real, calls = getattr(owner, where), []
 def dying(*arguments, **options):
     calls.append(1)

@@ -314,7 +314,7 @@ for each in (model, reloaded):
     with torch.no_grad():
         assert torch.equal(each(**given).logits, wanted), "logits differ"
 assert "Rankwise" in type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__
-assert type(AutoProcessor.from_pretrained(folder)).__name__ == "LlavaProcessor"
+assert type(AutoProcessor.from_pretrained(folder, trust_remote_code=True)).__name__ == "LlavaProcessor"
 try:
     load(folder, trust_remote_code=False)
 except ValueError as problem:

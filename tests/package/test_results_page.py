@@ -1,12 +1,13 @@
-"""docs/results.md is what its command makes of the results on disk."""
+"""docs/results.md and docs/architectures.md are what their commands make of the results on disk."""
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, results
 
 
 def test_the_page_of_results_is_made_from_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,6 +18,18 @@ def test_the_page_of_results_is_made_from_the_results(monkeypatch: pytest.Monkey
     for image in ("compare-wikitext2-test", "compare-mix-heldout"):
         assert (ROOT / f"docs/images/{image}.svg").is_file()
     for name in ("results_page", "common"):
+        sys.modules.pop(name, None)
+
+
+def test_the_page_of_architectures_is_made_from_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import families
+
+    record = results("families")
+    version = re.search(r"transformers ([\d.]+)\.", (ROOT / "benchmarks/results/families.md").read_text())
+    assert version is not None
+    assert families.PAGE.read_text() == families.page(record, version[1]), "run python benchmarks/families.py"
+    for name in ("families", "common"):
         sys.modules.pop(name, None)
 
 

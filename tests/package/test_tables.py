@@ -19,6 +19,7 @@ from conftest import ROOT, figures
 
 PAGES = {str(page.relative_to(ROOT)): page for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
 PAGES.pop("docs/results.md", None)  # made from the results; see test_results_page.py
+PAGES.pop("docs/architectures.md", None)  # the same
 TEXTS = ("wikitext2.test", "mix.heldout")
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 RESULTS = re.compile(r"`benchmarks/results/([\w-]+)\.md`")
