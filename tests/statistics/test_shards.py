@@ -47,7 +47,7 @@ def test_sums_of_shards_are_those_of_one_pass(by_block: bool, monkeypatch: pytes
     model = tiny_llama()
     ids = torch.randint(3, 2000, (24, 16), generator=torch.Generator().manual_seed(1))
     sites = share_inputs(model, find_sites(model), ids[:1])
-    asked = [Moments(groups=12), InputMoments(), PooledCovariance(groups=6), Curvature(groups=12)]
+    asked = [Moments(groups=12), InputMoments(), PooledCovariance(groups=6), Curvature(groups=12, labels="sampled")]
     how: dict[str, Any] = {"batch_size": 2, "seed": 3}
     whole = collect(model, sites, ids, asked, **how)
     parts = shards(len(ids), 2, asked, 3)
