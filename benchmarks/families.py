@@ -189,8 +189,8 @@ def page(found: dict[str, dict[str, Any]], version: str) -> str:
 
 Every family of causal language models that transformers {version} knows, if its own config could be made small: random
 weights, compressed to half by `bolaco` from float32 and by `two_sided` (with a backward pass) from bfloat16, written,
-and tried in a process without rankwise. Of {len(built)} families {len(fine)} end well, {whole} of them with all matrices
-of the decoder covered but for routers and the like. `python benchmarks/families.py` makes this page and
+and tried in a process without rankwise. Of {len(built)} families {len(fine)} end well, {whole} of them with all
+matrices of the decoder covered but for routers and the like. `python benchmarks/families.py` makes this page and
 `benchmarks/results/families.md`, which lists the {len(found) - len(built)} that could not be built small, too.
 
 Covered is the share of the numbers in the decoder's matrices that are compressed. The rest stays as it is: routers,
