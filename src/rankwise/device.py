@@ -41,6 +41,11 @@ def computed_type(model: Any) -> torch.dtype:
     return getattr(embedding, "number_type", None) or embedding.weight.dtype
 
 
+def summing_tolerance(model: Any) -> float:
+    """Relative difference of logits that another order of summation may make; another use of a weight makes more."""
+    return {torch.float64: 1e-6, torch.float32: 1e-3}.get(computed_type(model), 0.05)
+
+
 def computing(model: Any) -> AbstractContextManager[Any]:
     """Autocast for a model that computes in less than float32 while its factors are held in float32."""
     dtype = computed_type(model)

@@ -124,6 +124,17 @@ def test_a_plan_that_does_not_say_how_wide_numbers_are_is_counted_by_the_checkpo
     assert report["keep"]["got"] == pytest.approx(made.plan.kept)
 
 
+def test_what_a_config_says_of_its_decoder_is_never_run(rankwise: Run, tmp_path: Path) -> None:
+    """It stands in the text of the classes that are built, which is run."""
+    shutil.copytree(OLD / "two_factor", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    mark = tmp_path / "ran"
+    config["rankwise"]["decoder"] = f'model"; open({str(mark)!r}, "w"); x = "'
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    failed(rankwise("generate", tmp_path / "model", "--prompt", "x"), "names a decoder that is no name")
+    assert not mark.exists()
+
+
 def test_a_format_of_another_version_is_refused_by_name(rankwise: Run, tmp_path: Path) -> None:
     shutil.copytree(OLD / "two_factor", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())

@@ -42,3 +42,17 @@ def test_long_work_says_now_and_then_how_far_it_is(
     ):
         assert list(reporter.track([7, 8], "work", total=3, done=1)) == [7, 8]
         assert ("work: 2 of 3" in capsys.readouterr().err) == says
+
+
+def test_what_workers_do_is_said_between_two_steps(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_EVERY_SECONDS", 0.0)
+    reporter = Reporter(lines=True)
+    reporter.beside("worker 1: idle")
+    assert capsys.readouterr().err == ""
+    with reporter.counting("work", total=2) as advance:
+        reporter.beside("worker 1: block 3")
+        assert capsys.readouterr().err == "work: 0 of 2 (worker 1: block 3)\n"
+        advance("work")
+        advance("work")

@@ -14,12 +14,13 @@ import torch
 
 from conftest import Run, failed
 from rankwise import compress
-from rankwise.errors import NotFiniteError, RankwiseError, RecipeError, RunError
+from rankwise.checkpoints import fingerprint, load_model
+from rankwise.errors import ModelError, NotFiniteError, RankwiseError, RecipeError, RunError
 from rankwise.flows.compare import compare
 from rankwise.progress import Reporter
 from rankwise.recipes import comparison_from, recipe_from
 from rankwise.runs import Done, Here, Job
-from rankwise.stages import crews, jobs
+from rankwise.stages import crews, jobs, read_texts
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -183,12 +184,12 @@ def test_workers_that_do_not_see_the_run_directory_give_the_same(
     shared: list[bool] = []
     real = RayCrew._open
 
-    def opened(self: Any, begun: Any, number: int) -> Any:
+    def seeing(self: Any, begun: Any, number: int) -> Any:
         hand = real(self, begun, number)
         shared.append(hand.shared)
         return hand
 
-    monkeypatch.setattr(RayCrew, "_open", opened)
+    monkeypatch.setattr(RayCrew, "_open", seeing)
     there = compress(recipe_from({**values, "executor": "ray", "workers": 2}), run_directory=tmp_path / "there")
     assert shared == [False, False]
     same(here, there)
@@ -222,9 +223,48 @@ def test_what_workers_cannot_do_is_refused(rankwise: Run, settings: Callable[...
         recipe_from(settings(method="flap", executor="ray"))
     with pytest.raises(RecipeError, match="executor"):
         recipe_from(settings(executor="dask"))
+    with pytest.raises(RecipeError, match="add executor ray"):
+        recipe_from(settings(workers=2))
     failed(rankwise("compress", "nowhere", "-o", "out", "--executor", "rya"), "executor")
+    failed(rankwise("compare", "nowhere", "-o", "out", "--keep", "0.5", "--workers", "2"), "add executor ray")
+    few = ("--executor", "ray", "--workers", "-1")
+    failed(rankwise("compare", "nowhere", "-o", "out", "--keep", "0.5", *few), "workers")
     failed(rankwise("compare", "nowhere", "-o", "out", "--keep", "0.5", "--executor", "rya"), "executor")
     failed(rankwise("compare", "nowhere", "-o", "out", "--keep", "0.5", "--set", "executor=ray"), "give --executor")
+
+
+def opened(values: dict[str, Any], root: Path, mark: str | None = None) -> jobs.Hand:
+    """What a worker begins with, in this process, where the run's weights have this hash."""
+    recipe = recipe_from(values)
+    loaded = load_model(recipe.model)
+    texts = read_texts(recipe, loaded, Reporter(show=False), validate=False)
+    mark = mark or fingerprint(loaded.model, loaded.stored_dtypes)
+    asked = {"recipe": recipe.model_dump(mode="json"), "texts": texts, "memory": "whole", "fingerprint": mark}
+    return jobs.open_hand(root, 1, Reporter(show=False), **asked)
+
+
+def test_a_worker_that_finds_other_weights_says_so(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="A worker found other weights"):
+        opened(settings(), tmp_path, "another")
+
+
+def test_a_shard_goes_on_from_what_was_left_of_the_same_sums_alone(
+    settings: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[Path] = []
+
+    def nothing(*_: Any, snapshot: Path, **__: Any) -> Iterator[Any]:
+        left.append(snapshot)
+        return iter(())
+
+    monkeypatch.setattr(jobs, "collecting", nothing)
+    base = settings()["calibration"]
+    for changes in ({}, {}, {"seed": 1}, {"calibration": {**base, "batch_size": 4}}):
+        hand = opened(settings(method="two_sided", **changes), tmp_path)
+        jobs.measure_shard(hand, tmp_path, numbers=[0], first=0, stop=8)
+    jobs.measure_shard(hand, tmp_path, numbers=[0], first=8, stop=16)
+    assert left[0] == left[1]
+    assert len(set(left)) == 4
 
 
 def test_without_ray_workers_are_refused(

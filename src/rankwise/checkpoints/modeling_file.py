@@ -209,6 +209,13 @@ def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
             remedy="a newer transformers or rankwise may know this architecture",
         ) from None
     decoder = raw_config["rankwise"].get("decoder", causal_class.base_model_prefix)
+    # It becomes a part of a text that is run.
+    if not (isinstance(decoder, str) and decoder.isidentifier()):
+        raise ModelError(
+            "The config's rankwise entry names a decoder that is no name.",
+            where=where,
+            remedy="fetch the model's config.json again, from a source that you trust",
+        )
     source = modeling_source(config_class, base_class, causal_class, decoder)
     # Under one name in sys.modules, so that pickling and inspection of the classes work.
     module = ModuleType(f"{_GENERATED}{base_type}")

@@ -40,15 +40,15 @@ Bos = Annotated[
 ]
 
 
-def named_executor(text: str | None) -> str:
+def named_executor(text: str | None, workers: int | None) -> str:
     """What `--executor` says, as a recipe has it.
 
     Raises:
-        RecipeError: when it is none that there is.
+        RecipeError: when it is none that there is, or none for so many workers.
     """
     from rankwise.recipes import recipe_from
 
-    return recipe_from({"model": "any", "executor": text or "here"}, origin="--executor").executor
+    return recipe_from({"model": "any", "executor": text or "here", "workers": workers}, origin="--executor").executor
 
 
 _reporters: list[Reporter] = []

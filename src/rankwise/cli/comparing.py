@@ -117,7 +117,7 @@ def compare(
         comparison,
         run_directory=run_dir,
         overwrite=overwrite,
-        executor=named_executor(executor),
+        executor=named_executor(executor, workers),
         workers=workers,
         reporter=reporter,
     )

@@ -62,7 +62,7 @@ def compare(
         protocol, dense = stages.measure_dense(comparison, cells[0].recipe, rows, reporter)
         taken = [rows.taken(protocol.key_of(cell)) for cell in cells]
         jobs = [
-            Job("rankwise.stages.comparing:make_row", {"number": number}, label=str(cell))
+            Job("rankwise.stages.one_row:make_row", {"number": number}, label=str(cell))
             for number, (cell, row) in enumerate(zip(cells, taken, strict=True))
             if row is None
         ]

@@ -12,13 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.device import computed_type
+from rankwise.device import summing_tolerance
 from rankwise.layers.kinds import kind_of
 from rankwise.models import Site
-
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-_COARSE_TOLERANCE = 0.05
-"""Above what another order of summation changes in that dtype, below what wrongly paired channels do."""
 
 
 @torch.no_grad()
@@ -64,7 +60,7 @@ def fold_orders(model: Any, sites: Sequence[Site], probe: Tensor) -> int:
         kind_of(modules["down"]).move_inputs(modules["down"], order, put)
         folded += 1
     after = model(input_ids=probe, use_cache=False).logits.float()
-    tolerance = _TOLERANCE.get(computed_type(model), _COARSE_TOLERANCE)
+    tolerance = summing_tolerance(model)
     if float((after - before).norm()) <= tolerance * float(before.norm()):
         return folded
     for owner, name, value in reversed(changes):

@@ -152,18 +152,14 @@ class _Dense(Kind):
         _move(layer, 1 - self._outputs, order, put)
 
 
-class _CodedHead(Kind):
-    """A head in 8 bits, which is no site."""
+class _CodedHead(_Dense):
+    """A head in 8 bits, which is no site: its matrix is decoded for whoever reads it, and not to be counted."""
 
-    replaced = False
     in_numbers = False
     movable = False
 
-    def of(self, factors: Factors, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        raise ValueError("a head is made of no factors")
-
-    def factors(self, layer: Any) -> Factors:
-        raise ValueError("a head has no factors")
+    def shape(self, layer: CodedHead) -> tuple[int, int]:
+        return Kind.shape(self, layer)
 
     def entries(self, layer: CodedHead) -> int:
         return layer.in_features * layer.out_features
@@ -353,7 +349,7 @@ _OF_CLASS: dict[type, Kind] = {
     LowRankLinear: KINDS["two_factor"],
     PivotedLinear: KINDS["pivoted"],
     QuantizedLinear: KINDS["quantized"],
-    CodedHead: _CodedHead(),
+    CodedHead: _CodedHead(0),
     nn.Linear: _Dense(0),
     Conv1D: _Dense(1),
 }

@@ -11,9 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-LARGEST = 127
-"""The largest code; the least is as far from zero."""
-
 _NUMBERS = 2**22
 """Most numbers that a head decodes at a time."""
 

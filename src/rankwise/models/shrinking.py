@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.device import computed_type
+from rankwise.device import summing_tolerance
 from rankwise.errors import ModelError
 from rankwise.models.couplings import Coupling, find_couplings
 from rankwise.models.resizing import resize_blocks
@@ -21,10 +21,6 @@ Stays = Mapping[str, Tensor]
 
 Biased = Callable[[int, int], nn.Linear]
 """Makes an empty linear layer with a bias, given inputs and outputs, where the architecture has none."""
-
-_TOLERANCE, _COARSE_TOLERANCE = 1e-3, 0.05
-"""Above what another order of summation changes in float32 logits, and in those of 16 bits; below what a quarter of all
-units does where they are coupled wrongly."""
 
 _BIAS_SETTINGS = {"heads": ("attention_bias",), "channels": ("mlp_bias",)}
 
@@ -205,8 +201,7 @@ def _wrong_with(
     tried in the first block alone, too, so that blocks may differ.
     """
     by_name = {site.name: site for site in sites}
-    narrow = computed_type(model).itemsize < 4
-    tolerance = _COARSE_TOLERANCE if narrow else _TOLERANCE
+    tolerance = summing_tolerance(model)
     try:
         for tried in (couplings, couplings[:1]):
             stays = {each.name: torch.arange(_left(each)) for each in tried if each.units > 1}

@@ -212,6 +212,8 @@ class Recipe(_Node):
     @model_validator(mode="after")
     def _size_for_method(self) -> Recipe:
         self.method.check_size(self.budget, self.allocation.name)
+        if self.workers is not None and self.executor == "here":
+            raise ValueError("workers are given, and the executor is this process: add executor ray")
         if self.executor != "here" and self.method.prunes:
             raise ValueError(f"{self.method.name} takes units out of a model in one process: leave executor away")
         if (self.include or self.exclude) and not self.method.by_site:

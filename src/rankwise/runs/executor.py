@@ -40,7 +40,8 @@ class Done:
 
     Attributes:
         value: what its function returned.
-        files: by name below the folder it wrote into: where they are now, or their contents.
+        files: by name below the folder it wrote into: where they are until the next result is asked for, or their
+            contents.
     """
 
     value: Any

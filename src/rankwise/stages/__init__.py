@@ -1,22 +1,14 @@
 """What each line of the flows does, in the same order. Every stage is keyed by all that its result depends on."""
 
 from rankwise.stages.at_site import draw_for, weight_and_statistics
-from rankwise.stages.comparing import (
-    Cell,
-    Protocol,
-    RowHand,
-    Rows,
-    cells_of,
-    measure_cell,
-    measure_dense,
-    write_comparison,
-)
+from rankwise.stages.comparing import Cell, Protocol, Rows, cells_of, measure_dense, write_comparison
 from rankwise.stages.crews import hire
 from rankwise.stages.finish import score, speed, write
 from rankwise.stages.fitting import fit_sites, store_layers, store_sites
 from rankwise.stages.judged import judging
 from rankwise.stages.measuring import collect_statistics
 from rankwise.stages.memory import Need, available_memory, chosen_memory, expected_need, require_config
+from rankwise.stages.one_row import RowHand, measure_cell
 from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.planning import Chosen, check_budget, choose_cuts, objective_key, select_samples
 from rankwise.stages.repairing import Repairing, judge_repair, prepare_repair, repair_step

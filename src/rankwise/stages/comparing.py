@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +16,7 @@ from pydantic import ValidationError
 from rankwise.checkpoints import fingerprint, load_model
 from rankwise.data import Sequences, existing, parse_source
 from rankwise.device import computed_type, named_device
-from rankwise.errors import BudgetError, DataError, MissingPackageError, NotFiniteError, RankwiseError, RunError
+from rankwise.errors import NotFiniteError
 from rankwise.evaluation import (
     TaskScore,
     count_operations,
@@ -30,7 +27,6 @@ from rankwise.evaluation import (
     require_tasks,
     run_tasks,
 )
-from rankwise.layers import keep_decoded
 from rankwise.models import find_sites, unfuse_experts
 from rankwise.progress import Reporter
 from rankwise.recipes import Comparison, Recipe, Way
@@ -104,7 +100,7 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def _planned(cell: Cell) -> bool:
+def planned(cell: Cell) -> bool:
     """Whether a cell's plan comes from a file."""
     return any(getattr(cell.recipe.allocation, key, None) for key in ("file", "plan"))
 
@@ -303,88 +299,6 @@ def measure_dense(
     )
     rows.add(row)
     return protocol, row
-
-
-def measure_cell(protocol: Protocol, cell: Cell, dense: ComparedRow, make: Callable[[Recipe], Any]) -> ComparedRow:
-    """Make a cell's model and score it; where there is none, the row says why.
-
-    Args:
-        protocol: what it is scored by.
-        cell: which.
-        dense: row of the original.
-        make: gives `model`, `plan` and `report`, as `compress` does.
-
-    Raises:
-        MissingPackageError: an optional package is needed, which is of no row alone.
-        RunError: when the run directory is not usable.
-    """
-    facts: dict[str, Any] = {
-        "key": protocol.key_of(cell),
-        "way": str(cell.way),
-        "seed": cell.seed,
-        "asked": cell.size,
-    }
-    reporter = protocol.reporter
-    before, started = len(reporter.notes), time.monotonic()
-    try:
-        made = make(cell.recipe)
-    except (MissingPackageError, RunError):
-        raise
-    except RankwiseError as problem:
-        # A plan that cannot be read, say, may be there the next time; what no plan fits stays so.
-        lasting = isinstance(problem, NotFiniteError) or (isinstance(problem, BudgetError) and not _planned(cell))
-        return ComparedRow(**facts, problem=" ".join(str(problem).split()), final=lasting)
-    seconds = round(time.monotonic() - started, 1)
-    model, report = made.model, made.report
-    operations = count_operations(model, torch.bfloat16)
-    if cell.recipe.precision == "float32" or (cell.recipe.precision == "auto" and model.device.type == "cpu"):
-        model.float()
-    keep_decoded(model)
-    try:
-        with reporter.stage("score"):
-            scored = protocol.score(model, dense)
-    except (NotFiniteError, DataError) as problem:
-        # The original was scored: what cannot be scored here is this model.
-        lasting = isinstance(problem, NotFiniteError)
-        return ComparedRow(**facts, problem=" ".join(str(problem).split()), final=lasting)
-    finally:
-        del model
-    gc.collect()
-    return ComparedRow(
-        **facts,
-        keep=made.plan.kept,
-        bits=made.plan.bits_a_weight,
-        bytes=report.after.bytes,
-        parameters=report.after.parameters,
-        linear_parameters=report.after.linear_parameters,
-        macs=operations.macs,
-        seconds=seconds,
-        notes=tuple(reporter.notes[before:]),
-        **scored,
-    )
-
-
-@dataclass(frozen=True)
-class RowHand:
-    """What rows are made with.
-
-    Attributes:
-        protocol: what they are scored by.
-        cells: all of them.
-        dense: row of the original.
-        make: gives `model`, `plan` and `report`, as `compress` does.
-    """
-
-    protocol: Protocol
-    cells: list[Cell]
-    dense: ComparedRow
-    make: Callable[[Recipe], Any]
-
-
-def make_row(hand: RowHand, _out: Path, *, number: int) -> dict[str, Any]:
-    """One row, as plain values."""
-    row = measure_cell(hand.protocol, hand.cells[number], hand.dense, hand.make)
-    return row.model_dump(mode="json")
 
 
 def write_comparison(protocol: Protocol, rows: list[ComparedRow], folder: Path) -> ComparedModels:

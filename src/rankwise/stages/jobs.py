@@ -30,7 +30,7 @@ from rankwise.stages.fitted import save_factors
 from rankwise.stages.judged import judging
 from rankwise.stages.looked import load_outlook, outlook_file, outlook_stage, save_outlook
 from rankwise.stages.measuring import finished_store, requests_of
-from rankwise.stages.work import Texts, Work, begin
+from rankwise.stages.work import Texts, Work, begin, calibration_key, chosen_key
 from rankwise.statistics import HIDDEN_GB, Store, collecting, save_totals
 
 
@@ -171,8 +171,8 @@ def measure_shard(hand: Hand, out: Path, *, numbers: list[int], first: int, stop
     asked = requests_of(work)
     missing = [asked[number] for number in numbers]
     of = {statistic: place for place, statistic in enumerate(missing)}
-    key = {"sequences": [first, stop], "of": len(ids), "statistics": [s.settings() for s in missing]}
-    snapshot = work.stage("snapshot", {**key, "model": work.fingerprint})
+    key = {"sequences": [first, stop], "statistics": [s.settings() for s in missing]}
+    snapshot = work.stage("snapshot", {**calibration_key(work), **chosen_key(work), **key})
     found = collecting(
         work.loaded.model,
         watched(work.sites, work.left_out),

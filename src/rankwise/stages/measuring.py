@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rankwise.allocation import Looks
 from rankwise.models import Site
-from rankwise.runs import Folder, Job, Stage
+from rankwise.runs import Job, Stage
 from rankwise.stages.chosen import watched
 from rankwise.stages.routed import note_experts
 from rankwise.stages.work import Work, calibration_key
-from rankwise.statistics import HIDDEN_GB, Statistic, Store, collecting, save_totals, shards
+from rankwise.statistics import HIDDEN_GB, Statistic, Store, Totals, collecting, save_totals, shards
 from rankwise.statistics.files import load_totals
 
 Missing = list[Statistic]
 """Statistics that no finished stage holds."""
+
+Known = Callable[[Statistic, str], bool]
+"""Whether the totals of a statistic at a stream, by its key, are there already."""
 
 
 def requests_of(work: Work) -> tuple[Statistic, ...]:
@@ -76,8 +79,15 @@ def collect_requests(
     missing = [statistic for statistic, stage in stages.items() if not stage.taken_over()]
     if missing:
         folders = {statistic: stages[statistic].begun() for statistic in missing}
-        collect = _collect if work.crew is None else _collect_by_shard
-        collect(work, missing, sites, folders, common)
+
+        def known(statistic: Statistic, key: str) -> bool:
+            return folders[statistic].has(f"{key}.safetensors")
+
+        by_shard = work.crew is not None
+        found = _of_shards(work, missing, common, known) if by_shard else _of_all(work, missing, common, known, sites)
+        for statistic, key, totals in found:
+            with folders[statistic].writing(f"{key}.safetensors") as path:
+                save_totals(path, totals)
         for statistic in missing:
             with stages[statistic].making():
                 _note(work, statistic, sites)
@@ -89,16 +99,12 @@ def _note(work: Work, statistic: Statistic, sites: Sequence[Site]) -> None:
     statistic.sums(statistic.streams(sites), len(work.texts.calibration.ids), work.reporter)
 
 
-def _collect(
-    work: Work,
-    missing: Missing,
-    sites: Sequence[Site],
-    folders: Mapping[Statistic, Folder],
-    common: Mapping[str, Any],
-) -> None:
-    """In this process, all sequences."""
+def _of_all(
+    work: Work, missing: Missing, common: Mapping[str, Any], known: Known, sites: Sequence[Site]
+) -> Iterator[tuple[Statistic, str, Totals]]:
+    """What one pass over all sequences gives in this process."""
     snapshot = work.stage("snapshot", {**common, "statistics": [s.settings() for s in missing]})
-    found = collecting(
+    yield from collecting(
         work.loaded.model,
         sites,
         work.texts.calibration.ids,
@@ -107,28 +113,38 @@ def _collect(
         seed=work.recipe.seed,
         snapshot=snapshot.partial,
         hidden_gb=0.0 if work.memory == "disk" else HIDDEN_GB,
-        known=lambda statistic, key: folders[statistic].has(f"{key}.safetensors"),
+        known=known,
         reporter=work.reporter,
     )
-    for statistic, key, totals in found:
-        with folders[statistic].writing(f"{key}.safetensors") as path:
-            save_totals(path, totals)
     snapshot.discard()
 
 
-def _collect_by_shard(
-    work: Work,
-    missing: Missing,
-    _sites: Sequence[Site],
-    folders: Mapping[Statistic, Folder],
-    common: Mapping[str, Any],
-) -> None:
-    """By workers, a shard of the sequences each; what they give is added in the order of the sequences."""
+def _of_shards(
+    work: Work, missing: Missing, common: Mapping[str, Any], known: Known
+) -> Iterator[tuple[Statistic, str, Totals]]:
+    """What workers give, a shard of the sequences each, added in the order of the sequences."""
+    made = _made_shards(work, missing, common)
+    for number, statistic in enumerate(missing):
+        for key in (each for each in _keys(made, number) if not known(statistic, each)):
+            total: Totals | None = None
+            for file in (stage.folder / str(number) / f"{key}.safetensors" for stage in made):
+                # An expert may have seen no token of a shard.
+                if file.exists():
+                    read = load_totals(file, statistic.totals)
+                    total = read if total is None else total.merge(read)
+            assert total is not None
+            yield statistic, key, total
+    for stage in made:
+        shutil.rmtree(stage.folder)
+
+
+def _made_shards(work: Work, missing: Missing, common: Mapping[str, Any]) -> list[Stage]:
+    """A finished stage for every shard."""
     assert work.crew is not None
     total = len(work.texts.calibration.ids)
     settings = [statistic.settings() for statistic in missing]
     parts = shards(total, work.recipe.calibration.batch_size, missing, work.crew.workers)
-    made = [work.stage("shard", {**common, "statistics": settings, "sequences": part, "of": total}) for part in parts]
+    made = [work.stage("shard", {**common, "statistics": settings, "sequences": part}) for part in parts]
     left = [(part, stage) for part, stage in zip(parts, made, strict=True) if not stage.taken_over()]
     asked = requests_of(work)
     jobs = [
@@ -141,31 +157,16 @@ def _collect_by_shard(
     ]
     done = len(parts) - len(left)
     with work.reporter.counting("calibration by shard", total=len(parts), done=done) as advance:
-        for (part, stage), found in zip(left, work.crew.results(jobs), strict=True):
+        for job, (_, stage), found in zip(jobs, left, work.crew.results(jobs), strict=True):
             with stage.making() as folder:
                 for name in found.files:
                     with folder.writing(name) as path:
                         found.put(name, path)
-            advance(f"calibration, sequences {part[0]} to {part[1]}")
-    for number, statistic in enumerate(missing):
-        for name in _names(made, number):
-            if folders[statistic].has(name):
-                continue
-            files = [stage.folder / str(number) / name for stage in made]
-            totals = None
-            for file in files:
-                # An expert may have seen no token of a shard.
-                if file.exists():
-                    read = load_totals(file, statistic.totals)
-                    totals = read if totals is None else totals.merge(read)
-            assert totals is not None
-            with folders[statistic].writing(name) as path:
-                save_totals(path, totals)
-    for stage in made:
-        shutil.rmtree(stage.folder)
+            advance(f"calibration, {job.label}")
+    return made
 
 
-def _names(made: Sequence[Stage], number: int) -> Iterator[str]:
-    """Files of one statistic in any shard."""
-    seen = {path.name: None for stage in made for path in sorted((stage.folder / str(number)).glob("*.safetensors"))}
-    yield from seen
+def _keys(made: Sequence[Stage], number: int) -> list[str]:
+    """Streams of which any shard holds one statistic."""
+    seen = {path.stem: None for stage in made for path in sorted((stage.folder / str(number)).glob("*.safetensors"))}
+    return list(seen)

@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 
 from rankwise.checkpoints import LoadedModel
+from rankwise.device import summing_tolerance
 from rankwise.errors import ModelError
 from rankwise.layers import VocabularyParts, code_vocabulary, coded_bytes, decode_vocabulary, vocabulary_parts
 from rankwise.progress import Reporter
 from rankwise.recipes import Recipe
 from rankwise.sizes import bytes_in_words
-
-_TOLERANCE = 1e-3
-_COARSE_TOLERANCE = 0.05
-"""Above what another order of summation changes in 16 bits, below what another way to use embeddings does."""
 
 
 def chosen_vocabulary(recipe: Recipe, loaded: LoadedModel, probe: Tensor, reporter: Reporter) -> VocabularyParts | None:
@@ -69,11 +66,8 @@ def _try(model: object, parts: VocabularyParts, probe: Tensor) -> None:
         dense = run(input_ids=probe, use_cache=False).logits.float()
     for module, weight in replaced:
         module.weight = weight
-    if coded is not None:
-        narrow = next(run.parameters()).dtype.itemsize < 4
-        tolerance = _COARSE_TOLERANCE if narrow else _TOLERANCE
-        if float((coded - dense).norm()) <= tolerance * float(dense.norm()) + 1e-6:
-            return
+    if coded is not None and float((coded - dense).norm()) <= summing_tolerance(run) * float(dense.norm()) + 1e-6:
+        return
     raise ModelError(
         f"The vocabulary of {type(model).__name__} cannot be stored in 8 bits: {reason}.",
         where="embeddings, head",
