@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from conftest import ROOT, Run
-from rankwise import compress
+from rankwise import compress, plugins
 from rankwise.errors import RecipeError
 from rankwise.flows.compare import compare
-from rankwise.methods import method_named, plugins
+from rankwise.methods import method_named
 from rankwise.recipes import comparison_from, read_ways, recipe_from
 from rankwise.reports import Report
 from rankwise.sizes import Plan
@@ -23,10 +23,15 @@ from rankwise.sizes import Plan
 Values = Callable[..., dict[str, Any]]
 
 
+def blocks_of_the_page() -> list[str]:
+    """The three files that docs/add-a-method.md builds."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs/add-a-method.md").read_text(), re.S)
+
+
 @pytest.fixture
 def mine(tmp_path: Path) -> str:
     """The method that docs/add-a-method.md builds, as the page has it."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/add-a-method.md").read_text(), re.S)
+    code = blocks_of_the_page()[0]
     assert len(code.strip().splitlines()) <= 30
     folder = tmp_path / "some/where"
     folder.mkdir(parents=True)
@@ -173,7 +178,7 @@ def test_entry_points_of_installed_packages_are_methods(monkeypatch: pytest.Monk
         def load() -> Any:
             return type(kind).__mro__[1]
 
-    monkeypatch.setattr(plugins, "_installed", lambda: {"rms": Point})
+    monkeypatch.setattr(plugins, "installed", lambda group: {"rms": Point} if group == "rankwise.methods" else {})
     recipe = recipe_from({"model": "m", "method": {"name": "rms", "alpha": 0.5}})
     assert recipe.method.model_dump() == {"name": "rms", "alpha": 0.5, "code": ""}
     assert recipe_from({"model": "m", "method": "rms"}).method.name == "rms"

@@ -238,10 +238,10 @@ def test_what_is_in_the_way_of_a_stage_is_removed(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_an_error_for_people(tmp_path: Path) -> None:
     run = Run(tmp_path)
     refused = pytest.raises(RunError, match="cannot be read or written")
-    with refused, run.locked(lambda: None):
+    with refused, run.locked():
         stage = run.stage("x", KEY)
         with stage.making() as folder:
             (folder.path / "a").mkdir()
             folder.write_json("a", 1)
-    with pytest.raises(FileNotFoundError), run.locked(lambda: None):
+    with pytest.raises(FileNotFoundError), run.locked():
         (tmp_path.parent / "elsewhere").read_bytes()

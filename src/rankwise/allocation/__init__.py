@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Discriminator, Tag
 
 from rankwise.allocation.base import Allocation, Choice, Cuts, Evidence, Looks, Outcome, Problem
 from rankwise.allocation.bayesian import Bayesian
@@ -12,11 +13,13 @@ from rankwise.allocation.choice import MultipleChoice
 from rankwise.allocation.fill import fill, nearest_cuts
 from rankwise.allocation.manual import Manual
 from rankwise.allocation.planned import Planned
+from rankwise.allocation.plugins import PLUGINS, Plugged
 from rankwise.allocation.selection import by_variance, random_plans
 from rankwise.allocation.spectral import Spectral
 from rankwise.allocation.trials import TrialLog, finite
 from rankwise.allocation.uniform import Uniform
 from rankwise.errors import RecipeError, nearest
+from rankwise.plugins import in_file
 
 ALLOCATIONS: dict[str, type[Allocation]] = {
     "uniform": Uniform,
@@ -26,19 +29,46 @@ ALLOCATIONS: dict[str, type[Allocation]] = {
     "plan": Planned,
 }
 
-AnyAllocation = Annotated[Uniform | Manual | Spectral | Bayesian | Planned, Field(discriminator="name")]
+
+def _kind(value: Any) -> str:
+    """Which branch of `AnyAllocation` a value in a recipe belongs to."""
+    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
+    return "plugin" if PLUGINS.has(name) and name not in ALLOCATIONS else str(name)
+
+
+AnyAllocation = Annotated[
+    Annotated[Uniform, Tag("uniform")]
+    | Annotated[Manual, Tag("manual")]
+    | Annotated[Spectral, Tag("spectral")]
+    | Annotated[Bayesian, Tag("bayesian")]
+    | Annotated[Planned, Tag("plan")]
+    | Annotated[Plugged, Tag("plugin")],
+    Discriminator(_kind),
+]
+"""An allocation as a node of a recipe, told by its name."""
+
+
+def split_allocation(text: str) -> tuple[str, str]:
+    """The name of an allocation and what stands behind its colon: `FILE.py:Class` has a colon of its own."""
+    known = text.partition(":")[0] in ALLOCATIONS
+    inside = text.index(".py:") + len(".py:") if in_file(text) and not known else 0
+    name, _, rest = text[inside:].partition(":")
+    return text[:inside] + name, rest
 
 
 def allocation_from(text: str) -> Allocation:
-    """Read `uniform`, `spectral`, `bayesian:5x1`, `manual:q=0.7,v=dense,...` or `plan:FILE`.
+    """Read `uniform`, `spectral`, `bayesian:5x1`, `manual:q=0.7,v=dense,...`, `plan:FILE` or `FILE.py:Class`.
 
     Raises:
         RecipeError: naming the nearest allocation, or the bad part.
     """
-    name, _, rest = text.partition(":")
-    if name not in ALLOCATIONS:
+    name, rest = split_allocation(text)
+    if name in ALLOCATIONS:
+        return ALLOCATIONS[name].parse(rest)
+    if not PLUGINS.has(name):
         raise RecipeError(f"There is no allocation {name!r}.", where="allocation", remedy=nearest(name, ALLOCATIONS))
-    return ALLOCATIONS[name].parse(rest)
+    found: Allocation = PLUGINS.node(name).parse(rest)
+    return found
 
 
 __all__ = [
@@ -64,4 +94,5 @@ __all__ = [
     "finite",
     "nearest_cuts",
     "random_plans",
+    "split_allocation",
 ]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from rankwise.errors import BudgetError, RecipeError
 from rankwise.models import Site
 from rankwise.progress import Reporter
 from rankwise.sizes import DENSE, Allowance, Candidates, Cut, Form, Plan
@@ -73,6 +74,35 @@ class Problem:
     def by_role(self, cuts: Cuts) -> Choice:
         """A choice without a search, its groups being the roles."""
         return Choice(cuts, self.kept_by({site.name: site.role for site in self.sites}, cuts))
+
+    def checked(self, choice: Choice, name: str) -> Choice:
+        """The choice, when it is one of this problem.
+
+        Args:
+            choice: of an allocation.
+            name: of that allocation, for errors.
+
+        Raises:
+            RecipeError: when a site has no cut, or one that its shape does not allow.
+            BudgetError: when all cuts together take more than is allowed.
+        """
+        for site in self.sites:
+            cut = choice.cuts.get(site.name)
+            if cut is None or (cut.rank is not None and cut.rank > min(site.m, site.n)):
+                said = "no cut" if cut is None else f"the rank {cut.rank}, above min(m, n) = {min(site.m, site.n)}"
+                raise RecipeError(
+                    f"The allocation gives {site.name} {said}.",
+                    where=name,
+                    remedy="choose() answers with a cut of every site of problem.sites",
+                )
+        if self.allowance.sized and self.spent(choice.cuts) > self.allowance.bits:
+            raise BudgetError(
+                f"The allocation spends {self.allowance.in_words(self.spent(choice.cuts))}, more than "
+                f"{self.allowance.asked}.",
+                where=name,
+                remedy="rankwise.allocation.fill gives cuts in any proportions that stay within it",
+            )
+        return choice
 
     def check_smallest(self, compressed: Callable[[Site], bool] = lambda _site: True) -> None:
         """Raise when the smallest candidates are already too much.
@@ -177,13 +207,16 @@ class Allocation(BaseModel, ABC):
         return self.looks == Looks.OBJECTIVE
 
     @classmethod
-    @abstractmethod
     def parse(cls, text: str) -> Self:
-        """Read the part behind the colon of the command line's form.
+        """Read the part behind the colon of the command line's form; there is none unless a class says otherwise.
 
         Raises:
             RecipeError: when it cannot be read.
         """
+        name = cls.model_fields["name"].default
+        if text:
+            raise RecipeError(f"{name} takes no settings here.", where=f"{name}:{text}", remedy=f"write {name}")
+        return cls(name=name)
 
     def check(self, problem: Problem) -> None:
         """Find out, before anything slow, that no plan can meet the allowance.

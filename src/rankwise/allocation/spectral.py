@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 from rankwise.allocation.base import Allocation, Choice, Evidence, Looks, Problem
 from rankwise.allocation.choice import MultipleChoice
-from rankwise.errors import RecipeError
 
 
 class Spectral(Allocation):
@@ -19,12 +18,6 @@ class Spectral(Allocation):
     looks: ClassVar[Looks] = Looks.LOSSES
 
     name: Literal["spectral"] = "spectral"
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        if text:
-            raise RecipeError("spectral takes no settings.", where=f"spectral:{text}", remedy="write spectral")
-        return cls()
 
     def check(self, problem: Problem) -> None:
         problem.check_smallest()

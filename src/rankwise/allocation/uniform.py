@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 from rankwise.allocation.base import Allocation, Choice, Evidence, Problem
 from rankwise.allocation.fill import fill
-from rankwise.errors import RecipeError
 
 
 class Uniform(Allocation):
     """Every site gets the cut that takes the kept fraction of it, rounded so that the whole fills the budget."""
 
     name: Literal["uniform"] = "uniform"
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        if text:
-            raise RecipeError("uniform takes no settings.", where=f"uniform:{text}", remedy="write uniform")
-        return cls()
 
     def choose(self, problem: Problem, evidence: Evidence) -> Choice:
         return problem.by_role(fill(problem, {site.name: 1.0 for site in problem.sites}))

@@ -22,10 +22,12 @@ from rankwise.layers.needs import (
     MINIMUM_TRANSFORMERS,
     WITHOUT_BLOCKS,
     WITHOUT_EXPERTS,
+    WITHOUT_LEVELS,
     WITHOUT_VOCABULARY,
 )
 from rankwise.linalg import all_finite
 from rankwise.models import Site, UnfusedExperts, decoder_blocks, fuse, text_config
+from rankwise.quantizers.codes import GIVEN
 
 
 def low_rank_layers(model: Any, sites: Sequence[Site]) -> dict[str, dict[str, Any]]:
@@ -54,11 +56,20 @@ def _format_of(
     layers: Mapping[str, Mapping[str, Any]], made_smaller: bool, experts: Sequence[str], vocabulary: Mapping[str, Any]
 ) -> int:
     """The oldest format that can say it."""
-    if vocabulary:
+    if any(_own_levels(form) for form in layers.values()):
         return FORMAT_VERSION
+    if vocabulary:
+        return WITHOUT_LEVELS
     if made_smaller or any(form.get("storage") == "dense" for form in layers.values()):
         return WITHOUT_VOCABULARY
     return WITHOUT_BLOCKS if experts else WITHOUT_EXPERTS
+
+
+def _own_levels(layer: Mapping[str, Any]) -> bool:
+    """Whether a layer's codes are of a codebook that its name spells out."""
+    form = layer.get("form", {})
+    parts = [form[part] for part in ("q", "factors") if form.get(part) is not None]
+    return any(part["codebook"].startswith(GIVEN) for part in parts)
 
 
 def is_plain(model: Any, sites: Sequence[Site]) -> bool:

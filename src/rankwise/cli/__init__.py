@@ -86,7 +86,7 @@ def compress(
     q_bits: Annotated[int | None, typer.Option(help="Bits of Q in W ~ Q + L R.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of L R at every site (caldera).")] = None,
     lr_bits: Annotated[int | None, typer.Option(help="Bits of L and R (caldera); 16 for unquantised.")] = None,
-    codebook: Annotated[str | None, typer.Option(help="Of Q: e8p, uniform or nf.")] = None,
+    codebook: Annotated[str | None, typer.Option(help="Of Q: e8p, uniform, nf, or FILE.py:Class.")] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(
@@ -110,7 +110,8 @@ def compress(
     allocation: Annotated[
         str | None,
         typer.Option(
-            help="spectral, bayesian:5x1, bayesian:5x4, bayesian:spectral, uniform, or manual:q=0.7,k=0.7,v=dense,..."
+            help="spectral, bayesian:5x1, bayesian:5x4, bayesian:spectral, uniform, manual:q=0.7,k=0.7,v=dense,..., or "
+            "FILE.py:Class."
         ),
     ] = None,
     plan: Annotated[

@@ -98,13 +98,13 @@ def _valid(name: str, trusted: bool) -> Recipe:
     """A recipe with every default; its model may be left to the command line.
 
     Raises:
-        RecipeError: when it is not valid, or its method is code in a file that is not trusted.
+        RecipeError: when it is not valid, or names code in a file that is not trusted.
     """
-    from rankwise.cli.options import require_trusted_method
+    from rankwise.cli.options import require_trusted_code
     from rankwise.recipes import read_recipe, recipe_from
 
     values = read_recipe(name)
-    require_trusted_method(values, trusted, name)
+    require_trusted_code(values, trusted, name, {})
     return recipe_from({"model": "MODEL", **values}, origin=name)
 
 

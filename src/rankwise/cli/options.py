@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import RecipeError
+from rankwise.plugins import in_file
 from rankwise.reading import UnreadableError, file_exists, parse_yaml, shown
 
 if TYPE_CHECKING:
@@ -32,12 +33,12 @@ def use_plan(
         BudgetError: when the plan cannot be read.
         RecipeError: when trials are given and nothing is searched.
     """
+    from rankwise.allocation import split_allocation
     from rankwise.recipes import set_value
 
     asked = values.get("allocation")
-    name = asked.split(":")[0] if isinstance(asked, str) else as_settings(asked).get("name")
+    name = split_allocation(asked)[0] if isinstance(asked, str) else as_settings(asked).get("name")
     if plan is not None:
-        from rankwise.methods import in_file
         from rankwise.sizes import SPELLINGS, Plan
 
         given = Plan.load(Path(plan))
@@ -53,13 +54,16 @@ def use_plan(
         if "storage" not in budget and any(not cut.coded and not cut.dense for cut in given.cuts.values()):
             set_value(values, "budget.storage", given.form.storage)
         if not method_given and values.get("method") is None:
-            if in_file(given.method) and not trusted:
+            settled = {**given.method_settings, "name": given.method}
+            for each in () if trusted else code_named(settled):
                 raise RecipeError(
                     "The plan's method is code in a file, which a plan alone does not run.",
                     where=plan,
-                    remedy=f"add --method {given.method} if you trust that file",
+                    remedy=f"add --method {given.method} if you trust that file"
+                    if each == given.method
+                    else f"add --trust-remote-code if you trust {shown(each)}",
                 )
-            values["method"] = {**given.method_settings, "name": given.method}
+            values["method"] = settled
         if name == "bayesian" or (trials is not None and name is None):
             settings = {"space": given.space or "rolesx1"} if name is None else as_settings(asked)
             values["allocation"] = {"trials": 20, **settings, "name": "bayesian", "plan": plan}
@@ -85,9 +89,9 @@ def use_plan(
 def as_settings(allocation: Any) -> dict[str, Any]:
     """An allocation as a mapping, from the command line's form or from a recipe's; only what was set."""
     if isinstance(allocation, str):
-        from rankwise.allocation import allocation_from
+        from rankwise.allocation import allocation_from, split_allocation
 
-        return allocation_from(allocation).model_dump(exclude_unset=True) | {"name": allocation.split(":")[0]}
+        return allocation_from(allocation).model_dump(exclude_unset=True) | {"name": split_allocation(allocation)[0]}
     if allocation is not None and not isinstance(allocation, Mapping):
         raise RecipeError(
             f"The allocation is {shown(allocation)}, neither a name nor keys.",
@@ -123,22 +127,32 @@ def require_trust(values: Mapping[str, Any], trusted: bool, origin: str) -> None
         )
 
 
-def require_trusted_method(values: Mapping[str, Any], trusted: bool, origin: str) -> None:
-    """Raise when a recipe's method is code in a file and the command line does not say that it may run.
+def code_named(node: Any) -> list[str]:
+    """Classes in files that a node of a recipe names anywhere: its own name, a codebook, a method within a method."""
+    if isinstance(node, Mapping):
+        return [name for value in node.values() for name in code_named(value)]
+    return [node] if in_file(node) else []
+
+
+def require_trusted_code(values: Mapping[str, Any], trusted: bool, origin: str, given: Mapping[str, Any]) -> None:
+    """Raise when a recipe names code in a file and the command line does not say that it may run.
+
+    Args:
+        values: the recipe's.
+        trusted: whether the command line says so.
+        origin: file name or such.
+        given: by node, what the command line puts in its place; None for nothing.
 
     Raises:
         RecipeError: naming the option.
     """
-    from rankwise.methods import in_file
-
-    method = values.get("method")
-    name = method.get("name") if isinstance(method, Mapping) else method
-    if in_file(name) and not trusted:
-        raise RecipeError(
-            f"The recipe's method is code in a file, {shown(name)}, which a recipe alone may not run.",
-            where=f"{origin}: method",
-            remedy="add --trust-remote-code if you trust that file, or give it as --method yourself",
-        )
+    for node in ("method", "allocation") if not trusted else ():
+        for name in code_named(values.get(node)) if given.get(node) is None else ():
+            raise RecipeError(
+                f"The recipe's {node} is code in a file, {shown(name)}, which a recipe alone may not run.",
+                where=f"{origin}: {node}",
+                remedy=f"add --trust-remote-code if you trust that file, or give it as --{node} yourself",
+            )
 
 
 FEW_BITS = ("q_bits", "rank", "lr_bits", "codebook")
@@ -174,8 +188,7 @@ def recipe_of(
     values = read_recipe(recipe) if recipe else {}
     origin = recipe or "command line"
     require_trust(values, bool(given.get("trust_remote_code")), origin)
-    if given.get("method") is None:
-        require_trusted_method(values, bool(given.get("trust_remote_code")), origin)
+    require_trusted_code(values, bool(given.get("trust_remote_code")), origin, given)
     for key, value in given.items():
         if value is not None and not key.endswith("?"):
             set_value(values, key, value)

@@ -69,14 +69,10 @@ def compress(
     directory = Path(run_directory) if run_directory is not None else default_run_directory(recipe.model)
     output = None if recipe.output is None else Path(recipe.output)
     if output is not None:
-        check_output(
-            output,
-            {"the model": Path(recipe.model), "the finished stages": directory},
-            None if overwrite else recipe.model,
-        )
+        inputs = {"the model": Path(recipe.model), "the finished stages": directory}
+        check_output(output, inputs, None if overwrite else recipe.model)
     run = Run(directory, reporter)
-    waiting = f"waiting for another process that works in {run.directory}"
-    with run.locked(lambda: reporter.note(waiting, passing=True)), reserved(output):
+    with run.locked(), reserved(output):
         with reporter.stage("load"):
             need = stages.expected_need(recipe, reporter)
             memory = stages.chosen_memory(recipe, need)

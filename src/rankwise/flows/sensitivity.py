@@ -108,7 +108,7 @@ def sensitivity(
     reporter = reporter or Reporter(show=False)
     run = Run(Path(run_directory) if run_directory is not None else default_run_directory(recipe.model), reporter)
     folder = _output_folder(Path(output))
-    with run.locked(lambda: reporter.note(f"waiting for another process that works in {run.directory}", passing=True)):
+    with run.locked():
         memory = stages.chosen_memory(recipe, None)
         with reporter.stage("load"):
             loaded = load_model(

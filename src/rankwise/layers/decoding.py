@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rankwise.device import computed_type
-from rankwise.layers.quantized import KeptWhereItFits, QuantizedLinear, cache_dense
+from rankwise.layers.quantized import KeptWhereItFits, cache_dense, quantized_layers
 
 
 def keep_decoded(model: Any, wanted: bool | None = None) -> str | None:
@@ -20,7 +20,7 @@ def keep_decoded(model: Any, wanted: bool | None = None) -> str | None:
     Returns:
         What became of it, for a person; None without quantised layers.
     """
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    layers = quantized_layers(model)
     if not layers:
         return None
     width = computed_type(model).itemsize

@@ -249,6 +249,11 @@ class QuantizedLinear(nn.Module):
         return self.bias
 
 
+def quantized_layers(model: nn.Module) -> list:
+    """Those of a model, of this class or of its copy in a checkpoint's modelling file."""
+    return [module for module in model.modules() if hasattr(module, "cache") and hasattr(module, "dense_weight")]
+
+
 def cache_dense(model: nn.Module, on: bool | str) -> None:
     """Let every quantised layer keep its weight dequantised (faster, as large as the original), or not.
 
@@ -256,7 +261,7 @@ def cache_dense(model: nn.Module, on: bool | str) -> None:
         model: changed in place.
         on: `"auto"` for where memory allows, on a CPU.
     """
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "cache")]
+    layers = quantized_layers(model)
     entries = sum(layer.in_features * layer.out_features for layer in layers)
     choice = KeptWhereItFits(entries) if on == "auto" else bool(on)
     for layer in layers:

@@ -17,7 +17,7 @@ from rankwise.methods.flap import FLAP
 from rankwise.methods.fwsvd import FWSVD
 from rankwise.methods.llm_pruner import LLMPruner
 from rankwise.methods.mixed import Mixed
-from rankwise.methods.plugins import Plugged, in_file, is_plugin, plugin_class
+from rankwise.methods.plugins import PLUGINS, Plugged
 from rankwise.methods.pruned import Pruned
 from rankwise.methods.pruning import Part, Pruning
 from rankwise.methods.quantize import Quantize
@@ -53,7 +53,7 @@ def _kind(value: Any) -> str:
         if isinstance(value, Mapping)
         else getattr(value, "name", None)
     )
-    return "plugin" if is_plugin(name) and name not in METHODS else str(name)
+    return "plugin" if PLUGINS.has(name) and name not in METHODS else str(name)
 
 
 AnyMethod = Annotated[
@@ -92,7 +92,7 @@ def method_class(name: object) -> type[Method] | None:
     """
     if not isinstance(name, str):
         return None
-    return METHODS.get(name) or (plugin_class(name) if is_plugin(name) else None)
+    return METHODS.get(name) or (PLUGINS.node(name) if PLUGINS.has(name) else None)
 
 
 def method_named(name: str) -> Method:
@@ -120,7 +120,6 @@ __all__ = [
     "Pruning",
     "SliceGPT",
     "estimated_losses",
-    "in_file",
     "make_basis",
     "method_class",
     "method_named",

@@ -12,7 +12,7 @@ from rankwise.errors import RankwiseError
 from rankwise.factors import Factors, Fit
 from rankwise.linalg import InputMetric
 from rankwise.methods.base import Looking
-from rankwise.methods.quantizing import QuantizingMethod, drawn_rotation, on, rounded
+from rankwise.methods.quantizing import KnownCodebook, QuantizingMethod, drawn_rotation, on, rounded
 from rankwise.quantizers import (
     Codebook,
     Hessian,
@@ -37,7 +37,7 @@ class Caldera(QuantizingMethod):
     Attributes:
         rank: of L R. None lets a budget of bits choose.
         lr_bits: bits of L and R; 16 leaves them as 16-bit numbers.
-        lr_codebook: of L and R; None for the lattice up to 4 bits and `uniform` above.
+        lr_codebook: of L and R, as `codebook`; None for the lattice up to 4 bits and `uniform` above.
         outer: iterations over Q and L R; the paper takes 15 to 20.
         inner: turns of L and R in each; the paper takes 10 to 50.
         right_feedback: whether R is rounded with feedback of its errors along H; the paper rounds it to the nearest.
@@ -47,7 +47,7 @@ class Caldera(QuantizingMethod):
     name: Literal["caldera"] = "caldera"
     rank: Annotated[int, Field(ge=0)] | None = None
     lr_bits: Annotated[int, Field(ge=2, le=16)] = 4
-    lr_codebook: Literal["e8p", "uniform", "nf"] | None = None
+    lr_codebook: KnownCodebook | None = None
     outer: Annotated[int, Field(ge=1)] = 15
     inner: Annotated[int, Field(ge=1)] = 10
     right_feedback: bool = False

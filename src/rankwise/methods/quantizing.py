@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from rankwise.errors import BudgetError, RankwiseError
 from rankwise.factors import Basis, Factors
 from rankwise.linalg import InputMetric, OutputMetric, decompose
 from rankwise.methods.base import Method, Outlook
-from rankwise.quantizers import CODEBOOKS, Codebook, Hessian, Packed, Rotation, codebook_named, improve, ldlq
+from rankwise.quantizers import (
+    Codebook,
+    Hessian,
+    Packed,
+    Rotation,
+    codebook_class,
+    codebook_named,
+    full_codebook_name,
+    improve,
+    ldlq,
+)
 from rankwise.sizes import FULL_BITS, Budget, Candidates, Form, coded_candidates
 from rankwise.statistics import SiteStatistics, Statistic
 from rankwise.statistics.curvature import Curvature
@@ -30,11 +40,23 @@ _BITS_FOR_RANK = 2.0
 """Bits a weight that L R takes at most beside a Q, where a plan is made by loss: a finer Q is then the better one."""
 
 
+def _found(name: str) -> str:
+    try:
+        return full_codebook_name(name)
+    except RankwiseError as problem:
+        raise ValueError(f"{problem.problem} {problem.remedy or ''}".strip()) from None
+
+
+KnownCodebook = Annotated[str, AfterValidator(_found)]
+"""The name of a codebook that is there; of one's own with the version of its code."""
+
+
 class QuantizingMethod(Method):
     """A method that gives codes of few bits.
 
     Attributes:
-        codebook: of Q: `e8p` (2 to 4 bits), `uniform` or `nf` (2 to 8).
+        codebook: of Q: `e8p` (2 to 4 bits), `uniform` or `nf` (2 to 8), or one's own: `FILE.py:Class`, or the name of
+            an entry point.
         q_bits: bits a weight of Q. None lets a budget of bits choose.
         group: columns of Q that share a scale, a multiple of eight; 0 for none.
         row_scales: whether each row of Q has a scale of its own, 16 / n bits a weight; without, the lattice has one for
@@ -50,7 +72,7 @@ class QuantizingMethod(Method):
     default_keep: ClassVar[float | None] = None
     keeps_factors: ClassVar[bool] = False
 
-    codebook: Literal["e8p", "uniform", "nf"] = "e8p"
+    codebook: KnownCodebook = "e8p"
     q_bits: Annotated[int, Field(ge=0, le=8)] | None = None
     group: Annotated[int, Field(ge=0, multiple_of=8)] = 0
     row_scales: bool = True
@@ -113,7 +135,7 @@ class QuantizingMethod(Method):
     @property
     def choices(self) -> tuple[int, ...]:
         """Bits a weight that Q may have, ascending."""
-        return tuple(CODEBOOKS[self.codebook].known_bits) if self.q_bits is None else (self.q_bits,)
+        return tuple(codebook_class(self.codebook).known_bits) if self.q_bits is None else (self.q_bits,)
 
     def candidates(self, shape: tuple[int, int], form: Form, multiple: int, looks: bool) -> Candidates:
         rank, most = self.given_rank, float(min(FULL_BITS, self.choices[-1] + _BITS_FOR_RANK))

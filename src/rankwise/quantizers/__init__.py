@@ -1,6 +1,16 @@
 """Rounding of matrices to few bits: codebooks, feedback, rotations, and the low-rank part beside them."""
 
-from rankwise.quantizers.codebooks import CODEBOOKS, Codebook, Packed, codebook_named
+from rankwise.quantizers.codebooks import (
+    CODEBOOKS,
+    Codebook,
+    OwnLevels,
+    Packed,
+    codebook_class,
+    codebook_named,
+    full_codebook_name,
+    is_codebook,
+    stored_codebook,
+)
 from rankwise.quantizers.incoherence import Rotation, packed_signs
 from rankwise.quantizers.ldlq import Hessian, improve, ldlq
 from rankwise.quantizers.lplr import LowRank, low_rank, weighed_error
@@ -10,12 +20,17 @@ __all__ = [
     "Codebook",
     "Hessian",
     "LowRank",
+    "OwnLevels",
     "Packed",
     "Rotation",
+    "codebook_class",
     "codebook_named",
+    "full_codebook_name",
     "improve",
+    "is_codebook",
     "ldlq",
     "low_rank",
     "packed_signs",
+    "stored_codebook",
     "weighed_error",
 ]

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import RecipeError, nearest
+from rankwise.plugins import Plugins
 from rankwise.quantizers.codes import (
     BYTE,
+    GIVEN,
     LATTICE,
     decode,
+    given_levels,
     normal_float_levels,
     pack_bits,
     tables_for,
@@ -43,7 +46,7 @@ class Packed:
         codes: uint8, shape `[rows, blocks, bits]`; eight columns a block, the last one padded.
         scale: shape `[1, 1]`, `[rows, 1]` or `[rows, groups]`; a group is a run of columns of equal length.
         columns: columns that count.
-        codebook: name of the codebook.
+        codebook: what the codebook is called where codes are stored, see `Codebook.stored_name`.
         group: columns that share a scale; 0 when all columns do.
     """
 
@@ -95,6 +98,11 @@ class Codebook(ABC):
         self.bits, self.group, self.by_row = bits, group, by_row
 
     @property
+    def stored_name(self) -> str:
+        """The name under which `codes.decode` knows it."""
+        return self.name
+
+    @property
     def tile(self) -> tuple[int, int]:
         """Rows and columns of the weights that one codeword stands for."""
         return tile_of(self.name)
@@ -122,7 +130,8 @@ class Codebook(ABC):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values before scaling, float32, shape `[rows, 8 blocks]`."""
-        return decode(codes, self.name, [table.to(codes.device) for table in tables_for(self.name, self.bits)])
+        tables = [table.to(codes.device) for table in tables_for(self.stored_name, self.bits)]
+        return decode(codes, self.stored_name, tables)
 
     def _grouped(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """What shares a scale, along the last of three dimensions, and what of it is there: a last group may be cut."""
@@ -143,7 +152,7 @@ class Codebook(ABC):
         scale = self.scales(matrix) if scale is None else scale
         wide = padded(matrix, self.tile[1])
         codes = self.round(wide / wide_scale(scale, self.group, wide.shape[1]))
-        return Packed(codes, scale, matrix.shape[1], self.name, self.group)
+        return Packed(codes, scale, matrix.shape[1], self.stored_name, self.group)
 
 
 class E8P(Codebook):
@@ -218,7 +227,97 @@ class NormalFloat(Levels):
         return normal_float_levels(self.bits)
 
 
+class Given(Levels):
+    """Levels that its name spells out: those of a codebook of one's own, where its codes are stored."""
+
+    known_bits = range(1, 9)
+
+    def __init__(self, bits: int, group: int = 0, by_row: bool = False, *, name: str) -> None:
+        self.name = name
+        super().__init__(bits, group, by_row)
+
+    def levels(self) -> Tensor:
+        return given_levels(self.name, self.bits)
+
+
+class OwnLevels(Levels):
+    """What a scalar codebook of one's own derives from: say `known_bits` and `levels`, and it is stored with codes.
+
+    Its class is named `FILE.py:Class`, or by an entry point of `rankwise.codebooks`; in settings and plans the version
+    of its code stands behind an `@`. A checkpoint holds the levels, and neither the name nor the class.
+    """
+
+    @property
+    def stored_name(self) -> str:
+        """The levels, spelled out.
+
+        Raises:
+            RecipeError: when they are not 2^bits ascending finite numbers, the last of them positive.
+        """
+        levels = self.levels().detach().to("cpu", torch.float32)
+        rising = levels.shape == (2**self.bits,) and bool((levels[1:] > levels[:-1]).all())
+        if not rising or not levels.isfinite().all() or levels[-1] <= 0:
+            raise RecipeError(
+                f"levels() of {self.bits} bits gives no {2**self.bits} ascending finite numbers, the last above zero.",
+                where=self.name,
+                remedy=f"return a float tensor of shape [{2**self.bits}]",
+            )
+        return GIVEN + ",".join(f"{level:.9g}" for level in levels.tolist())
+
+
 CODEBOOKS: dict[str, type[Codebook]] = {"e8p": E8P, "uniform": Uniform, "nf": NormalFloat}
+
+PLUGINS = Plugins("codebook", OwnLevels, "derive it from rankwise.quantizers.OwnLevels")
+
+_VERSION = "@"
+"""Between the name of a codebook of one's own and what says the version of its code."""
+
+
+def is_codebook(name: str) -> bool:
+    """Whether a name is one of a codebook, of this package or of one's own; no file is opened."""
+    return name in CODEBOOKS or PLUGINS.has(name.partition(_VERSION)[0])
+
+
+def codebook_class(name: str) -> type[Codebook]:
+    """The class of a codebook.
+
+    Args:
+        name: of this package's, or `FILE.py:Class` or that of an entry point, with or without its version.
+
+    Raises:
+        RecipeError: when there is none, it is no whole class, or its code is of another version.
+    """
+    if name in CODEBOOKS:
+        return CODEBOOKS[name]
+    plain, _, version = name.partition(_VERSION)
+    if not PLUGINS.has(plain):
+        raise RecipeError(f"There is no codebook {name!r}.", where="method", remedy=nearest(name, CODEBOOKS))
+    found, code = PLUGINS.found(plain)
+    if version not in ("", code):
+        raise RecipeError(
+            "The code of the codebook has changed since this was written.",
+            where=name,
+            remedy=f"write {plain} for the codebook as it is now",
+        )
+    return type(found.__name__, (found,), {"name": f"{plain}{_VERSION}{code}"})
+
+
+def full_codebook_name(name: str) -> str:
+    """The name of a codebook with the version of its code where it is one's own.
+
+    Raises:
+        RecipeError: as `codebook_class` does.
+    """
+    return codebook_class(name).name
+
+
+def stored_codebook(name: str, bits: int) -> str:
+    """What a codebook of so many bits is called where codes are stored.
+
+    Raises:
+        RecipeError: as `codebook_named` does.
+    """
+    return name if name in CODEBOOKS else codebook_named(name, bits).stored_name
 
 
 def others_with(bits: int, name: str) -> str:
@@ -230,9 +329,15 @@ def others_with(bits: int, name: str) -> str:
 def codebook_named(name: str, bits: int, group: int = 0, by_row: bool = False) -> Codebook:
     """A codebook of so many bits a weight.
 
+    Args:
+        name: as in settings, or as codes are stored with.
+        bits: a weight.
+        group: see `Codebook`.
+        by_row: see `Codebook`.
+
     Raises:
         RecipeError: when there is no such codebook, or it has no such number of bits.
     """
-    if name not in CODEBOOKS:
-        raise RecipeError(f"There is no codebook {name!r}.", where="method", remedy=nearest(name, CODEBOOKS))
-    return CODEBOOKS[name](bits, group, by_row)
+    if name.startswith(GIVEN):
+        return Given(bits, group, by_row, name=name)
+    return codebook_class(name)(bits, group, by_row)

@@ -11,8 +11,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-TILES = {"e8p": (1, 8), "uniform": (1, 8), "nf": (1, 8)}
-"""By codebook, rows and columns of the weights that one codeword stands for."""
+LEVEL_TILE = (1, 8)
+"""Rows and columns of the weights that the codes of eight levels stand for."""
+
+TILES = {"e8p": (1, 8)}
+"""By codebook, rows and columns of the weights that one codeword stands for; of any other, `LEVEL_TILE`."""
+
+GIVEN = "levels:"
+"""Before the levels themselves, joined by commas: the name of a codebook that is no other's."""
 
 BYTE = 8
 """Integers that a plane of one bit each packs into a byte."""
@@ -26,7 +32,7 @@ SECOND_SCALE = {3: 0.49, 4: 0.265}
 
 def tile_of(codebook: str) -> tuple:
     """Rows and columns of the weights that one codeword of this codebook stands for."""
-    return TILES[codebook]
+    return TILES.get(codebook, LEVEL_TILE)
 
 
 @cache
@@ -96,11 +102,22 @@ def normal_float_levels(bits: int) -> Tensor:
     return (levels / levels[-1]).float()
 
 
+def given_levels(codebook: str, bits: int) -> Tensor:
+    """The levels that a name spells out, shape `[2^bits]`."""
+    levels = torch.tensor([float(level) for level in codebook[len(GIVEN) :].split(",")], device="cpu")
+    if len(levels) != 2**bits:
+        raise ValueError(f"a codebook of {bits} bits has {2**bits} levels, not {len(levels)}")
+    return levels
+
+
 def tables_for(codebook: str, bits: int) -> list:
     """The tensors that `decode` needs for a codebook."""
     if codebook == "e8p":
         return [e8p_patterns(), e8_short_values()] if bits == 3 else [e8p_patterns()]
-    return [uniform_levels(bits) if codebook == "uniform" else normal_float_levels(bits)]
+    if codebook.startswith(GIVEN):
+        return [given_levels(codebook, bits)]
+    known = {"uniform": uniform_levels, "nf": normal_float_levels}
+    return [known[codebook](bits)]
 
 
 def decode(codes: Tensor, codebook: str, tables: list) -> Tensor:
@@ -108,7 +125,7 @@ def decode(codes: Tensor, codebook: str, tables: list) -> Tensor:
 
     Args:
         codes: uint8, shape `[rows, blocks, bits]`.
-        codebook: `e8p`, `uniform` or `nf`.
+        codebook: `e8p`, `uniform`, `nf`, or `levels:` and 2^bits numbers joined by commas.
         tables: from `tables_for`.
 
     Returns:

@@ -97,7 +97,7 @@ def ldlq(weight: Tensor, feedback: Tensor, codebook: Codebook, scale: Tensor) ->
             wanted = wanted + errors[:, first:start] @ feedback[first:start, start:stop]
             codes.append(codebook.round(wanted / unit[:, start:stop]))
             errors[:, start:stop] = target[:, start:stop] - codebook.decode(codes[-1]) * unit[:, start:stop]
-    return Packed(torch.cat(codes, 1), scale, weight.shape[1], codebook.name, codebook.group)
+    return Packed(torch.cat(codes, 1), scale, weight.shape[1], codebook.stored_name, codebook.group)
 
 
 def improve(weight: Tensor, hessian: Tensor, packed: Packed, codebook: Codebook, passes: int) -> Packed:

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rankwise.errors import RecipeError, nearest
-from rankwise.methods import IN_NUMBERS, METHODS, in_file, method_class
+from rankwise.methods import IN_NUMBERS, METHODS, method_class
+from rankwise.plugins import in_file
 from rankwise.reading import shown
 from rankwise.recipes.compression import STEPS, Evaluation, Recipe
 from rankwise.recipes.reading import explained, recipe_from
@@ -45,12 +46,15 @@ class Way(BaseModel):
         Raises:
             RecipeError: when a part is not known.
         """
-        # The path of a file may have these signs of its own.
-        inside = text.index(".py:") if in_file(text) else 0
-        head, *steps = text[inside:].split("+")
-        name, slash, allocation = head.partition("/")
-        method = text[:inside] + name
-        way = cls(method=method.strip(), allocation=allocation.strip() if slash else None, repair=tuple(steps))
+        named, slash, behind = text.partition("/")
+        if named.strip() in METHODS:
+            method, (allocation, steps) = named, _with_steps(behind)
+        else:
+            head, steps = _with_steps(text)
+            inside = head.index(".py:") if in_file(head) else 0
+            name, slash, allocation = head[inside:].partition("/")
+            method = head[:inside] + name
+        way = cls(method=method.strip(), allocation=allocation.strip() if slash else None, repair=steps)
         # Found here rather than among thirty rows.
         values: dict[str, Any] = {"model": "any", "method": way.method, "repair": {"steps": list(way.repair)}}
         if way.allocation is not None:
@@ -81,6 +85,13 @@ class Way(BaseModel):
             + (f"/{self.allocation}" if self.allocation else "")
             + "".join(f"+{step}" for step in self.repair)
         )
+
+
+def _with_steps(text: str) -> tuple[str, tuple[str, ...]]:
+    """What stands before `+STEP+STEP...`, and the steps; the path of a file may have these signs of its own."""
+    inside = text.rindex(".py:") if in_file(text) else 0
+    head, *steps = text[inside:].split("+")
+    return text[:inside] + head, tuple(steps)
 
 
 def read_ways(text: str, spelling: Spelling, repair: Sequence[str] = ()) -> tuple[Way, ...]:

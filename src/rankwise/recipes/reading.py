@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from rankwise.allocation import ALLOCATIONS, allocation_from
+from rankwise.allocation import ALLOCATIONS, allocation_from, split_allocation
 from rankwise.errors import RecipeError, nearest
 from rankwise.methods import METHODS
 from rankwise.reading import UnreadableError, first_problem, one_line, parse_yaml, read_text, shown
@@ -105,10 +105,10 @@ def set_value(values: dict[str, Any], path: str, value: Any) -> None:
             child = {"name": Recipe.model_fields[parent].default.name if child is None else child}
             if not isinstance(child["name"], str):
                 child = child["name"]
-            elif parent == "allocation" and ":" in child["name"]:
+            elif parent == "allocation" and split_allocation(child["name"])[1]:
                 # As the command line writes it, with settings behind the colon.
                 child = allocation_from(child["name"]).model_dump(exclude_unset=True) | {
-                    "name": child["name"].partition(":")[0]
+                    "name": split_allocation(child["name"])[0]
                 }
         child = {} if child is None else child
         if not isinstance(child, Mapping):

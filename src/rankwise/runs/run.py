@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,8 +174,8 @@ class Run:
         make_writable(directory, "give another directory for finished stages with --run-dir, or set RANKWISE_CACHE")
 
     @contextmanager
-    def locked(self, waiting: Callable[[], None]) -> Iterator[None]:
-        """Hold the directory; calls `waiting` once when another process holds it.
+    def locked(self) -> Iterator[None]:
+        """Hold the directory; says once that another process holds it.
 
         Raises:
             RunError: when the disk fills up inside the block. What was finished stays.
@@ -183,6 +183,9 @@ class Run:
 
         def say(text: str) -> None:
             self._reporter.note(text, passing=True)
+
+        def waiting() -> None:
+            say(f"waiting for another process that works in {self.directory}")
 
         with locked(self.directory, waiting), keeping(self.directory, self.kept, say, "give a --run-dir elsewhere"):
             clear_scratch(self.directory)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from rankwise.quantizers import is_codebook
 from rankwise.quantizers.codes import BYTE, tile_of
 from rankwise.sizes.cut import Cut
 
@@ -22,6 +23,16 @@ smaller when the m integers that say where each row belongs are counted too."""
 def padded_to(size: int, step: int) -> int:
     """The least multiple of `step` that is not below `size`."""
     return -(-size // step) * step
+
+
+def _checked(name: str) -> str:
+    if not is_codebook(name):
+        raise ValueError(f"there is no codebook {name[:80]!r}")
+    return name
+
+
+CodebookName = Annotated[str, AfterValidator(_checked)]
+"""Of this package, or of one's own with the version of its code."""
 
 
 class Form(BaseModel):
@@ -43,10 +54,10 @@ class Form(BaseModel):
 
     storage: Storage = "auto"
     number_bits: Annotated[int, Field(gt=0)] = 16
-    codebook: Literal["e8p", "uniform", "nf"] = "e8p"
+    codebook: CodebookName = "e8p"
     group: Annotated[int, Field(ge=0)] = 0
     row_scales: bool = True
-    lr_codebook: Literal["e8p", "uniform", "nf"] | None = None
+    lr_codebook: CodebookName | None = None
     hadamard: bool = True
     trained_signs: bool = False
     full_rank: Annotated[int, Field(ge=0)] = 0

@@ -100,12 +100,13 @@ class Plan(BaseModel):
         for name, cut in self.cuts.items():
             if cut.rank is not None and cut.rank > min(self.shapes[name]):
                 raise ValueError(f"{name}: the rank {cut.rank} does not lie in 0..{min(self.shapes[name])}")
-            if cut.q_bits and cut.q_bits not in CODEBOOKS[self.form.codebook].known_bits:
-                raise ValueError(f"{name}: the codebook {self.form.codebook} has no {cut.q_bits} bits")
+            used = [(self.form.codebook, cut.q_bits)]
             if cut.lr_bits is not None and cut.lr_bits != FULL_BITS:
-                codebook = self.form.factor_codebook(cut.lr_bits)
-                if cut.lr_bits not in CODEBOOKS[codebook].known_bits:
-                    raise ValueError(f"{name}: the codebook {codebook} has no {cut.lr_bits} bits")
+                used.append((self.form.factor_codebook(cut.lr_bits), cut.lr_bits))
+            for codebook, bits in used:
+                # One of a user's own says when it is used: a plan that is read runs no code.
+                if bits and codebook in CODEBOOKS and bits not in CODEBOOKS[codebook].known_bits:
+                    raise ValueError(f"{name}: the codebook {codebook} has no {bits} bits")
         return self
 
     @property

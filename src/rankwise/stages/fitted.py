@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankwise.factors import Factors
-from rankwise.quantizers import Packed, Rotation
+from rankwise.quantizers import Packed, Rotation, stored_codebook
 from rankwise.sizes import Cut, Form
 
 
@@ -48,8 +48,8 @@ def load_factors(path: Path, form: Form, cut: Cut, bias: Tensor | None) -> Facto
     def packed(name: str, codebook: str, group: int) -> Packed | None:
         if f"{name}.codes" not in parts:
             return None
-        columns = int(parts[f"{name}.columns"])
-        return Packed(parts[f"{name}.codes"], parts[f"{name}.scale"], columns, codebook, group)
+        columns, codes = int(parts[f"{name}.columns"]), parts[f"{name}.codes"]
+        return Packed(codes, parts[f"{name}.scale"], columns, stored_codebook(codebook, codes.shape[-1]), group)
 
     of_pair = form.factor_codebook(cut.lr_bits) if cut.lr_bits is not None else ""
     left, right = packed("packed_left", of_pair, 0), packed("packed_right", of_pair, 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from rankwise.factors import Basis
 from rankwise.methods import Outlook
 from rankwise.models import Site
-from rankwise.quantizers import Packed, Rotation
+from rankwise.quantizers import Packed, Rotation, stored_codebook
 from rankwise.runs import Stage
 from rankwise.stages.work import Work, calibration_key, model_key
 
@@ -61,8 +61,8 @@ def load_outlook(path: Path, codebook: str) -> Outlook:
     parts = load_file(path)
     q = None
     if "q.codes" in parts:
-        columns, group = int(parts["q.columns"]), int(parts["q.group"])
-        q = Packed(parts["q.codes"], parts["q.scale"], columns, codebook, group)
+        codes, columns, group = parts["q.codes"], int(parts["q.columns"]), int(parts["q.group"])
+        q = Packed(codes, parts["q.scale"], columns, stored_codebook(codebook, codes.shape[-1]), group)
     basis = Basis(
         parts["left"],
         parts["right"],

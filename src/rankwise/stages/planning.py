@@ -66,7 +66,8 @@ def choose_cuts(work: Work, outlooks: Outlooks) -> Chosen:
     problem = outlooks.problem()
     if looks < Looks.OBJECTIVE:
         evidence = Evidence(reporter=work.reporter, fingerprint=work.fingerprint)
-        return Chosen(_plan(work, allocation.choose(problem, evidence)), None, [], spectra_of(problem))
+        choice = problem.checked(allocation.choose(problem, evidence), allocation.name)
+        return Chosen(_plan(work, choice), None, [], spectra_of(problem))
     samples = select_samples(work, outlooks)
     outlooks.require(pairs_of(work))
     # The number of trials may be raised later, so it is not part of what a trial depends on.
@@ -86,7 +87,7 @@ def choose_cuts(work: Work, outlooks: Outlooks) -> Chosen:
             reporter=work.reporter,
             fingerprint=work.fingerprint,
         )
-        choice = allocation.choose(problem, evidence)
+        choice = problem.checked(allocation.choose(problem, evidence), allocation.name)
         search = _summary(work, samples, judge.facts(), choice)
     return Chosen(_plan(work, choice), search, choice.trials, spectra_of(problem))
 
