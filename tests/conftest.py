@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rankwise import cli
@@ -23,6 +25,10 @@ from rankwise.quickstart import MODEL
 from rankwise.sizes import Allowance, Budget
 
 Run = Callable[..., tuple[int, str, str]]
+
+# How long an example takes says how busy the machine is.
+hypothesis_settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -765,6 +765,34 @@ MUTANTS = (
         "if layer is not None:",
         ("flows/test_vision_language.py::test_operations_are_those_of_text_and_memory_is_told",),
     ),
+    Mutant(
+        "a codebook of one's own is taken in any version",
+        "quantizers/codebooks.py",
+        'if version not in ("", code):',
+        'if version == "none":',
+        ("recipes/test_own_classes.py::test_another_version_of_a_codebook_is_refused_by_name",),
+    ),
+    Mutant(
+        "an allocation of one's own may spend more than the budget",
+        "sizes/plan.py",
+        "if allowance.sized and plan.kept_bits > allowance.bits:",
+        "if allowance.sized and plan.kept_bits < 0:",
+        ("recipes/test_own_classes.py::test_a_choice_that_is_none_of_the_problem_is_refused",),
+    ),
+    Mutant(
+        "a recipe runs the code of a codebook unasked",
+        "cli/options.py",
+        "return [name for value in node.values() for name in code_named(value)]",
+        'return code_named(node.get("name"))',
+        ("recipes/test_own_classes.py::test_a_recipe_runs_the_code_of_a_codebook_or_an_allocation_only_when_asked_to",),
+    ),
+    Mutant(
+        "paths in a recipe are those of the shell",
+        "recipes/paths.py",
+        "return os.path.normpath(os.path.join(folder, os.path.expanduser(path)))",
+        "return os.path.normpath(os.path.expanduser(path))",
+        ("recipes/test_paths.py::test_what_is_a_path_is_seen_from_the_recipe",),
+    ),
 )
 
 

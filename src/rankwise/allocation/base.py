@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from rankwise.errors import BudgetError, RecipeError
+from rankwise.errors import RecipeError
 from rankwise.models import Site
 from rankwise.progress import Reporter
 from rankwise.sizes import DENSE, Allowance, Candidates, Cut, Form, Plan
@@ -76,7 +76,7 @@ class Problem:
         return Choice(cuts, self.kept_by({site.name: site.role for site in self.sites}, cuts))
 
     def checked(self, choice: Choice, name: str) -> Choice:
-        """The choice, when it is one of this problem.
+        """The choice, when it is one of this problem; what it takes is checked where the plan is made.
 
         Args:
             choice: of an allocation.
@@ -84,7 +84,6 @@ class Problem:
 
         Raises:
             RecipeError: when a site has no cut, or one that its shape does not allow.
-            BudgetError: when all cuts together take more than is allowed.
         """
         for site in self.sites:
             cut = choice.cuts.get(site.name)
@@ -95,13 +94,6 @@ class Problem:
                     where=name,
                     remedy="choose() answers with a cut of every site of problem.sites",
                 )
-        if self.allowance.sized and self.spent(choice.cuts) > self.allowance.bits:
-            raise BudgetError(
-                f"The allocation spends {self.allowance.in_words(self.spent(choice.cuts))}, more than "
-                f"{self.allowance.asked}.",
-                where=name,
-                remedy="rankwise.allocation.fill gives cuts in any proportions that stay within it",
-            )
         return choice
 
     def check_smallest(self, compressed: Callable[[Site], bool] = lambda _site: True) -> None:

@@ -78,7 +78,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Score a model: perplexity (exp of the mean loss over every scored token) and accuracy on tasks."""
-    from rankwise.data import parse_source
+    from rankwise.data import parse_source, require_files
     from rankwise.errors import OutputError, RecipeError
     from rankwise.evaluation import require_same_tokenizer, require_tasks
     from rankwise.recipes import recipe_from
@@ -124,6 +124,7 @@ def evaluate(
         ).evaluation
         for each in texts
     ]
+    require_files(task_text, *(each.source for each in settings if each))
     options: dict[str, Any] = {"limit": limit, "shots": shots, "include": include_path or [], "batch_size": batch_size}
     if task_text is not None:
         options["text"] = parse_source(task_text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import textwrap
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rankwise.cli.common import Json, Trust, print_json
-from rankwise.errors import RankwiseError
+from rankwise.errors import ModelError, RankwiseError
 
 if TYPE_CHECKING:
     from rankwise.recipes import Recipe
@@ -124,11 +125,14 @@ def recipes_validate(
     files: Annotated[list[str], typer.Argument(help="YAML files, or names of ready recipes.")],
     trust_remote_code: Trust = False,
 ) -> None:
-    """Check recipes; the first problem of each goes to standard error."""
+    """Check recipes, and that the files they name are there; the first problem of each goes to standard error."""
     bad = False
     for name in files:
         try:
-            _valid(name, trust_remote_code)
+            recipe = _valid(name, trust_remote_code)
+            recipe.require_files()
+            if recipe.model.startswith((".", "/")) and not os.path.isdir(recipe.model):
+                raise ModelError("There is no such directory.", where=recipe.model, remedy="check the key model")
             print(f"{name}: valid")
         except RankwiseError as problem:
             bad = True

@@ -3,10 +3,11 @@
 from rankwise.data.instructions import Examples, load_examples
 from rankwise.data.lines import existing
 from rankwise.data.sequences import Sequences, choose, load_sequences, windows
-from rankwise.data.sources import Source, parse_source
+from rankwise.data.sources import FILE_KINDS, Source, parse_source, require_files
 from rankwise.data.start import Start, adds_start, start_token
 
 __all__ = [
+    "FILE_KINDS",
     "Examples",
     "Sequences",
     "Source",
@@ -17,6 +18,7 @@ __all__ = [
     "load_examples",
     "load_sequences",
     "parse_source",
+    "require_files",
     "start_token",
     "windows",
 ]

@@ -18,11 +18,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rankwise.data.lines import existing
 from rankwise.data.named import NAMED_TEXTS
 from rankwise.data.python_text import SPLITS
 from rankwise.data.readers import DOCUMENTS, FORMS, read_token_ids
 from rankwise.errors import DataError, nearest
 from rankwise.reading import check_path, is_text, shown
+
+FILE_KINDS = ("text", "jsonl", "parquet", "alpaca", "tokens")
+"""Kinds of sources that are files."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,15 @@ class Source:
     def __str__(self) -> str:
         return f"{self.kind}:{self.target}" + (f"#{self.field}" if self.field else "")
 
+    def require(self) -> None:
+        """Raise when it is a file that is not there; a hub is not asked.
+
+        Raises:
+            DataError: naming the file.
+        """
+        if self.kind in FILE_KINDS:
+            existing(self.target)
+
     def documents(self) -> Iterator[str]:
         """The documents, in order.
 
@@ -59,6 +72,20 @@ class Source:
             DataError: when the file is no safetensors file with one integer tensor.
         """
         return read_token_ids(self.target)
+
+
+def require_files(*texts: str | None) -> None:
+    """Raise when a source is a file that is not there.
+
+    Args:
+        texts: sources in the grammar; None for one that is not given.
+
+    Raises:
+        DataError: naming the file.
+    """
+    for text in texts:
+        if text is not None:
+            parse_source(text).require()
 
 
 def parse_source(text: str) -> Source:

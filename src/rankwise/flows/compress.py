@@ -65,6 +65,7 @@ def compress(
     from rankwise.progress import Reporter
     from rankwise.runs import Run, default_run_directory
 
+    recipe.require_files()
     reporter = reporter or Reporter(show=False)
     directory = Path(run_directory) if run_directory is not None else default_run_directory(recipe.model)
     output = None if recipe.output is None else Path(recipe.output)

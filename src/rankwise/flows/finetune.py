@@ -33,12 +33,13 @@ def finetune(
     """
     # Imported here so that `import rankwise` stays light.
     from rankwise.checkpoints import REPORT_FILE, check_output, made_from, reserved
+    from rankwise.data import require_files
     from rankwise.progress import Reporter
     from rankwise.stages.begun import training_folder
 
     reporter = reporter or Reporter(show=False)
-    output = Path(wanted.output)
-    source = Path(wanted.model)
+    require_files(wanted.data, wanted.evaluation)
+    output, source = Path(wanted.output), Path(wanted.model)
     # A model may be trained in its own place: it is in memory whole before it is replaced.
     keep = {} if source.resolve() == output.resolve() else {"the model": source}
     check_output(output, keep, None if overwrite else made_from(source / REPORT_FILE))

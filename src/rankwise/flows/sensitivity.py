@@ -103,6 +103,7 @@ def sensitivity(
             where="method",
             remedy="use a method of low-rank factors, such as bolaco or two_sided",
         )
+    recipe.require_files()
     if not overwrite:
         check_model(Path(output) / "sensitivity.json", recipe.model)
     reporter = reporter or Reporter(show=False)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rankwise.allocation import AnyAllocation, Spectral, Uniform, allocation_from
-from rankwise.data import Start
+from rankwise.data import Start, require_files
 from rankwise.errors import nearest
 from rankwise.evaluation import ObjectiveSettings
 from rankwise.methods import AnyMethod, TwoSided, method_class, method_named
 from rankwise.recipes.values import Count, FilePath, Length, ModelName, Pattern, Seed, Skipped, SourceText
 from rankwise.repair import Blocks, FullFactors, Refit, Subspace
-from rankwise.sizes import SPELLINGS, Budget
+from rankwise.sizes import SPELLINGS, Budget, Plan
 
 
 class _Node(BaseModel):
@@ -208,6 +209,19 @@ class Recipe(_Node):
     def judges(self) -> bool:
         """Whether validation samples are needed: for a search, or to judge a repair."""
         return self.allocation.searches or bool(self.repair.steps)
+
+    def require_files(self) -> None:
+        """Raise when a text or a plan that is a file is not there, before anything slow.
+
+        Raises:
+            DataError: naming the file of a text.
+            BudgetError: naming the plan.
+        """
+        scored = None if self.evaluation is None else self.evaluation.source
+        require_files(self.calibration.source, self.validation.source, scored, self.repair.data)
+        for key in ("file", "plan"):
+            if (plan := getattr(self.allocation, key, None)) is not None:
+                Plan.load(Path(plan))
 
     @model_validator(mode="after")
     def _size_for_method(self) -> Recipe:

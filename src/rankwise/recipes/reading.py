@@ -14,6 +14,7 @@ from rankwise.errors import RecipeError, nearest
 from rankwise.methods import METHODS
 from rankwise.reading import UnreadableError, first_problem, one_line, parse_yaml, read_text, shown
 from rankwise.recipes.compression import Recipe
+from rankwise.recipes.paths import beside
 
 _NAMED: dict[str, Mapping[str, Any]] = {"method": METHODS, "allocation": ALLOCATIONS}
 """Nodes that one of several classes describes, which the node's `name` says."""
@@ -121,12 +122,13 @@ def set_value(values: dict[str, Any], path: str, value: Any) -> None:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The mapping in a YAML file, or in a ready recipe given by its name.
+    """The mapping in a YAML file, paths in it being relative to the file, or in a ready recipe given by its name.
 
     Raises:
         RecipeError: when it cannot be read, naming the nearest ready recipe.
     """
-    if name.endswith((".yaml", ".yml")) or os.path.exists(name):
+    in_file = name.endswith((".yaml", ".yml")) or os.path.exists(name)
+    if in_file:
         try:
             text = read_text(name)
         except UnreadableError as problem:
@@ -146,7 +148,7 @@ def read_recipe(name: str) -> dict[str, Any]:
         raise RecipeError(
             "The recipe is not a mapping of keys to values.", where=name, remedy="see rankwise recipes show"
         )
-    return values
+    return beside(values, name) if in_file else values
 
 
 def ready_recipes() -> dict[str, str]:
