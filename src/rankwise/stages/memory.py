@@ -20,6 +20,7 @@ from rankwise.progress import Reporter
 from rankwise.recipes import Recipe
 from rankwise.stages.chosen import left_out, watched
 from rankwise.statistics import HIDDEN_GB, Statistic, Sums
+from rankwise.statistics.symmetric import lower_numbers
 
 MODES = ("whole", "blocks", "disk")
 
@@ -69,6 +70,7 @@ class Shapes:
         computed: bytes of a number while it computes.
         sums: by block, bytes that its statistics sum in.
         largest_sum: bytes of the largest sum.
+        totals: bytes of all statistics in files.
         sequences: calibration sequences.
         length: tokens of each.
         batch: sequences a batch.
@@ -85,6 +87,7 @@ class Shapes:
     computed: int
     sums: Sequence[int]
     largest_sum: int
+    totals: int
     sequences: int
     length: int
     batch: int
@@ -96,6 +99,14 @@ class Shapes:
 def _summed(sums: Sums) -> int:
     """Bytes of what sums hold."""
     return sum(v.numel() * v.itemsize for v in vars(sums).values() if isinstance(v, torch.Tensor))
+
+
+def _filed(sums: Sums) -> int:
+    """Bytes of the file that they become: float64, of square matrices about one half."""
+    shapes = [tuple(v.shape) for v in vars(sums).values() if isinstance(v, torch.Tensor)]
+    square = [shape for shape in shapes if len(shape) >= 2 and shape[-1] == shape[-2]]
+    halves = sum(math.prod(shape[:-2]) * lower_numbers(shape[-1]) for shape in square)
+    return 8 * (halves + sum(math.prod(shape) for shape in shapes if shape not in square))
 
 
 def shapes_of(recipe: Recipe) -> Shapes:
@@ -117,12 +128,11 @@ def shapes_of(recipe: Recipe) -> Shapes:
     block_of = {site.name: site.block for site in sites}
     calibration = recipe.calibration
     count = calibration.sequences or _SEQUENCES
-    made: dict[Any, int] = {}
+    made: dict[Any, tuple[int, int]] = {}
     measured = watched(sites, left_out(sites, recipe.include, recipe.exclude))
     for statistic in requests:
-        for key, size in _sizes(statistic, measured, count).items():
-            made[key] = size
-    for (*_, first), size in made.items():
+        made |= _sizes(statistic, measured, count)
+    for (*_, first), (size, _) in made.items():
         sums[block_of[first]] += size
         largest = max(largest, size)
     stored = (getattr(model.config, "dtype", None) or torch.float32).itemsize
@@ -145,6 +155,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
         computed=4 if widens else stored,
         sums=sums,
         largest_sum=largest,
+        totals=sum(filed for _, filed in made.values()),
         sequences=count,
         length=calibration.length or min(_LENGTH, context),
         batch=calibration.batch_size,
@@ -154,12 +165,13 @@ def shapes_of(recipe: Recipe) -> Shapes:
     )
 
 
-def _sizes(statistic: Statistic, sites: Sequence[Site], sequences: int) -> Mapping[Any, int]:
-    """Bytes of each stream's sums in float32: by module, side, and the first site that it serves."""
+def _sizes(statistic: Statistic, sites: Sequence[Site], sequences: int) -> Mapping[Any, tuple[int, int]]:
+    """Bytes of each stream's sums in float32, and in a file: by module, side, and the first site that it serves."""
     streams = statistic.streams(sites)
     start = statistic.sums(streams, sequences, Reporter(show=False))
     nowhere = torch.device("meta")
-    return {(s.module, s.side, s.sites[0]): _summed(start(s.d, nowhere)) for s in streams}
+    begun = {(s.module, s.side, s.sites[0]): start(s.d, nowhere) for s in streams}
+    return {key: (_summed(sums), _filed(sums)) for key, sums in begun.items()}
 
 
 def needs(shapes: Shapes) -> dict[str, Need]:
@@ -205,13 +217,12 @@ def _looking(site: Site) -> int:
 
 
 def _disk(s: Shapes, mode: str, hidden: int) -> int:
-    """Totals in float64, bases in float32, hidden states that do not stay in memory, weights in files, the result."""
-    totals = 2 * sum(s.sums)
+    """Totals, bases in float32, hidden states that do not stay in memory, weights in files, the result."""
     bases = sum(4 * min(site.m, site.n) * (site.m + site.n) for site in s.sites)
     linear = sum(site.parameters for site in s.sites)
     written = s.stored * (s.outside + sum(s.blocks) - linear) + int(s.keep * linear * s.stored)
     held = 0 if mode == "whole" else s.computed * s.outside + int(s.keep * linear) * 4
-    return totals + bases + hidden + held + written
+    return s.totals + bases + hidden + held + written
 
 
 def available_memory() -> int | None:

@@ -8,17 +8,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rankwise.statistics.base import T, Totals
+from rankwise.statistics.symmetric import halved, whole
 
 
 def save_totals(path: Path, totals: Totals) -> None:
-    """Write the totals of one stream as safetensors."""
+    """Write the totals of one stream as safetensors, of symmetric matrices one half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(totals.tensors(), path)
+    save_file(halved(totals.tensors()), path)
 
 
 def load_totals(path: Path, kind: type[T]) -> T:
     """Read what `save_totals` wrote of totals of this kind."""
-    return kind.of_tensors(load_file(path))
+    return kind.of_tensors(whole(load_file(path)))
 
 
 def load_vectors(path: Path, kind: type[Totals]) -> int:
