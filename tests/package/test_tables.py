@@ -34,6 +34,8 @@ DESCRIPTIONS = {
     ("docs/methods/README.md", "method"),
     ("docs/methods/mixed.md", "cut"),
     ("docs/methods/caldera.md", "setting"),
+    ("docs/papers.md", "in Bolaco"),
+    ("docs/papers.md", "in CALDERA"),
     ("docs/quantisation.md", "`--allocation`"),
     ("docs/reliability.md", "exit status"),
     ("docs/memory.md", "`--memory`"),
