@@ -93,7 +93,7 @@ def run_peers(shared: Path, folder: Path, names: list[str], tasks: bool) -> None
     loaded = load_model(str(MODEL))
     sites = find_sites(loaded.model)
     original = {site.name: site.weight(loaded.model).clone() for site in sites}
-    squares = mean_squares(loaded, sites, asked.recipe(asked.ways[0], 4.0, 0))
+    moments = second_moments(loaded, sites, asked.recipe(asked.ways[0], 4.0, 0))
     weights = sum(site.parameters for site in sites)
     found = [dense]
     known = peers()
@@ -103,7 +103,7 @@ def run_peers(shared: Path, folder: Path, names: list[str], tasks: bool) -> None
         if row is None:
             started, bits = time.monotonic(), 0.0
             for site in sites:
-                site.weight(loaded.model).copy_(known[name].round_trip(original[site.name], squares[site.name]))
+                site.weight(loaded.model).copy_(known[name].round_trip(original[site.name], moments[site.name]))
                 bits += known[name].bits(site.n) * site.parameters
             seconds = round(time.monotonic() - started, 1)
             size = round((dense.bytes or 0) - 2 * weights + bits / 8)
@@ -127,15 +127,16 @@ def run_peers(shared: Path, folder: Path, names: list[str], tasks: bool) -> None
 
 
 @torch.inference_mode()
-def mean_squares(loaded: Any, sites: Any, recipe: Any) -> dict[str, torch.Tensor]:
-    """The mean square of every input of every site on the calibration text, shape `[n]` each."""
+def second_moments(loaded: Any, sites: Any, recipe: Any) -> dict[str, torch.Tensor]:
+    """E[x x^T] of the inputs of every site on the calibration text, shape `[n, n]` each."""
     ids = stages.read_sequences(recipe.calibration, loaded, recipe.seed, skip=0).ids
     sums: dict[str, torch.Tensor] = {}
     handles = []
     for site in sites:
 
         def watch(_module: Any, given: Any, name: str = site.name) -> None:
-            sums[name] = sums.get(name, torch.zeros(())) + given[0].flatten(0, -2).square().sum(0)
+            x = given[0].flatten(0, -2).float()
+            sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
 
         handles.append(site.module(loaded.model).register_forward_pre_hook(watch))
     for batch in ids.split(2):
@@ -163,6 +164,7 @@ GROUPS = {
     "llama.cpp": ("llama.cpp", "C0", "o"),
     "HQQ": ("HQQ", "C2", "o"),
     "torchao": ("torchao", "C4", "o"),
+    "GPTQ": ("GPTQ", "C6", "o"),
 }
 """First word of a row's name -> how the picture calls and draws it."""
 
@@ -199,7 +201,7 @@ def draw(rows: list[ComparedRow], text: str, path: Path) -> None:
         if points and min(value for _, value in points) > top:
             above.append(label)
         elif points:
-            line = "none" if group in ("llama.cpp", "HQQ", "torchao") else "-"
+            line = "none" if group in ("llama.cpp", "HQQ", "torchao", "GPTQ") else "-"
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, ms=5, lw=1, label=label)
     best = dense.perplexity[text] or 0.0
     axes.axhline(best, color="black", linewidth=0.8)

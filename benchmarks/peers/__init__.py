@@ -15,7 +15,7 @@ from torch import Tensor
 FOLDER = Path(__file__).resolve().parents[2] / ".peers"
 
 RoundTrip = Callable[[Tensor, Tensor], Tensor]
-"""A weight `[m, n]` in float32 and the mean square of its inputs `[n]` -> the weight after quantising, in float32."""
+"""A weight `[m, n]` in float32 and E[x x^T] of its inputs `[n, n]` -> the weight after quantising, in float32."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,6 @@ def peers() -> Mapping[str, Peer]:
     if not FOLDER.is_dir():
         sys.exit("the peers are not installed: make peers")
     sys.path.append(str(FOLDER))
-    from peers import ggml, half_quadratic, torch_ao
+    from peers import ggml, gptq, half_quadratic, torch_ao
 
-    return {**ggml.peers(), **half_quadratic.peers(), **torch_ao.peers()}
+    return {**ggml.peers(), **half_quadratic.peers(), **torch_ao.peers(), **gptq.peers()}

@@ -61,7 +61,7 @@ def _bits(number: int, _columns: int) -> float:
     return 8 * _library().ggml_row_size(number, block) / block
 
 
-def _round_trip(name: str, number: int, weight: Tensor, squares: Tensor) -> Tensor:
+def _round_trip(name: str, number: int, weight: Tensor, moments: Tensor) -> Tensor:
     library = _library()
     library.ggml_quantize_init(number)
     m, n = weight.shape
@@ -70,7 +70,7 @@ def _round_trip(name: str, number: int, weight: Tensor, squares: Tensor) -> Tens
     values = np.zeros((m, wide), np.float32)
     values[:, :n] = weight.numpy()
     importance = np.full(wide, 1e-6, np.float32)
-    importance[:n] = squares.numpy()
+    importance[:n] = moments.diagonal().numpy()
     codes = np.zeros(m * library.ggml_row_size(number, wide), np.uint8)
     library.ggml_quantize_chunk(number, values.ctypes.data, codes.ctypes.data, 0, m, wide, importance.ctypes.data)
     back = np.empty_like(values)

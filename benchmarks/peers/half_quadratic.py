@@ -13,7 +13,7 @@ SETTINGS = {2: 16, 3: 64, 4: 64, 8: 64}
 """Bits -> weights a group, as its authors set them (2 bits need small groups)."""
 
 
-def _round_trip(bits: int, group: int, weight: Tensor, _squares: Tensor) -> Tensor:
+def _round_trip(bits: int, group: int, weight: Tensor, _moments: Tensor) -> Tensor:
     from hqq.core.quantize import Quantizer
 
     codes, meta = Quantizer.quantize(

@@ -20,7 +20,7 @@ def _config(bits: int, group: int) -> Any:
     return IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=PerGroup(group))
 
 
-def _round_trip(bits: int, group: int, weight: Tensor, _squares: Tensor) -> Tensor:
+def _round_trip(bits: int, group: int, weight: Tensor, _moments: Tensor) -> Tensor:
     from torchao.quantization import quantize_
 
     holder = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False))
