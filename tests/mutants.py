@@ -96,9 +96,23 @@ MUTANTS = (
     Mutant(
         "a gain is lost where the stream is turned",
         "layers/narrowing.py",
-        "_put(block, path, fold_gain(old.weight, gain) @ q * scale, old.bias)",
-        "_put(block, path, old.weight.double() @ q * scale, old.bias)",
+        "_put(block, path, fold_gain(weight, gain) @ q * scale, bias)",
+        "_put(block, path, weight @ q * scale, bias)",
         ("layers/test_narrow.py",),
+    ),
+    Mutant(
+        "the mean is not taken out of a writer",
+        "layers/narrowing.py",
+        "        weight, bias = without_mean(weight), None if bias is None else without_mean(bias)\n",
+        "        pass\n",
+        ("layers/test_narrow_families.py::test_a_family_turned_and_not_cut_gives_the_same_logits",),
+    ),
+    Mutant(
+        "a shift is lost where the stream is turned",
+        "layers/narrowing.py",
+        "old.bias if shift is None else fold_shift(weight, old.bias, shift)",
+        "old.bias",
+        ("layers/test_narrow_families.py::test_a_family_turned_and_not_cut_gives_the_same_logits",),
     ),
     Mutant(
         "directions that hold least come first",
@@ -110,7 +124,7 @@ MUTANTS = (
     Mutant(
         "adapters are not counted",
         "sizes/stream.py",
-        "return cut + 2 * kept * kept * self.blocks + (self.width - kept) * (kept + self.last)",
+        "return cut + self.adapters * kept * kept * self.blocks + (self.width - kept) * (kept + self.last)",
         "return cut",
         ("sizes/test_stream.py",),
     ),

@@ -14,8 +14,20 @@ from safetensors.torch import save
 from conftest import ROOT
 from rankwise.checkpoints.verify import read_config, read_header, read_index, tensor_names, verify_checkpoint
 from rankwise.errors import ModelError
+from rankwise.layers.narrow import LLAMA_FORM
 
 OLD = ROOT / "tests" / "fixtures" / "written-by-0.1.0"
+
+STREAM: dict[str, Any] = {
+    "width": 8,
+    "kept": 4,
+    "eps": 1e-5,
+    "blocks": "layers",
+    "readers": [["self_attn.q_proj"], ["mlp.up_proj"]],
+    "writers": ["self_attn.o_proj", "mlp.down_proj"],
+    "adapters": [[[4, 4], [4, 4]], [[4, 4], [8, 4]]],
+}
+"""How a stream of 8 was cut to 4, as a config says it."""
 
 
 def written(folder: Path, header: Any, body: bytes = b"", length: int | None = None) -> Path:
@@ -124,6 +136,17 @@ def test_an_index_places_tensors_in_files_beside_it(index: Any, says: str, tmp_p
         ({"rankwise": {"layers": {}, "blocks": {"layers.0": {"intermediate_size": -8}}}}, "which sizes they have"),
         ({"rankwise": {"layers": {}, "blocks": {"norm": {"intermediate_size": 8}}}}, "which sizes they have"),
         ({"rankwise": {"layers": {}, "stream": {"width": 8}}}, "residual stream was cut"),
+        *(
+            ({"rankwise": {"layers": {}, "stream": {**STREAM, **wrong}}}, "residual stream was cut")
+            for wrong in (
+                {"form": []},
+                {"form": {"norms": ["ln_1"]}},
+                {"form": {**LLAMA_FORM, "norms": []}},
+                {"form": {**LLAMA_FORM, "mlp": [1]}},
+                {"form": {**LLAMA_FORM, "padded": 1}},
+                {"form": {**LLAMA_FORM, "parallel": True}},
+            )
+        ),
         ({"rankwise": {"layers": {}, "base_model_type": []}}, "base_model_type"),
         ({"rankwise": {"layers": {}, "format": "4"}}, "format '4', which is no number"),
     ],
@@ -134,6 +157,15 @@ def test_configs_that_loading_would_trip_over_are_refused(change: dict[str, Any]
     with pytest.raises(ModelError) as problem:
         read_config(tmp_path)
     assert says in str(problem.value)
+
+
+def test_a_cut_stream_is_said_with_a_form_or_without(tmp_path: Path) -> None:
+    config = json.loads((OLD / "source" / "config.json").read_text())
+    side_by_side = {"form": {**LLAMA_FORM, "parallel": True}, "adapters": [[[4, 4]], [[8, 4]]]}
+    for more in ({}, {"form": LLAMA_FORM}, side_by_side):
+        entry = {"rankwise": {"layers": {}, "stream": {**STREAM, **more}}}
+        (tmp_path / "config.json").write_text(json.dumps(config | entry))
+        assert read_config(tmp_path)["rankwise"] == entry["rankwise"]
 
 
 @pytest.mark.parametrize("names", [{"AutoTokenizer": ["a.B", None]}, {"AutoConfig": "owner/name--a.B"}, {}, None])

@@ -18,11 +18,13 @@ from rankwise import compress
 from rankwise.checkpoints import empty_model, load_model
 from rankwise.errors import BudgetError, ModelError, RecipeError
 from rankwise.layers import NarrowNorm, narrowing
+from rankwise.layers.needs import WITHOUT_FORM, unmet
 from rankwise.models import find_sites
 from rankwise.quickstart import MODEL
 from rankwise.recipes import recipe_from
 from rankwise.sizes import Plan
 from rankwise.stages import slicing
+from sliced_families import SIDE_BY_SIDE, of_family
 
 Settings = Callable[..., dict[str, Any]]
 IDS = torch.arange(3, 27)[None]
@@ -41,6 +43,13 @@ def qwen(tmp_path: Path) -> Path:
     model.save_pretrained(tmp_path / "qwen")
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "qwen")
     return tmp_path / "qwen"
+
+
+def family(name: str, folder: Path, **changes: Any) -> Path:
+    """A directory with a tiny model of a family and the tokenizer of the others here."""
+    of_family(name, **{"vocab_size": 2048, "pad_token_id": None, **changes}).save_pretrained(folder / "source")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder / "source")
+    return folder / "source"
 
 
 @torch.no_grad()
@@ -95,6 +104,48 @@ def test_a_sliced_checkpoint_is_whole(kind: str, settings: Settings, qwen: Path,
     assert report.model_fingerprint == plan.fingerprint
     with pytest.raises(ModelError, match="compressed already"):
         compress(recipe_from(sliced(settings, model=str(out))))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["opt", "phi, tied", "gptj", "gpt2", "stablelm", "falcon-7b"])
+def test_a_sliced_checkpoint_of_another_form_is_whole(name: str, settings: Settings, tmp_path: Path) -> None:
+    source, out = family(name, tmp_path), tmp_path / "out"
+    changes = {"embeddings": "8bit", "head": "8bit"} if name == "gpt2" else {}
+    result = compress(recipe_from(sliced(settings, model=str(source), output=str(out), **changes)))
+    entry = json.loads((out / "config.json").read_text())["rankwise"]
+    assert entry["format"] == 9
+    assert entry["stream"]["form"]["parallel"] is (name in SIDE_BY_SIDE)
+    assert "reads formats 1 to 8" in unmet(entry, known=WITHOUT_FORM)
+    torch.save(logits_of(result.model), tmp_path / "logits.pt")
+    words = [sys.executable, "-c", ELSEWHERE, str(out), str(tmp_path / "again"), str(tmp_path / "logits.pt")]
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.stdout.strip().endswith("fine"), done.stderr
+    again = load_model(str(out))
+    assert torch.equal(logits_of(again.model), logits_of(result.model))
+    linears = sum(site.parameters for site in find_sites(again.model))
+    assert result.report.keep.got == linears / result.report.before.linear_parameters <= 0.8
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    first, second = (again.model.generate(IDS, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(first, second)
+
+
+def test_what_a_form_of_its_own_adds_to_a_checkpoint(settings: Settings, tmp_path: Path) -> None:
+    """A stream of LayerNorms with the names of Llama, whose readers have biases, is what an older reader knows."""
+    source = family("starcoder2", tmp_path)
+    values = sliced(settings, model=str(source), output=str(tmp_path / "out"), budget={"keep": 0.9})
+    result = compress(recipe_from(values))
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())["rankwise"]
+    assert (entry["format"], "form" in entry["stream"]) == (6, False)
+    assert torch.equal(logits_of(load_model(str(tmp_path / "out")).model), logits_of(result.model))
+
+
+@pytest.mark.parametrize("name", ["stablelm", "neox"])
+def test_no_plain_checkpoint_is_made_of_what_it_cannot_say(name: str, settings: Settings, tmp_path: Path) -> None:
+    values = sliced(settings, model=str(family(name, tmp_path)), method={"adapters": "none"})
+    with pytest.raises(ModelError, match="plain checkpoint") as raised:
+        compress(recipe_from(values))
+    assert "ForCausalLM" in str(raised.value)
+    assert "adapters=full" in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -158,6 +209,16 @@ def test_what_cannot_be_met_says_what_can(settings: Settings, tiny: Path, tmp_pa
     ):
         with pytest.raises(RecipeError, match=why):
             recipe_from(sliced(settings, **changes))
+
+
+@pytest.mark.parametrize(("name", "size"), [("opt", 700_000), ("gptj", 620_000)])
+def test_a_size_in_bytes_counts_positions_and_biases_that_are_added(
+    name: str, size: int, settings: Settings, tmp_path: Path
+) -> None:
+    source = family(name, tmp_path, max_position_embeddings=512, n_positions=512)
+    values = sliced(settings, model=str(source), budget={"size": size}, output=str(tmp_path / "out"))
+    result = compress(recipe_from(values))
+    assert 0.9 * size < (result.report.bytes_on_disk or 0) <= size
 
 
 @pytest.mark.parametrize("adapters", ["full", "none"])

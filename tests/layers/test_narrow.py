@@ -25,12 +25,12 @@ from rankwise.layers.narrow import carrying
 from rankwise.layers.narrowing import (
     Directions,
     accepts_width,
-    check_form,
     fold_gain,
     residual_adapter,
     slice_by_one_rotation,
     slice_with_adapters,
 )
+from rankwise.layers.stream_form import check_form
 from rankwise.linalg import of_equal_norm, principal_directions, second_moment
 from rankwise.models import BlockRunner, PreNorm, find_sites
 

@@ -22,6 +22,7 @@ from rankwise.layers.needs import (
     MINIMUM_TRANSFORMERS,
     WITHOUT_BLOCKS,
     WITHOUT_EXPERTS,
+    WITHOUT_FORM,
     WITHOUT_LEVELS,
     WITHOUT_VOCABULARY,
 )
@@ -53,14 +54,20 @@ def sizes_of_blocks(model: Any) -> dict[str, dict[str, int]]:
 
 
 def _format_of(
-    layers: Mapping[str, Mapping[str, Any]], made_smaller: bool, experts: Sequence[str], vocabulary: Mapping[str, Any]
+    layers: Mapping[str, Mapping[str, Any]],
+    blocks: Mapping[str, Any],
+    stream: Mapping[str, Any],
+    experts: Sequence[str],
+    vocabulary: Mapping[str, Any],
 ) -> int:
     """The oldest format that can say it."""
-    if any(_own_levels(form) for form in layers.values()):
+    if "form" in stream:
         return FORMAT_VERSION
+    if any(_own_levels(form) for form in layers.values()):
+        return WITHOUT_FORM
     if vocabulary:
         return WITHOUT_LEVELS
-    if made_smaller or any(form.get("storage") == "dense" for form in layers.values()):
+    if blocks or stream or any(form.get("storage") == "dense" for form in layers.values()):
         return WITHOUT_VOCABULARY
     return WITHOUT_BLOCKS if experts else WITHOUT_EXPERTS
 
@@ -135,7 +142,7 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
         auto_map=auto_map(*classes),
         **{
             CHECKPOINT_KEY: {
-                "format": _format_of(layers, bool(blocks or stream), experts, vocabulary),
+                "format": _format_of(layers, blocks, stream, experts, vocabulary),
                 "needs": {"transformers": f">={MINIMUM_TRANSFORMERS}"},
                 "base_model_type": base_type,
                 "base_architecture": classes[2].__name__,

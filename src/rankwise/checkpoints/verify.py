@@ -9,6 +9,7 @@ from typing import Any
 
 from rankwise import reading
 from rankwise.errors import ModelError
+from rankwise.layers.narrow import LLAMA_FORM, adapters_of
 from rankwise.reading import UnreadableError, shown
 
 _INDEX = "model.safetensors.index.json"
@@ -162,9 +163,11 @@ def _is_stream(value: Any) -> bool:
     try:
         shapes = [pair for block in value["adapters"] for pair in block]
         counts = [value["width"], value["kept"], *(n for pair in shapes for n in pair)]
+        form = value.get("form", LLAMA_FORM)
         return (
-            all(type(n) is int and 0 < n < _LARGEST for n in counts)
-            and all(len(block) == 2 for block in value["adapters"])
+            _is_form(form)
+            and all(type(n) is int and 0 < n < _LARGEST for n in counts)
+            and all(len(block) == len(adapters_of(form)) for block in value["adapters"])
             and all(len(pair) == 2 for pair in shapes)
             and bool(shapes)
             and type(value["eps"]) is float
@@ -174,6 +177,15 @@ def _is_stream(value: Any) -> bool:
         )
     except (KeyError, TypeError):
         return False
+
+
+def _is_form(value: Any) -> bool:
+    """Whether a value says all that `LLAMA_FORM` says, of whatever blocks."""
+    if not isinstance(value, dict) or value.keys() != LLAMA_FORM.keys():
+        return False
+    alike = all(type(value[key]) is type(known) for key, known in LLAMA_FORM.items())
+    texts = all(_is_texts(each) for each in value.values() if isinstance(each, list))
+    return alike and texts and len(value["norms"]) in (1, 2) and bool(value["attention"]) and bool(value["mlp"])
 
 
 def _is_mapping(value: Any) -> bool:

@@ -1,23 +1,23 @@
 """A model's residual stream turned to its principal directions and cut (SliceGPT, Ashkboos et al., 2024, section 3).
 
 RMSNorm without gain commutes with an orthogonal Q, so that a stream may be turned where every reader and writer of it
-turns along, and what is last in the turned coordinates may be left out. Vectors are rows: x Q.
+turns along, and what is last in the turned coordinates may be left out. LayerNorm is RMSNorm of x M, M = I - 1 1^T / d:
+where all writers write what has no mean, M is behind them. Vectors are rows: x Q.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import ModelError
-from rankwise.layers.kinds import dense_layer
-from rankwise.layers.narrow import ADAPTERS, NarrowNorm, carry
-from rankwise.linalg import of_equal_norm, principal_directions, second_moment
+from rankwise.layers.kinds import dense_layer, kind_of
+from rankwise.layers.narrow import LLAMA_FORM, NarrowNorm, adapters_of, carry, narrow_embedding
+from rankwise.layers.stream_form import said_form
+from rankwise.linalg import of_equal_norm, principal_directions, second_moment, without_mean
 from rankwise.models import BlockRunner, PreNorm
 from rankwise.models.forwards import forward_of
 from rankwise.models.pre_norm import Half
@@ -32,9 +32,6 @@ Known = dict[str, Tensor]
 Track = Callable[[Sequence[int]], Iterable[int]]
 
 _EMBEDDED = "embedded"
-
-_AGREEMENT = 1e-3
-"""Difference of logits that is rounding, relative to the largest; above that of float32, far below any other form's."""
 
 
 @dataclass
@@ -72,6 +69,18 @@ def fold_gain(weight: Tensor, gain: Tensor) -> Tensor:
     return weight.double() * gain.double()
 
 
+def fold_shift(weight: Tensor, bias: Tensor | None, shift: Tensor) -> Tensor:
+    """b + W s in float64: what the bias of a reader becomes when the norm before it no longer adds s.
+
+    Args:
+        weight: W, shape `[m, d]`.
+        bias: b, shape `[m]`, or None for zeros.
+        shift: s, shape `[d]`.
+    """
+    found = weight.double() @ shift.double()
+    return found if bias is None else found + bias.double()
+
+
 def residual_adapter(before: Tensor, after: Tensor) -> Tensor:
     """S = Q_before^T Q_after, which carries a stream from one cut basis into the next, shape `[k_1, k_2]`.
 
@@ -82,50 +91,19 @@ def residual_adapter(before: Tensor, after: Tensor) -> Tensor:
     return before.T @ after
 
 
-def check_form(model: Any, form: PreNorm, probe: Tensor) -> None:
-    """Find out whether blocks with adapters that change nothing give what the model gives.
-
-    Args:
-        model: the dense model; as it was afterwards.
-        form: what it seems to be made of.
-        probe: token ids, shape `[1, tokens]`.
-
-    Raises:
-        ModelError: naming the architecture, when they do not.
-    """
-    blocks = list(model.base_model.get_submodule(form.blocks))
-    plain, listed = [type(block) for block in blocks], getattr(model, "_no_split_modules", None)
-    problem, agree = "", False
-    with torch.no_grad():
-        goal = model(input_ids=probe, use_cache=False).logits.float()
-        try:
-            for block in blocks:
-                carry(model, block)
-            found = model(input_ids=probe, use_cache=False).logits.float()
-            allowed = max(_AGREEMENT, 16 * torch.finfo(model.dtype).eps) * goal.abs().max()
-            agree = found.shape == goal.shape and bool((found - goal).abs().max() <= allowed)
-        except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as raised:
-            problem = f" ({raised})"
-        finally:
-            for block, kind in zip(blocks, plain, strict=True):
-                block.__class__ = kind
-                for name in ADAPTERS:
-                    delattr(block, name)
-            if listed is not None:
-                model._no_split_modules = listed
-    if not agree:
-        name = type(model).__name__
-        raise ModelError(
-            f"{name} cannot be sliced: its blocks do more than z + attention(norm(z)), then z + mlp(norm(z)){problem}.",
-            where=name,
-            remedy="take a method of low rank",
-        )
-
-
 def _put(parent: nn.Module, path: str, weight: Tensor, bias: Tensor | None = None, like: Tensor | None = None) -> None:
-    """A linear layer with these values, shapes `[m, n]` and `[m]`, in the type of `like` or of what stood there."""
-    old = parent.get_submodule(path).weight if like is None else like
-    setattr(*_place(parent, path), dense_layer(weight, bias, False, old.dtype, old.device))  # type: ignore[arg-type]
+    """A linear layer with these values, shapes `[m, n]` and `[m]`, of the kind and type of what stood there.
+
+    Where `like` is given, nothing with numbers did: it is a plain one of this type.
+    """
+    old: Any = parent.get_submodule(path)
+    transposed, like = (kind_of(old).transposed, old.weight) if like is None else (False, like)
+    setattr(*_place(parent, path), dense_layer(weight, bias, transposed, like.dtype, like.device))
+
+
+def _weight_of(layer: Any) -> Tensor:
+    """W, shape `[m, n]`, float64."""
+    return (layer.weight.T if kind_of(layer).transposed else layer.weight).double()
 
 
 def _place(parent: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -134,32 +112,56 @@ def _place(parent: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def _turn_readers(block: nn.Module, half: Half, q: Tensor, scale: float = 1.0) -> None:
-    """W <- scale W diag(gain) Q for what reads the stream behind a norm; q of shape `[d, k]`."""
-    gain: Any = block.get_submodule(half.norm).weight
+    """W <- scale W diag(gain) Q and b <- b + W shift for what reads the stream behind a norm; q of shape `[d, k]`."""
+    norm: Any = block.get_submodule(half.norm)
+    shift = getattr(norm, "bias", None)
     for path in half.readers:
         old: Any = block.get_submodule(path)
-        _put(block, path, fold_gain(old.weight, gain) @ q * scale, old.bias)
+        weight = _weight_of(old)
+        gain = weight.new_ones(len(q)) if norm.weight is None else norm.weight
+        bias = old.bias if shift is None else fold_shift(weight, old.bias, shift)
+        _put(block, path, fold_gain(weight, gain) @ q * scale, bias)
 
 
-def _turn_writer(block: nn.Module, half: Half, q: Tensor) -> None:
-    """W <- Q^T W, b <- Q^T b for what adds to the stream; q of shape `[d, k]`."""
+def _turn_writer(block: nn.Module, half: Half, q: Tensor, centred: bool = False) -> None:
+    """W <- Q^T W, b <- Q^T b for what adds to the stream, M W and M b first where norms subtract a mean.
+
+    Args:
+        block: that holds it.
+        half: that it ends.
+        q: shape `[d, k]`.
+        centred: whether they do.
+    """
     old: Any = block.get_submodule(half.writer)
-    _put(block, half.writer, q.T @ old.weight.double(), None if old.bias is None else old.bias.double() @ q)
+    weight, bias = _weight_of(old).T, None if old.bias is None else old.bias.double()
+    if centred:
+        weight, bias = without_mean(weight), None if bias is None else without_mean(bias)
+    _put(block, half.writer, (weight @ q).T, None if bias is None else bias @ q)
 
 
-def _turn_embeddings(model: Any, q: Tensor) -> None:
-    """E <- E Q; a head that shared them keeps them as they were."""
-    old = model.get_input_embeddings()
-    new = nn.Embedding(old.num_embeddings, q.shape[1], old.padding_idx, device="meta")
-    new.weight = nn.Parameter((old.weight.double() @ q).to(old.weight.dtype), requires_grad=False)
-    model.set_input_embeddings(new)
+def _keep_writer(block: nn.Module, half: Half) -> None:
+    """The same numbers in a layer of the class that a checkpoint's is of, whatever class the architecture has."""
+    old: Any = block.get_submodule(half.writer)
+    _put(block, half.writer, _weight_of(old), old.bias)
+
+
+def _turn_embeddings(model: Any, q: Tensor, form: PreNorm) -> None:
+    """E <- E Q, E M Q where norms subtract a mean; a head that shared them keeps them as they were."""
+    base, width = model.base_model, form.width if form.padded else 0
+
+    def turned(old: Any) -> nn.Module:
+        rows = old.weight
+        wide = without_mean(rows.double()) if form.centred else rows.double()
+        new: Any = narrow_embedding(old, q.shape[1], width)
+        new.weight = nn.Parameter((wide @ q).to(rows.dtype), requires_grad=False)
+        return new
+
+    model.set_input_embeddings(turned(model.get_input_embeddings()))
+    for path in form.tables:
+        base.set_submodule(path, turned(base.get_submodule(path)))
     model.config.tie_word_embeddings = False
     if hasattr(model, "all_tied_weights_keys"):
         model.all_tied_weights_keys = {}
-
-
-def _after_mlp(block: Any, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-    return block.after_mlp(hidden)
 
 
 @torch.no_grad()
@@ -179,10 +181,16 @@ def slice_with_adapters(
         known: directions by point, which are used where all are there; else filled.
         track: goes over the blocks.
     """
-    blocks, (attention, mlp) = runner.blocks, form.halves
-    device = runner.device
-    whole = bool(known)
+    blocks, device, said = runner.blocks, runner.device, said_form(form)
+    adapters, whole = adapters_of(said), bool(known)
     stream = torch.empty(0)
+
+    def measured(part: slice, out: Tensor, into: Directions) -> None:
+        """Take in some of the stream, and go on with it."""
+        out = without_mean(out) if form.centred else out
+        into.add(out.to(device))
+        stream[part] = out.cpu()
+
     if not whole:
         # What blocks are handed beside the stream is learned while they fit together.
         for part in runner.batches():
@@ -191,46 +199,44 @@ def slice_with_adapters(
         stream = runner.embed(torch.empty(runner.shape))
         seen = Directions(form.eps, tokens)
         for part in runner.batches():
-            seen.add(stream[part].to(device))
+            measured(part, stream[part], seen)
         known[_EMBEDDED] = seen.found()[:, :kept].cpu()
     q = known[_EMBEDDED].to(device)
-    _turn_embeddings(model, q)
+    _turn_embeddings(model, q, form)
     shapes = []
 
-    def go_on(index: int, name: str, half: Callable[..., Tensor], before: Tensor) -> Tensor:
-        """Run half a block on the cut stream; the directions of what comes out, shape `[d, k]`."""
+    def go_on(index: int, name: str, step: Callable[..., Any], before: Tensor) -> Tensor:
+        """Run a part of a block on the cut stream; the directions of what comes out, shape `[d, k]`."""
         point = f"{index}.{name}"
         if not whole:
             found = Directions(form.eps, tokens)
-            with forward_of(blocks[index], half):
+            with forward_of(blocks[index], step):
                 for part in runner.batches():
-                    out = runner.run(index, stream[part].to(device) @ before.float())
-                    found.add(out)
-                    stream[part] = out.cpu()
+                    measured(part, runner.run(index, stream[part].to(device) @ before.float()), found)
             known[point] = found.found()[:, :kept].cpu()
         return known[point].to(device)
 
     for index in track(range(len(blocks))):
         block: Any = blocks[index]
-        like, last = block.get_submodule(attention.writer).weight, index == len(blocks) - 1
-        carry(model, block)
-        # Until a half's own directions are known, its adapter leads back to the original coordinates.
-        _turn_readers(block, attention, q)
-        block.set_submodule(attention.norm, NarrowNorm(form.width, form.eps))
-        _put(block, ADAPTERS[0], q, like=like)
-        q_mid = go_on(index, ADAPTERS[0], block.after_attention, q)
-        _turn_writer(block, attention, q_mid)
-        _put(block, ADAPTERS[0], residual_adapter(q, q_mid).T, like=like)
-        _turn_readers(block, mlp, q_mid)
-        block.set_submodule(mlp.norm, NarrowNorm(form.width, form.eps))
-        _put(block, ADAPTERS[1], q_mid, like=like)
-        if not last:
-            mlp_alone = partial(_after_mlp, block)
-            after = go_on(index, ADAPTERS[1], mlp_alone, q_mid)
-            _turn_writer(block, mlp, after)
-            _put(block, ADAPTERS[1], residual_adapter(q_mid, after).T, like=like)
+        like = block.get_submodule(form.halves[0].writer).weight
+        carry(model, block, said)
+        for name, halves, step in zip(adapters, _steps(form), _forwards(block, form), strict=True):
+            # Until directions behind it are known, its adapter leads back to the original coordinates.
+            for half in halves:
+                _turn_readers(block, half, q)
+            for half in halves:
+                block.set_submodule(half.norm, NarrowNorm(form.width, form.eps))
+            _put(block, name, q, like=like)
+            if index == len(blocks) - 1 and name == adapters[-1]:
+                for half in halves:
+                    _keep_writer(block, half)
+                continue
+            after = go_on(index, name, step, q)
+            for half in halves:
+                _turn_writer(block, half, after, form.centred)
+            _put(block, name, residual_adapter(q, after).T, like=like)
             q = after
-        shapes.append([list(block.get_submodule(name).weight.shape) for name in ADAPTERS])
+        shapes.append([list(block.get_submodule(name).weight.shape) for name in adapters])
     model.base_model.rankwise_stream = {
         "width": form.width,
         "kept": kept,
@@ -239,7 +245,20 @@ def slice_with_adapters(
         "readers": [list(half.readers) for half in form.halves],
         "writers": [half.writer for half in form.halves],
         "adapters": shapes,
+        **({} if said == LLAMA_FORM else {"form": said}),
     }
+
+
+def _steps(form: PreNorm) -> list[tuple[Half, ...]]:
+    """The halves that each adapter of a block stands beside."""
+    return [form.halves] if form.parallel else [(half,) for half in form.halves]
+
+
+def _forwards(block: Any, form: PreNorm) -> list[Callable[..., Any]]:
+    """The parts of a block that its adapters belong to, each from the stream before it to that behind it."""
+    if form.parallel:
+        return [block.after_both]
+    return [block.after_attention, lambda hidden_states, *_, **__: block.after_mlp(hidden_states)]
 
 
 @torch.no_grad()
@@ -253,7 +272,7 @@ def slice_by_one_rotation(
 
     Args:
         model: the causal language model, changed in place, its config too.
-        form: what it is made of.
+        form: what it is made of; `form.plain` holds.
         kept: k, at most d.
         runner: of this model, on the calibration sequences.
         tokens: how they weigh.
@@ -261,9 +280,10 @@ def slice_by_one_rotation(
         track: goes over the starts of the batches.
     """
     base, blocks, device = model.base_model, runner.blocks, runner.device
+    final: Any = base.get_submodule(form.final)
     if not known:
         seen = Directions(form.eps, tokens)
-        norms = [block.get_submodule(half.norm) for block in blocks for half in form.halves] + [base.norm]
+        norms = [block.get_submodule(half.norm) for block in blocks for half in form.halves] + [final]
         handles = [norm.register_forward_pre_hook(lambda _, given: seen.add(given[0])) for norm in norms]
         try:
             for start in track(range(0, len(runner.ids), runner.batch_size)):
@@ -274,7 +294,7 @@ def slice_by_one_rotation(
         known[_EMBEDDED] = seen.found()[:, :kept].cpu()
     q = known[_EMBEDDED].to(device)
     scale, eps = (form.width / kept) ** 0.5, form.eps * form.width / kept
-    _turn_embeddings(model, q)
+    _turn_embeddings(model, q, form)
 
     def plain_norm(old: nn.Module) -> nn.Module:
         new: Any = type(old)(kept, eps=eps)
@@ -293,8 +313,8 @@ def slice_by_one_rotation(
                 parameter.mul_(scale)
     head = model.get_output_embeddings()
     name = next(name for name, module in model.named_modules() if module is head)
-    _put(model, name, fold_gain(head.weight, base.norm.weight) @ q * scale, head.bias)
-    base.norm = plain_norm(base.norm)
+    _put(model, name, fold_gain(head.weight, final.weight) @ q * scale, head.bias)
+    base.set_submodule(form.final, plain_norm(final))
     config = model.config
     config.head_dim = getattr(config, "head_dim", None) or form.width // config.num_attention_heads
     config.hidden_size, config.rms_norm_eps = kept, eps

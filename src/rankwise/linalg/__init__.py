@@ -4,7 +4,7 @@ from rankwise.linalg.decompose import Decomposition, balanced, balancing, decomp
 from rankwise.linalg.finite import all_finite
 from rankwise.linalg.metrics import InputMetric, OutputMetric, psd_factor
 from rankwise.linalg.pivot import Pivoted, pivot
-from rankwise.linalg.principal import of_equal_norm, principal_directions, second_moment
+from rankwise.linalg.principal import of_equal_norm, principal_directions, second_moment, without_mean
 from rankwise.linalg.removal import compensated, damped, removal_losses, removal_order
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "removal_losses",
     "removal_order",
     "second_moment",
+    "without_mean",
 ]

@@ -21,6 +21,15 @@ def of_equal_norm(vectors: Tensor, eps: float) -> Tensor:
     return vectors * torch.rsqrt(vectors.square().mean(-1, keepdim=True) + eps)
 
 
+def without_mean(vectors: Tensor) -> Tensor:
+    """x M with M = I - 1 1^T / d: each vector less the mean of its numbers.
+
+    Args:
+        vectors: shape `[..., d]`.
+    """
+    return vectors - vectors.mean(-1, keepdim=True)
+
+
 def second_moment(vectors: Tensor) -> Tensor:
     """sum_t x_t x_t^T, not centred, shape `[d, d]`, float64.
 

@@ -19,7 +19,7 @@ class SliceGPT(WholeWeights):
     Attributes:
         adapters: `full` has directions of its own before and within each block, and matrices of k^2 numbers that carry
             the stream from one to the next. `none` has one rotation for the whole model; the result is a plain
-            checkpoint of the original's architecture.
+            checkpoint of the original's architecture, whose norms are RMSNorms.
         tokens: `normalised` lets all tokens weigh the same, `raw` by the square of their norm (the released code).
         multiple: k is a multiple of this.
     """

@@ -17,7 +17,8 @@ class StreamSizes:
         blocks: how many.
         read: rows of all weights that read the stream.
         written: columns of all weights that write to it.
-        last: columns of the one that writes to it last.
+        last: columns of those that write to it last.
+        adapters: of a block: two, or one where attention and the MLP stand side by side.
     """
 
     width: int
@@ -25,15 +26,17 @@ class StreamSizes:
     read: int
     written: int
     last: int
+    adapters: int = 2
 
     @classmethod
     def of(cls, sites: Sequence[Site], form: PreNorm) -> StreamSizes:
         """Those of a model's sites."""
-        writers = tuple(half.writer for half in form.halves)
+        writers = tuple(f".{half.writer}" for half in form.halves)
         written = [site for site in sites if site.name.endswith(writers)]
         read = sum(site.m for site in sites) - sum(site.m for site in written)
         blocks = 1 + max(site.block for site in sites)
-        return cls(form.width, blocks, read, sum(site.n for site in written), written[-1].n)
+        last = sum(site.n for site in written if site.block == blocks - 1 and (form.parallel or site is written[-1]))
+        return cls(form.width, blocks, read, sum(site.n for site in written), last, 1 if form.parallel else 2)
 
     @property
     def whole(self) -> int:
@@ -43,8 +46,8 @@ class StreamSizes:
     def numbers(self, kept: int, adapters: bool) -> int:
         """Numbers with k coordinates kept, adapters counted.
 
-        Two adapters a block take 2 k^2 but in the last block, whose output stays whole: its second one is k x d, and
-        the weight before it keeps its d rows. Without adapters the last block is as all others.
+        An adapter takes k^2 but the last one of the last block, whose output stays whole: it is k x d, and the weights
+        beside it keep their d rows. Without adapters the last block is as all others.
 
         Args:
             kept: k.
@@ -53,7 +56,7 @@ class StreamSizes:
         cut = kept * (self.read + self.written)
         if not adapters:
             return cut
-        return cut + 2 * kept * kept * self.blocks + (self.width - kept) * (kept + self.last)
+        return cut + self.adapters * kept * kept * self.blocks + (self.width - kept) * (kept + self.last)
 
     def widths(self, multiple: int) -> range:
         """What k may be, the largest first; d itself where it is no multiple is left out."""

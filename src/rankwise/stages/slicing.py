@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from rankwise.checkpoints import fingerprint
-from rankwise.errors import BudgetError, NotFiniteError, RecipeError
-from rankwise.layers.narrowing import accepts_width, check_form, slice_by_one_rotation, slice_with_adapters
+from rankwise.errors import BudgetError, ModelError, NotFiniteError, RecipeError
+from rankwise.layers.narrowing import accepts_width, slice_by_one_rotation, slice_with_adapters
+from rankwise.layers.stream_form import check_form
 from rankwise.methods import SliceGPT
 from rankwise.models import BlockRunner, PreNorm, find_sites, share_inputs
 from rankwise.sizes import Allowance, StreamSizes
@@ -55,9 +57,9 @@ def kept_width(work: Work, form: PreNorm) -> int:
 
 
 def _grown_beside(work: Work, form: PreNorm, kept: int) -> int:
-    """Bytes that embedding and head take more with k coordinates kept; less than none where they shrink.
+    """Bytes that embeddings, head and biases take more with k coordinates kept; less than none where they shrink.
 
-    The embedding is cut, and a head that shared it gets numbers of its own.
+    Embeddings are cut, a head that shared one gets numbers of its own, and readers get biases from norms that shift.
     """
     model, dtypes = work.loaded.model, work.loaded.stored_dtypes
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -65,6 +67,9 @@ def _grown_beside(work: Work, form: PreNorm, kept: int) -> int:
     plain = getattr(work.recipe.method, "plain", False)
     before = len(embedding) * form.width + (0 if head is embedding else len(head) * form.width)
     after = len(embedding) * kept + len(head) * (kept if plain else form.width)
+    tables: list[Any] = [model.base_model.get_submodule(path) for path in form.tables]
+    after -= sum(len(table.weight) for table in tables) * (form.width - kept)
+    after += sum(site.m for site in work.sites if site.name.endswith(tuple(f".{path}" for path in form.biased)))
     return (after - before) * dtypes[name].itemsize
 
 
@@ -72,7 +77,7 @@ def check_slicing(work: Work) -> None:
     """Find out before anything slow whether a model is one that can be sliced, and how far.
 
     Raises:
-        ModelError: naming the architecture.
+        ModelError: naming the architecture, where it cannot be sliced, or not to a plain checkpoint.
         BudgetError: saying what has to be kept at least.
         RecipeError: when the model is not held whole, or cannot be written as asked.
     """
@@ -91,6 +96,14 @@ def check_slicing(work: Work) -> None:
             remedy="give --set method.adapters=none, or leave out --format dense",
         )
     form = PreNorm.of(model, work.sites)
+    if recipe.method.plain and not form.plain:
+        name = type(model).__name__
+        raise ModelError(
+            f"{name} cannot be sliced to a plain checkpoint: its norms subtract a mean, or its attention and MLP stand "
+            "side by side.",
+            where=name,
+            remedy="give --set method.adapters=full",
+        )
     check_form(model, form, work.texts.calibration.ids[:1, :64].to(model.device))
     kept_width(work, form)
 
