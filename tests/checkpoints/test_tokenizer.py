@@ -49,12 +49,11 @@ def test_the_snippet_as_printed_asks_nothing_and_warns_of_nothing(page: str, com
     """On a terminal, where a question would be asked, and in a process that cannot import rankwise."""
     text = (ROOT / page if page == "README.md" else compressed / "README.md").read_text()
     (snippet,) = [each for each in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "AutoTokenizer" in each]
-    assert snippet.count('"DIR"') == 2
+    named = '"DIR"' if page == "README.md" else f'"{compressed.name}"'
+    assert snippet.count(named) == 2
     script = tmp_path / "snippet.py"
     absent = 'import sys\nsys.modules["rankwise"] = None\n'
-    script.write_text(
-        absent + snippet.replace('"DIR"', repr(str(compressed))) + 'print(tokenizer("a list"), "loaded")\n'
-    )
+    script.write_text(absent + snippet.replace(named, repr(str(compressed))) + 'print(tokenizer("a list"), "loaded")\n')
     ours, theirs = pty.openpty()
     environment = {key: value for key, value in os.environ.items() if key != "TRANSFORMERS_VERBOSITY"}
     child = subprocess.Popen(

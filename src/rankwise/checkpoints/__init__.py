@@ -3,6 +3,7 @@
 from rankwise.checkpoints.companions import missing_processor
 from rankwise.checkpoints.empty import empty_model
 from rankwise.checkpoints.load import LoadedModel, fingerprint, load_model, load_tokenizer, read_config
+from rankwise.checkpoints.origin import front_matter
 from rankwise.checkpoints.output import (
     FILES_FILE,
     REPORT_FILE,
@@ -25,6 +26,7 @@ __all__ = [
     "check_reload",
     "empty_model",
     "fingerprint",
+    "front_matter",
     "is_plain",
     "listed",
     "load_model",

@@ -10,6 +10,7 @@ from typing import Any
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import cached_file
 
+from rankwise.checkpoints.origin import copy_licences
 from rankwise.checkpoints.verify import read_json
 from rankwise.models import reads_images
 
@@ -27,7 +28,7 @@ _FILES = (
 
 
 def write_companions(loaded: Any, folder: Path, kind: str) -> None:
-    """Write the tokenizer and, of a model that reads images, what its processor is made of.
+    """Write the tokenizer, the licence and, of a model that reads images, what its processor is made of.
 
     Args:
         loaded: the model, its tokenizer, and where they came from.
@@ -41,6 +42,7 @@ def write_companions(loaded: Any, folder: Path, kind: str) -> None:
         loaded.tokenizer.save_pretrained(folder, **options)
     for name, file in found.items():
         shutil.copyfile(file, folder / name)
+    copy_licences(loaded.source, folder)
     if found and not any(_names_a_class(folder / name) for name in (*_FILES[:4], "tokenizer_config.json")):
         known = PROCESSOR_MAPPING_NAMES.get(kind)
         if known is not None:

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 import transformers
 
-from rankwise.checkpoints import REPORT_FILE, check_reload, is_plain, save_dense, save_low_rank, writing
+from rankwise.checkpoints import (
+    REPORT_FILE,
+    check_reload,
+    front_matter,
+    is_plain,
+    save_dense,
+    save_low_rank,
+    writing,
+)
 from rankwise.device import describe
 from rankwise.errors import RankwiseError
 from rankwise.evaluation import Cost, Perplexity, decode_speed, measure_cost, perplexity
@@ -215,7 +223,10 @@ def write(
                 _draw(folder, chosen, report)
             write_report_page(folder, report, chosen.plan)
             sees = reads_images(loaded.model)
-            (folder / "README.md").write_text(model_card(report, plain, sees), encoding="utf-8")
+            card = model_card(
+                report, plain, sees, front_matter(loaded.source), directory=Path(recipe.output).absolute().name
+            )
+            (folder / "README.md").write_text(card, encoding="utf-8")
     except RankwiseError:
         work.reporter.note(f"finished stages are kept in {work.run.directory}")
         raise

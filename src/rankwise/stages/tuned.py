@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-from rankwise.checkpoints import REPORT_FILE, LoadedModel, check_reload, is_plain, save_dense, save_low_rank, writing
+from rankwise.checkpoints import (
+    REPORT_FILE,
+    LoadedModel,
+    check_reload,
+    front_matter,
+    is_plain,
+    save_dense,
+    save_low_rank,
+    writing,
+)
 from rankwise.evaluation import Cost, Perplexity
 from rankwise.models import Site, reads_images
 from rankwise.progress import Reporter
@@ -105,5 +114,7 @@ def write_tuned(
         if can_draw():
             draw_losses(folder / "finetune.svg", {step.settings.method: step.history})
         write_report_page(folder, report, plan)
-        (folder / "README.md").write_text(model_card(report, plain, reads_images(loaded.model)))
+        sees = reads_images(loaded.model)
+        card = model_card(report, plain, sees, front_matter(loaded.source), output.absolute().name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return report
