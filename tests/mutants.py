@@ -731,6 +731,13 @@ MUTANTS = (
         ("methods/test_unit_scores.py",),
     ),
     Mutant(
+        "pruning: a search takes shares below the plan's for shares above it",
+        "allocation/units.py",
+        "if share <= planned:",
+        "if share < 0:",
+        ("allocation/test_units.py",),
+    ),
+    Mutant(
         "pruning: couplings are believed untried",
         "models/shrinking.py",
         "<= tolerance * float(before.norm()) + 1e-6:",

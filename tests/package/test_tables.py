@@ -34,6 +34,7 @@ DESCRIPTIONS = {
     ("docs/methods/README.md", "method"),
     ("docs/methods/mixed.md", "cut"),
     ("docs/methods/caldera.md", "setting"),
+    ("docs/pruning.md", "`--allocation`"),
     ("docs/quantisation.md", "`--allocation`"),
     ("docs/reliability.md", "exit status"),
     ("docs/memory.md", "`--memory`"),

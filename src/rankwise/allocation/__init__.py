@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from rankwise.allocation.base import Allocation, Choice, Cuts, Evidence, Looks, Outcome, Problem
-from rankwise.allocation.bayesian import Bayesian
+from rankwise.allocation.bayesian import Bayesian, UnitChoice
 from rankwise.allocation.choice import MultipleChoice
 from rankwise.allocation.fill import fill, nearest_cuts
 from rankwise.allocation.manual import Manual
@@ -16,6 +16,7 @@ from rankwise.allocation.selection import by_variance, random_plans
 from rankwise.allocation.spectral import Spectral
 from rankwise.allocation.trials import TrialLog, finite
 from rankwise.allocation.uniform import Uniform
+from rankwise.allocation.units import Counts, Units, unit_space_named
 from rankwise.errors import RecipeError, nearest
 
 ALLOCATIONS: dict[str, type[Allocation]] = {
@@ -47,6 +48,7 @@ __all__ = [
     "AnyAllocation",
     "Bayesian",
     "Choice",
+    "Counts",
     "Cuts",
     "Evidence",
     "Looks",
@@ -58,10 +60,13 @@ __all__ = [
     "Spectral",
     "TrialLog",
     "Uniform",
+    "UnitChoice",
+    "Units",
     "allocation_from",
     "by_variance",
     "fill",
     "finite",
     "nearest_cuts",
     "random_plans",
+    "unit_space_named",
 ]

@@ -216,6 +216,11 @@ class Recipe(_Node):
             raise ValueError("workers are given, and the executor is this process: add executor ray")
         if self.executor != "here" and self.method.prunes:
             raise ValueError(f"{self.method.name} takes units out of a model in one process: leave executor away")
+        if self.method.prunes and self.judges and self.validation.select in ("top", "bottom"):
+            raise ValueError(
+                f"validation.select {self.validation.select} tries plans of one model, and {self.method.name} makes it "
+                "another: give all or random"
+            )
         if (self.include or self.exclude) and not self.method.by_site:
             raise ValueError(
                 f"{self.method.name} cuts the residual stream, which all linear weights read or write: none of them "

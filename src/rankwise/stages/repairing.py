@@ -62,7 +62,7 @@ def prepare_repair(work: Work, store: Store, outlooks: Outlooks, plan: Plan) -> 
     if not work.recipe.repair.steps:
         return None
     samples = select_samples(work, outlooks)
-    objective = Objective(
+    objective = work.judge or Objective(
         work.loaded.model, samples, work.recipe.objective, lambda _cuts: None, work.recipe.validation.batch_size
     )
     key = {
@@ -71,6 +71,8 @@ def prepare_repair(work: Work, store: Store, outlooks: Outlooks, plan: Plan) -> 
         "method": work.recipe.method.model_dump(),
         "steps": [],
     }
+    if work.judge is not None:
+        key["judged_by"] = work.fingerprint
     original = Original.of(work.loaded.model, work.sites)
 
     def metric_of(site: Site) -> OutputMetric | None:
