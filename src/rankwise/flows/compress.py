@@ -91,6 +91,7 @@ def compress(
             work = stages.hire(stages.begin(recipe, run, loaded, texts, reporter, memory, need))
         dense_cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
         stages.check_budget(work)
+        stages.check_repair(work)
         with reporter.stage("evaluate dense"):
             dense_score, dense_speed = stages.score(work, "dense"), stages.speed(work)
         if recipe.method.prunes:
