@@ -96,6 +96,11 @@ def test_a_given_point_is_a_start_and_a_plan_within_the_budget_is_not_moved() ->
     known = dict(zip(space.labels, space.draw(1, torch.Generator().manual_seed(3))[0].tolist(), strict=True))
     (_, _), (name, point), *_ = space.starts(known)
     assert (name, point.tolist()) == ("plan", pytest.approx(list(known.values())))
+    # Of a plan of another space its numbers of units are known: the shares of each group are theirs.
+    near = dict(space.starts({}, {"0.mlp": 40, "2.heads": 1}))["plan"]
+    assert float((space.weights * near).sum()) == pytest.approx(space.total)
+    assert near[:2].tolist() == pytest.approx([13 / 16, (40 + 3 * 83) / (4 * 83)])
+    assert "plan" not in dict(space_of("spectral").starts({"5": 1.0}, {"0.mlp": 40}))
     # Units alone save more than was asked, so that what is left is whole.
     loose = UnitShares(units(), "5", 1, 0.95)
     assert loose.planned[-1] > 1

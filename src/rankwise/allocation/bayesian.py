@@ -133,11 +133,15 @@ class Bayesian(Allocation):
             BudgetError: when every trial failed.
         """
         coordinates: dict[str, float] = {}
+        counts: Counts | None = None
         if self.plan is not None:
             plan = Plan.load(Path(self.plan))
             note_other_weights(plan, self.plan, evidence)
             coordinates = plan.coordinates if plan.space == space.name else {}
-        known = space.starts(coordinates)
+            counts = {name: len(units) for name, units in plan.stays.items()}
+        known = space.starts(coordinates, counts)
+        if counts is not None and all(name != "plan" for name, _ in known):
+            evidence.reporter.note(f"{self.plan} is no point of the space {space.name}: the search begins without it")
         # Where the plan takes no units out, say, two of them stand for the same.
         starts = {tuple(space.decided(point).values()): (name, point) for name, point in reversed(known)}
         best, trials = self._searched(space, list(starts.values())[::-1], judge, evidence)

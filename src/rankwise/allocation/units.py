@@ -66,14 +66,23 @@ class UnitSpace(Box):
     def decided(self, point: Tensor) -> Counts:
         """How many units of each coupling stay at a point of shape `[d]`."""
 
-    def starts(self, coordinates: Mapping[str, float]) -> list[tuple[str, Tensor]]:
+    @abstractmethod
+    def like(self, counts: Mapping[str, int]) -> Tensor | None:
+        """The point nearest to numbers of units, by coupling, all where one is not named; None where none is known."""
+
+    def starts(
+        self, coordinates: Mapping[str, float], counts: Mapping[str, int] | None = None
+    ) -> list[tuple[str, Tensor]]:
         """Points worth trying first, with their names: the plan by estimated loss, and the point of a given plan.
 
         Args:
-            coordinates: of the given plan, by label; empty for none.
+            coordinates: the point that the given plan was made from, by label; empty when unknown.
+            counts: by coupling, how many units it keeps, all where one is not named; None for no plan.
         """
         found = [("spectral", self.planned)]
         known = self.given(coordinates)
+        if known is None and counts is not None:
+            known = self.like(counts)
         if known is not None:
             found.append(("plan", self.project(known)))
         return found
@@ -134,13 +143,24 @@ class UnitShares(UnitSpace):
                 found[each.name] = each.nearest(count)
         return found
 
-    def starts(self, coordinates: Mapping[str, float]) -> list[tuple[str, Tensor]]:
+    def like(self, counts: Mapping[str, int]) -> Tensor:
+        shares = [
+            _share(group, {each.name: counts.get(each.name, each.whole) for each in group})
+            for group in self._groups.values()
+        ]
+        known = torch.tensor([*shares, 0.0], dtype=torch.float64)
+        known[-1] = self.total - float((self.weights * known).sum())
+        return known
+
+    def starts(
+        self, coordinates: Mapping[str, float], counts: Mapping[str, int] | None = None
+    ) -> list[tuple[str, Tensor]]:
         """Beside those of every such space, all units with what ranks and bits save, and the other way round."""
         ranks = self.upper.clone()
         ranks[-1] = self.lower[-1]
         alone = self.planned.clone()
         alone[-1] = self.upper[-1]
-        return [*super().starts(coordinates), ("ranks", self.project(ranks)), ("units", self._with_rest(alone))]
+        return [*super().starts(coordinates, counts), ("ranks", self.project(ranks)), ("units", self._with_rest(alone))]
 
     def _with_rest(self, point: Tensor) -> Tensor:
         """The point whose last coordinate stays and whose others are moved onto the equation, by one factor for all."""
@@ -187,6 +207,9 @@ class UnitMultipliers(UnitSpace):
         exponents = {each.name: of_kind[each.kind] - rest + slope * self._depth[each.name] for each in self._units}
         weights = torch.tensor(list(exponents.values()), dtype=torch.float64).exp().tolist()
         return self._plan(dict(zip(exponents, weights, strict=True)))
+
+    def like(self, counts: Mapping[str, int]) -> None:
+        """No multipliers are known that give numbers of units."""
 
 
 def unit_space_named(
