@@ -45,6 +45,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "Bolaco, 5x1": {"method": "bolaco", "allocation": "bayesian:5x1"},
     "two_sided": {"method": "two_sided"},
     "pruned": {"method": "pruned"},
+    "pruned, searched": {
+        "method": "pruned",
+        "allocation": {"name": "bayesian", "space": "spectral", "trials": 12},
+        "validated": True,
+    },
 }
 
 
@@ -64,8 +69,12 @@ def settings_of(model: str, shared: Path) -> dict[str, Any]:
 def measured(model: str, name: str, keep: float, shared: Path, folder: Path) -> dict[str, Any]:
     """One cell: the size that was reached and perplexity before and after."""
     started, row = time.monotonic(), dict(ROWS[name])
-    tuned = row.pop("tuned", False)
+    tuned, validated = row.pop("tuned", False), row.pop("validated", False)
     values = {**settings_of(model, shared), **row, "budget": {"keep": keep, "rank_multiple": 1}}
+    if validated and model == "stories260k":
+        # The 32 stories between those of calibration and those that are scored.
+        own = {"source": values["calibration"]["source"], "skip": 192, "sequences": 32, "sample": "first"}
+        values["validation"] = own
     output = folder / "output"
     if tuned:
         values["output"] = str(output)
@@ -117,7 +126,8 @@ def _tuned(values: dict[str, Any], source: Path, output: Path, reporter: Reporte
 NOTES = """Linear weights are counted, biases are not; `auto` storage for what is of low rank; ranks, channels and
 widths are multiples of 1, channels of `pruned` of 8. LLM-Pruner protects the first eighth and the last sixteenth of the
 layers as published, and scores by gradients of the calibration text; "linear" adds the compensation of `pruned`. No
-repair but where LoRA is named: two passes over the calibration sequences, 16 of them held out.
+repair but where LoRA is named: two passes over the calibration sequences, 16 of them held out. "Searched": 12 trials
+of `bayesian:spectral`, judged on text that is neither calibrated on nor scored.
 
 """
 TEXTS = {

@@ -745,6 +745,27 @@ MUTANTS = (
         ("methods/test_unit_scores.py",),
     ),
     Mutant(
+        "pruning: a search takes shares below the plan's for shares above it",
+        "allocation/units.py",
+        "if share <= planned:",
+        "if share < 0:",
+        ("allocation/test_units.py",),
+    ),
+    Mutant(
+        "repair: adapters are put on what is left out",
+        "stages/repairing.py",
+        'if site.name not in work.left_out] if step == "lora"',
+        'if site.name] if step == "lora"',
+        ("repair/test_lora_step.py::test_weights_that_are_undone_or_left_out_are_as_they_were",),
+    ),
+    Mutant(
+        "repair: what lost units is judged by itself",
+        "stages/smaller.py",
+        "return replace(made, judge=judge.of(made.loaded.model))",
+        "return made",
+        ("repair/test_lora_step.py::test_what_lost_units_is_judged_by_the_original",),
+    ),
+    Mutant(
         "pruning: couplings are believed untried",
         "models/shrinking.py",
         "<= tolerance * float(before.norm()) + 1e-6:",

@@ -124,7 +124,7 @@ def test_pruning_is_taken_over(
     """A second run, and one whose process was killed while it wrote, give the same weights."""
     values = pruned(settings, method, output=str(tmp_path / "one"))
     first = compress(recipe_from(values), run_directory=tmp_path / "run")
-    monkeypatch.setattr("rankwise.stages.pruning._decide", None)
+    monkeypatch.setattr("rankwise.stages.pruning.decide", None)
     again = compress(recipe_from({**values, "output": str(tmp_path / "two")}), run_directory=tmp_path / "run")
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name])
@@ -236,9 +236,12 @@ def test_what_cannot_be_done_is_said_before_anything_slow(
         compress(recipe_from(pruned(settings, "flap", format="dense", output=str(tmp_path / "out"))))
     with pytest.raises(BudgetError, match=r"raise --keep to 0\.\d+ or more"):
         compress(recipe_from(pruned(settings, "pruned", 0.01, method={"multiple": 40})))
-    for method, asked in (("pruned", "spectral"), ("flap", "uniform")):
+    for method, allocation, asked in (
+        ("pruned", "manual:q=0.5", "bayesian or spectral"),
+        ("flap", "bayesian", "uniform"),
+    ):
         with pytest.raises(RecipeError, match=f"makes it another: give {asked}"):
-            recipe_from(pruned(settings, method, allocation="bayesian:5x1"))
+            recipe_from(pruned(settings, method, allocation=allocation))
     with pytest.raises(RecipeError, match="with a linear compensation"):
         recipe_from(pruned(settings, "pruned", method={"compensation": "bias"}))
     with pytest.raises(RecipeError, match="leaves no factors to repair"):

@@ -36,6 +36,7 @@ DESCRIPTIONS = {
     ("docs/methods/caldera.md", "setting"),
     ("docs/papers.md", "in Bolaco"),
     ("docs/papers.md", "in CALDERA"),
+    ("docs/pruning.md", "`--allocation`"),
     ("docs/quantisation.md", "`--allocation`"),
     ("docs/reliability.md", "exit status"),
     ("docs/memory.md", "`--memory`"),
@@ -111,7 +112,7 @@ TABLES = {
         named(
             "row",
             *("FLAP", "FLAP, linear", "SliceGPT", "SliceGPT, one rotation", "LLM-Pruner", "LLM-Pruner, linear"),
-            *("LLM-Pruner + LoRA", "Bolaco, uniform", "Bolaco, 5x1", "two_sided", "pruned"),
+            *("LLM-Pruner + LoRA", "Bolaco, uniform", "Bolaco, 5x1", "two_sided", "pruned", "pruned, searched"),
         ),
         {f"keep {keep}": ({"model": "stories260k", "asked": keep}, ["perplexity"]) for keep in (0.8, 0.6, 0.4)},
     ),

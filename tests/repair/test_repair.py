@@ -393,7 +393,7 @@ def test_a_killed_repair_goes_on_with_the_next_block(
         assert torch.equal(again.model.get_parameter(name), parameter), name
 
 
-@pytest.mark.parametrize("steps", ["refit", "blocks", "subspace", "factors"])
+@pytest.mark.parametrize("steps", ["refit", "blocks", "subspace", "factors", "lora"])
 def test_a_repair_that_harms_is_undone_and_said(
     steps: str, repairing: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,7 +437,7 @@ def test_blocks_that_cannot_run_alone_are_refused(repairing: Settings, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("steps", "message"), [("refitt", "did you mean 'refit'"), ("refit,refit", "named twice"), ("lora", "no repair")]
+    ("steps", "message"), [("refitt", "did you mean 'refit'"), ("refit,refit", "named twice"), ("dora", "no repair")]
 )
 def test_repairs_that_do_not_exist(steps: str, message: str, repairing: Settings) -> None:
     with pytest.raises(RecipeError, match=message):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Tag
 
 from rankwise.allocation.base import Allocation, Choice, Cuts, Evidence, Looks, Outcome, Problem
-from rankwise.allocation.bayesian import Bayesian
+from rankwise.allocation.bayesian import Bayesian, UnitChoice
 from rankwise.allocation.choice import MultipleChoice
 from rankwise.allocation.fill import fill, nearest_cuts
 from rankwise.allocation.manual import Manual
@@ -18,6 +18,7 @@ from rankwise.allocation.selection import by_variance, random_plans
 from rankwise.allocation.spectral import Spectral
 from rankwise.allocation.trials import TrialLog, finite
 from rankwise.allocation.uniform import Uniform
+from rankwise.allocation.units import Counts, Units, unit_space_named
 from rankwise.errors import RecipeError, nearest
 from rankwise.plugins import in_file
 
@@ -77,6 +78,7 @@ __all__ = [
     "AnyAllocation",
     "Bayesian",
     "Choice",
+    "Counts",
     "Cuts",
     "Evidence",
     "Looks",
@@ -88,6 +90,8 @@ __all__ = [
     "Spectral",
     "TrialLog",
     "Uniform",
+    "UnitChoice",
+    "Units",
     "allocation_from",
     "by_variance",
     "fill",
@@ -95,4 +99,5 @@ __all__ = [
     "nearest_cuts",
     "random_plans",
     "split_allocation",
+    "unit_space_named",
 ]

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankwise.allocation.base import Judge
-from rankwise.allocation.spaces import Space
+from rankwise.allocation.base import Outcome
+from rankwise.allocation.box import Box
 from rankwise.allocation.surrogate import generator
 from rankwise.allocation.trials import TrialLog, finite
 from rankwise.errors import BudgetError
 from rankwise.progress import Reporter
-from rankwise.sizes import Cut
 
 _MOST_SPREAD = 12
 
@@ -37,6 +36,9 @@ class Seen:
     pending: Tensor
 
 
+Judge = Callable[[Iterable[Mapping[str, Any]]], Iterator[Outcome]]
+"""What points stand for, one after another -> their outcomes in the same order."""
+
 Proposer = Callable[[Seen, int, Callable[[Tensor], bool]], Tensor]
 """(what was seen, trial, is_new) -> point `[d]`."""
 
@@ -54,7 +56,7 @@ def spread_trials(dimensions: int, warm: bool) -> int:
 
 
 def search(
-    space: Space,
+    space: Box,
     starts: Sequence[tuple[str, Tensor]],
     judge: Judge,
     propose: Proposer,
@@ -71,7 +73,7 @@ def search(
     not depend on which of them ends first, and goes on after a stop as it would have.
 
     Args:
-        space: where points lie.
+        space: where points lie, and what they stand for.
         starts: the first points, with names.
         judge: plans -> outcomes.
         propose: the surrogate.
@@ -88,13 +90,13 @@ def search(
         BudgetError: when every trial failed.
     """
     spread = spread_trials(space.dimensions, warm=any(name == "plan" for name, _ in starts))
-    seen = {_identity(space.cuts(torch.tensor(r["point"], dtype=torch.float64))) for r in log.records[:trials]}
+    seen = {_identity(space.decided(torch.tensor(r["point"], dtype=torch.float64))) for r in log.records[:trials]}
     begun: deque[tuple[str, Tensor, float, float]] = deque()
 
     def is_new(point: Tensor) -> bool:
-        return _identity(space.cuts(point)) not in seen
+        return _identity(space.decided(point)) not in seen
 
-    def plans() -> Iterator[Mapping[str, Cut]]:
+    def plans() -> Iterator[Mapping[str, Any]]:
         for trial in range(done, trials):
             began = time.perf_counter()
             if trial < len(starts):
@@ -108,11 +110,11 @@ def search(
                 pending += [each[1] for each in begun]
                 evidence = _evidence(log.records[:finished], pending, space.dimensions)
                 origin, point = "proposed", propose(evidence, trial, is_new)
-            cuts = space.cuts(point)
-            seen.add(_identity(cuts))
+            decided = space.decided(point)
+            seen.add(_identity(decided))
             now = time.perf_counter()
             begun.append((origin, point, now - began, now))
-            yield cuts
+            yield decided
 
     done = min(len(log.records), trials)
     with reporter.counting("search", total=trials, done=done) as advance:
@@ -149,8 +151,8 @@ def search(
     return min(good, key=lambda record: record["objective"])
 
 
-def _identity(cuts: Mapping[str, Cut]) -> tuple[Cut, ...]:
-    return tuple(cuts.values())
+def _identity(decided: Mapping[str, Hashable]) -> tuple[Hashable, ...]:
+    return tuple(decided.values())
 
 
 def _evidence(records: Sequence[Mapping[str, Any]], pending: Sequence[Tensor], dimensions: int) -> Seen:

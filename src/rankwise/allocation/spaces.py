@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from rankwise.allocation.base import Cuts, Problem
+from rankwise.allocation.box import Box
 from rankwise.allocation.choice import MultipleChoice
 from rankwise.allocation.fill import fill
 from rankwise.errors import BudgetError, RecipeError
@@ -20,65 +21,21 @@ ATTENTION_ROLES = frozenset("qkvo")
 _PAPER_GROUPS = (("q", "k"), ("o",), ("gate",), ("up",), ("down",))
 _PAPER_DENSE = "v"
 _AS_GOOD_AS_DENSE = 0.995
-_PROJECTIONS = 60
 _SPREAD = 0.3
 _WIDEST = 2.0
 
 
-class Space(ABC):
-    """A box with one linear equation, and the cuts each of its points stands for.
+class Space(Box):
+    """A box whose points stand for cuts of all sites."""
 
-    Attributes:
-        name: as a recipe writes it.
-        labels: name of each coordinate, d of them.
-        lower: shape `[d]`, float64.
-        upper: shape `[d]`.
-        weights: c of the equation c . x = total, shape `[d]`, positive on the coordinates it binds.
-        total: its right side.
-        attention: by coordinate, whether it steers attention alone.
-    """
-
-    name: str
-    labels: list[str]
-    lower: Tensor
-    upper: Tensor
-    weights: Tensor
-    total: float
-    attention: list[bool]
-
-    @property
-    def dimensions(self) -> int:
-        return len(self.labels)
-
-    def project(self, points: Tensor) -> Tensor:
-        """Move points onto the equation inside the box, by one shift a point.
-
-        Args:
-            points: shape `[..., d]`.
-        """
-        bound = self.weights > 0
-        widest = float((self.upper - self.lower).max()) + float((points - self.lower).abs().max())
-        low = torch.full(points.shape[:-1], -2 * widest, dtype=torch.float64)
-        high = -low
-        free = points.clamp(self.lower, self.upper)
-
-        def shifted(by: Tensor) -> Tensor:
-            return torch.where(bound, (points + by.unsqueeze(-1)).clamp(self.lower, self.upper), free)
-
-        for _ in range(_PROJECTIONS):
-            middle = (low + high) / 2
-            short = (shifted(middle) * self.weights).sum(-1) < self.total
-            low, high = torch.where(short, middle, low), torch.where(short, high, middle)
-        return shifted((low + high) / 2)
-
-    def draw(self, count: int, source: torch.Generator) -> Tensor:
-        """Points spread over the space, shape `[count, d]`."""
-        drawn = torch.rand(count, self.dimensions, generator=source, dtype=torch.float64)
-        return self.project(self.lower + drawn * (self.upper - self.lower))
+    problem: Problem
 
     @abstractmethod
     def cuts(self, point: Tensor) -> Cuts:
         """Cuts at a point of shape `[d]`, on the budget as exactly as the candidates allow."""
+
+    def decided(self, point: Tensor) -> Mapping[str, Cut]:
+        return self.cuts(point)
 
     @abstractmethod
     def starts(self, plan: Mapping[str, Cut] | None, coordinates: Mapping[str, float]) -> list[tuple[str, Tensor]]:
@@ -97,14 +54,6 @@ class Space(ABC):
     def labels_of_sites(self) -> dict[str, str]:
         """Site name -> the group it is reported under."""
 
-    problem: Problem
-
-    def given(self, coordinates: Mapping[str, float]) -> Tensor | None:
-        """A point from its coordinates by label; None unless all are there."""
-        if set(coordinates) != set(self.labels):
-            return None
-        return torch.tensor([coordinates[label] for label in self.labels], dtype=torch.float64)
-
 
 def parse_groups(text: str) -> tuple[str, int | None]:
     """Read `5x4`, `rolesx1`, `1xlayers`: role groups, and depth groups (None for one a layer).
@@ -121,6 +70,26 @@ def parse_groups(text: str) -> tuple[str, int | None]:
             "layers, or bayesian:spectral",
         )
     return matched[1], None if matched[2] == "layers" else int(matched[2])
+
+
+def depths_among(blocks: Sequence[int], depths: int | None, space: str) -> int:
+    """How many groups of consecutive blocks there are.
+
+    Args:
+        blocks: indices of the blocks.
+        depths: groups asked for; None for one a block.
+        space: its name.
+
+    Raises:
+        RecipeError: when they are more than the blocks.
+    """
+    if depths is not None and depths > len(blocks):
+        raise RecipeError(
+            f"{depths} depth groups are more than the model's {len(blocks)} blocks.",
+            where=f"allocation: {space}",
+            remedy=f"use at most {len(blocks)}, or layers",
+        )
+    return len(blocks) if depths is None else depths
 
 
 class GroupSpace(Space):
@@ -145,13 +114,7 @@ class GroupSpace(Space):
         sites, unit = problem.sites, problem.allowance.unit_bits
         self._units = problem.form.number_bits / unit
         blocks = sorted({site.block for site in sites})
-        depths = len(blocks) if depths is None else depths
-        if depths > len(blocks):
-            raise RecipeError(
-                f"{depths} depth groups are more than the model's {len(blocks)} blocks.",
-                where=f"allocation: {self.name}",
-                remedy=f"use at most {len(blocks)}, or layers",
-            )
+        depths = depths_among(blocks, depths, self.name)
         self._roles = _role_groups(grouping, {site.role: None for site in sites})
         self._group_of: dict[str, str] = {}
         for site in sites:
@@ -311,8 +274,3 @@ def space_named(name: str, problem: Problem, lowest: float) -> Space:
         return MultiplierSpace(problem)
     grouping, depths = parse_groups(name)
     return GroupSpace(problem, grouping, depths, lowest)
-
-
-def unit(space: Space, points: Tensor) -> Tensor:
-    """Points scaled to the unit cube, shape `[..., d]`."""
-    return (points - space.lower) / (space.upper - space.lower)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rankwise.allocation.spaces import Space, unit
+from rankwise.allocation.box import Box, unit
 from rankwise.errors import MissingPackageError
 
 LengthScales = Literal["fitted", "paper"]
@@ -49,7 +49,7 @@ def generator(seed: int, trial: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + trial) % 2**63)
 
 
-def _near_points(space: Space, best: Tensor, source: torch.Generator) -> Tensor:
+def _near_points(space: Box, best: Tensor, source: torch.Generator) -> Tensor:
     """Points around the best ones: all coordinates moved a little, or a few moved and some put on a bound."""
     count = _NEAR_POINTS
     centres = best[torch.randint(len(best), (count,), generator=source)]
@@ -62,7 +62,7 @@ def _near_points(space: Space, best: Tensor, source: torch.Generator) -> Tensor:
     return space.project(torch.where(snapped, space.upper, points))
 
 
-def _model(space: Space, points: Tensor, values: Tensor, scales: LengthScales) -> Any:
+def _model(space: Box, points: Tensor, values: Tensor, scales: LengthScales) -> Any:
     """Fit a process to values (higher is better) at points in the unit cube, or in the paper's own units."""
     from botorch.models import SingleTaskGP
     from botorch.models.transforms import Standardize
@@ -111,7 +111,7 @@ def _acquisition(model: Any, kind: Acquisition, points: Tensor, best: float, see
 
 
 def propose(
-    space: Space,
+    space: Box,
     points: Tensor,
     values: Tensor,
     trial: int,

@@ -119,7 +119,11 @@ def compress(
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Trials of a search; may be raised later.")] = None,
     repair: Annotated[
-        str | None, typer.Option(help="refit, blocks, subspace, factors: any of them, joined by commas.")
+        str | None, typer.Option(help="refit, blocks, subspace, factors, lora: any of them, joined by commas.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text that subspace, factors and lora learn from; alpaca:FILE.jsonl for instructions."),
     ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text source, e.g. text:FILE, jsonl:FILE#text, bundled.")
@@ -177,6 +181,7 @@ def compress(
         "calibration.bos": bos,
         "validation.bos": bos,
         "repair.steps": repair,
+        "repair.data": data,
         "seed": seed,
         "evaluation.source": evaluation,
         "format": format,

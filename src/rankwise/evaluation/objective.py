@@ -5,6 +5,7 @@ Bolaco (arXiv 2405.10616), Eq. 7 and 8. One call is one forward pass over the sa
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -171,6 +172,18 @@ class Objective:
         nll, kl = (totals / self.tokens).tolist()
         perplexity = math.exp(nll) if nll < _LARGEST_EXPONENT else math.inf
         return perplexity + self.settings.kl_weight * kl, perplexity, kl
+
+    def of(self, model: Any) -> Objective:
+        """The same judge, with the same original, of another model: one of other layers under the same head.
+
+        Args:
+            model: on the same device; it is judged as it stands, whatever the cuts.
+        """
+        made = copy.copy(self)
+        made.model, made.set_cuts, made._exact_first = model, lambda _cuts: None, None
+        made._head = Head(model, self.ids)
+        made._kept = [each.under(made._head) for each in self._kept]
+        return made
 
     def _measure_error(self, bounded: float, exact: float, tokens: int) -> None:
         if exact > 1e-6 * tokens:

@@ -7,14 +7,15 @@ divergence, by the data-processing inequality).
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from rankwise.models import Logits
+from rankwise.models import Head, Logits
 
 Direction = Literal["compressed_original", "original_compressed"]
 """D(compressed || original), as in Bolaco's released code, or D(original || compressed), as in its Eq. 8."""
@@ -40,6 +41,10 @@ class Predictions(ABC):
             Shape `[part]`.
         """
 
+    @abstractmethod
+    def under(self, head: Head) -> Self:
+        """The same, made again by the head of another model that has the original's."""
+
 
 class HeadInputs(Predictions):
     """Exact: what the original's logits are made of.
@@ -57,6 +62,11 @@ class HeadInputs(Predictions):
         if direction == "compressed_original":
             return (log_probabilities.exp() * (log_probabilities - original)).sum(-1)
         return (original.exp() * (original - log_probabilities)).sum(-1)
+
+    def under(self, head: Head) -> Self:
+        made = copy.copy(self)
+        made._logits = Logits(head, self._logits.hidden)
+        return made
 
 
 class TopK(Predictions):
@@ -81,6 +91,9 @@ class TopK(Predictions):
         if direction == "compressed_original":
             return (kept.exp() * (kept - original)).sum(-1) + rest.exp() * (rest - original_rest)
         return (original.exp() * (original - kept)).sum(-1) + original_rest.exp() * (original_rest - rest)
+
+    def under(self, head: Head) -> Self:
+        return self
 
 
 def _rest(kept: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The flow: checkpoint -> sites -> statistics -> outlooks -> plan -> fits in place -> checkpoint.
 
-Read `compress` from top to bottom; each line is a stage, and no stage reaches back. What the stages do is in
-`stages/`, in the same order.
+Read `compress` from top to bottom: each line is a stage, explained in `stages/`, and none reaches back.
 """
 
 from __future__ import annotations
@@ -88,6 +87,7 @@ def compress(
             work = stages.hire(stages.begin(recipe, run, loaded, texts, reporter, memory, need))
         dense_cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
         stages.check_budget(work)
+        stages.check_repair(work)
         with reporter.stage("evaluate dense"):
             dense_score, dense_speed = stages.score(work, "dense"), stages.speed(work)
         if recipe.method.prunes:

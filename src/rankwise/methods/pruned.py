@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
@@ -50,14 +50,19 @@ class _Trial:
     bits: list[Tensor]
     losses: list[Tensor]
 
-    def best(self, price: float) -> tuple[float, float]:
-        """Loss plus price times bits of the best choice at every site, and its bits."""
-        value, spent = self.lost, 0.0
+    def best(self, price: float, weight: float = 1.0) -> tuple[float, float, int]:
+        """Loss plus price times bits of the best choice at every site, its bits, and how many units stay.
+
+        Args:
+            price: of a bit.
+            weight: of what the units that go lose.
+        """
+        value, spent = weight * self.lost, 0.0
         for bits, losses in zip(self.bits, self.losses, strict=True):
             row = int((losses + price * bits).argmin())
             value += float(losses[row]) + price * float(bits[row])
             spent += float(bits[row])
-        return value, spent
+        return value, spent, self.count
 
 
 class Pruned(Pruning):
@@ -162,18 +167,30 @@ class Pruned(Pruning):
         return scores
 
     def stays(self, parts: Sequence[Part], scores: Mapping[str, Tensor], allowed: int, form: Form) -> dict[str, Tensor]:
+        return self.chooses(parts, scores, allowed, form)({})
+
+    def chooses(
+        self, parts: Sequence[Part], scores: Mapping[str, Tensor], allowed: int, form: Form
+    ) -> Callable[[Mapping[str, float]], dict[str, Tensor]]:
+        """Weights are of what the removal of a coupling's units is estimated to lose."""
         orders = {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}
-        trials = [self._trials(part, orders[part.coupling.name], form) for part in parts]
-        low, high = 1e-30, 1e30
-        while high / low > 1 + 1e-6:
-            middle = (low * high) ** 0.5
-            spent = sum(min(trial.best(middle) for trial in of_part)[1] for of_part in trials)
-            low, high = (low, middle) if spent <= allowed else (middle, high)
-        found = {}
-        for part, of_part in zip(parts, trials, strict=True):
-            count = min(of_part, key=lambda trial: trial.best(high)[0]).count
-            found[part.coupling.name] = orders[part.coupling.name][:count].sort().values
-        return found
+        trials = {part.coupling.name: self._trials(part, orders[part.coupling.name], form) for part in parts}
+
+        def chosen(weights: Mapping[str, float]) -> dict[str, Tensor]:
+            def best(price: float) -> dict[str, tuple[float, float, int]]:
+                return {
+                    name: min(trial.best(price, weights.get(name, 1.0)) for trial in of_part)
+                    for name, of_part in trials.items()
+                }
+
+            low, high = 1e-30, 1e30
+            while high / low > 1 + 1e-6:
+                middle = (low * high) ** 0.5
+                spent = sum(bits for _, bits, _ in best(middle).values())
+                low, high = (low, middle) if spent <= allowed else (middle, high)
+            return {name: orders[name][:count].sort().values for name, (_, _, count) in best(high).items()}
+
+        return chosen
 
     def _trials(self, part: Part, order: Tensor, form: Form) -> list[_Trial]:
         """Every number of units that is tried at a layer."""

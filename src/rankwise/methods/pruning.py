@@ -171,11 +171,11 @@ class Pruning(WholeWeights):
     def check_size(self, asked: Budget, allocation: str) -> None:
         if not asked.sized:
             raise ValueError(f"{self.name} needs a size to choose by: give keep, bits or size")
-        known = ("uniform", "plan", *(("spectral",) if self.rests else ()))
+        known = ("uniform", "plan", *(("bayesian", "spectral") if self.rests else ()))
         if allocation not in known:
             raise ValueError(
                 f"the allocation {allocation} is for plans of one model, and {self.name} makes it another: give "
-                f"{known[-1] if self.rests else known[0]}"
+                f"{' or '.join(known[2:]) or known[0]}"
             )
 
     def check_equal(self, alike: bool, how: str) -> None:
@@ -219,6 +219,26 @@ class Pruning(WholeWeights):
             allowed: bits that the weights of couplings may take.
             form: how weights are stored.
         """
+
+    def chooses(
+        self, parts: Sequence[Part], scores: Mapping[str, Tensor], allowed: int, form: Form
+    ) -> Callable[[Mapping[str, float]], dict[str, Tensor]]:
+        """Weights of couplings, by name and 1 for one that is not named -> the units that stay within what is allowed.
+
+        With no weights they are those of `stays`; the higher a weight, the more stay.
+
+        Args:
+            parts: as for `stays`.
+            scores: as for `stays`.
+            allowed: as for `stays`.
+            form: as for `stays`.
+        """
+
+        def chosen(weights: Mapping[str, float]) -> dict[str, Tensor]:
+            weighed = {name: score * weights.get(name, 1.0) for name, score in scores.items()}
+            return self.stays(parts, weighed, allowed, form)
+
+        return chosen
 
     def consumer(self, part: Part, units: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """W' of shape `[m, n']` and the bias of what reads the units that stay; None when its columns are taken.

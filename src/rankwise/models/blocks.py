@@ -274,12 +274,12 @@ class BlockRunner:
             raise ModelError(
                 f"The blocks of {type(self.model).__name__} cannot be run by themselves ({problem}).",
                 where="repair",
-                remedy="leave refit and blocks out of --repair; subspace and factors train the whole model",
+                remedy="leave refit and blocks out of --repair; subspace, factors and lora train the whole model",
             ) from problem
         if not difference <= _AGREEMENT:
             kind = type(self.model).__name__
             raise ModelError(
                 f"The blocks of {kind}, run one by one, differ from the model by {difference:.2g}.",
                 where="repair",
-                remedy="leave refit and blocks out of --repair; subspace and factors train the whole model",
+                remedy="leave refit and blocks out of --repair; subspace, factors and lora train the whole model",
             )

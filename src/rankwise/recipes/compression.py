@@ -14,7 +14,7 @@ from rankwise.errors import nearest
 from rankwise.evaluation import ObjectiveSettings
 from rankwise.methods import AnyMethod, TwoSided, method_class, method_named
 from rankwise.recipes.values import Count, FilePath, Length, ModelName, Pattern, Seed, Skipped, SourceText
-from rankwise.repair import Blocks, FullFactors, Refit, Subspace
+from rankwise.repair import Blocks, FullFactors, Lora, Refit, Subspace
 from rankwise.sizes import SPELLINGS, Budget, Plan
 
 
@@ -101,29 +101,31 @@ class Validation(_Node):
     plans: Annotated[int, Field(ge=2)] = 20
 
 
-STEPS = ("refit", "blocks", "subspace", "factors")
+STEPS = ("refit", "blocks", "subspace", "factors", "lora")
 
 
 class Repair(_Node):
     """What is done to the factors after they are in place.
 
     Attributes:
-        steps: any of `refit`, `blocks`, `subspace`, `factors`; they run in this order, each a stage.
+        steps: any of `refit`, `blocks`, `subspace`, `factors`, `lora`; they run in this order, each a stage.
         refit: closed form, block by block.
         blocks: the factors of one block after another trained to give the original's output.
         subspace: two diagonals a site (Bolaco, Eq. 9), trained and merged.
         factors: all factors trained together.
-        data: text that `subspace` and `factors` learn from, `alpaca:FILE.jsonl` for instructions; None takes the
-            calibration sequences.
+        lora: adapters trained beside the factors, or the weights of what lost units alone, and merged into them.
+        data: text that `subspace`, `factors` and `lora` learn from, `alpaca:FILE.jsonl` for instructions; None takes
+            the calibration sequences.
         output_only: learn from the outputs of instructions alone.
         length: most tokens an example; None as for calibration.
     """
 
-    steps: tuple[Literal["refit", "blocks", "subspace", "factors"], ...] = ()
+    steps: tuple[Literal["refit", "blocks", "subspace", "factors", "lora"], ...] = ()
     refit: Refit = Refit()
     blocks: Blocks = Blocks()
     subspace: Subspace = Subspace()
     factors: FullFactors = FullFactors()
+    lora: Lora = Lora()
     data: SourceText | None = None
     output_only: bool = False
     length: Length | None = None
@@ -142,6 +144,15 @@ class Repair(_Node):
         if len(set(names)) < len(names):
             raise ValueError("a repair is named twice")
         return sorted(names, key=STEPS.index)
+
+    @model_validator(mode="after")
+    def _adapters_keep_ranks(self) -> Repair:
+        if "lora" in self.steps and self.lora.merge == "grow":
+            raise ValueError(
+                "adapters that raise ranks (repair.lora.merge grow) make the model larger than was asked: give "
+                "truncate, or rankwise finetune DIR --method lora --merge grow"
+            )
+        return self
 
 
 class Recipe(_Node):
@@ -230,18 +241,34 @@ class Recipe(_Node):
             raise ValueError("workers are given, and the executor is this process: add executor ray")
         if self.executor != "here" and self.method.prunes:
             raise ValueError(f"{self.method.name} takes units out of a model in one process: leave executor away")
+        if self.method.prunes and self.judges and self.validation.select in ("top", "bottom"):
+            raise ValueError(
+                f"validation.select {self.validation.select} tries plans of one model, and {self.method.name} makes it "
+                "another: give all or random"
+            )
         if (self.include or self.exclude) and not self.method.by_site:
             raise ValueError(
                 f"{self.method.name} cuts the residual stream, which all linear weights read or write: none of them "
                 "can be left out by include or exclude"
             )
-        if self.repair.steps and self.method.prunes and not self.method.keeps_factors:
-            raise ValueError(f"{self.method.name} leaves no factors to repair: see rankwise finetune")
-        if self.repair.steps and not self.method.repairable:
-            raise ValueError(
-                f"no repair knows codes: {self.method.name} is followed by rankwise finetune --method lowrank"
-            )
+        if self.repair.steps:
+            self._check_repair()
         return self
+
+    def _check_repair(self) -> None:
+        """Raise when a repair is asked for that what the method leaves cannot have."""
+        steps, method = set(self.repair.steps), self.method
+        if method.prunes and not method.keeps_factors:
+            if not method.by_site or steps != {"lora"}:
+                takes = "lora alone" if method.by_site else "none"
+                raise ValueError(f"{method.name} leaves no factors to repair; of repairs it takes {takes}")
+        elif not method.repairable:
+            raise ValueError(f"no repair knows codes: {method.name} is followed by rankwise finetune --method lowrank")
+        if "lora" in steps and method.prunes and self.repair.lora.loss == "kl":
+            raise ValueError(
+                f"{method.name} leaves nothing of the original for adapters to learn from: give repair.lora.loss lm, "
+                "or rankwise finetune DIR --method lora --loss kl"
+            )
 
     @model_validator(mode="after")
     def _vocabulary_for_method(self) -> Recipe:

@@ -8,6 +8,7 @@ back to rank r. What either loses is measured.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -23,20 +24,20 @@ from rankwise.models import Site
 from rankwise.repair.training import Training
 
 
+def adapted_sites(model: Any, sites: Sequence[Site]) -> list[Site]:
+    """The sites that get adapters: those that are factored; where none is, those that are whole."""
+    factored = [site for site in sites if kind_of(site.module(model)).trains]
+    return factored or [site for site in sites if not kind_of(site.module(model)).replaced]
+
+
 def attach_adapters(model: Any, sites: Sequence[Site], rank: int, alpha: int, seed: int) -> dict[str, nn.Parameter]:
-    """Put a peft adapter on every factored site.
+    """Put a peft adapter on every factored site, or, of a model that lost units and nothing else, on every weight.
 
     Returns:
         What is trained, by name.
-
-    Raises:
-        MissingPackageError: when peft is not installed.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora.layer import LoraLayer
-    except ImportError:
-        raise MissingPackageError("LoRA needs peft.", remedy="pip install 'rankwise[train]'") from None
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora.layer import LoraLayer
 
     adapter = "rankwise"
 
@@ -54,10 +55,8 @@ def attach_adapters(model: Any, sites: Sequence[Site], rank: int, alpha: int, se
             base: Tensor = self.base_layer(x)
             return base + (self.scaling[adapter] * up(down(x))).to(base.dtype)
 
-    factored = [site.name for site in sites if kind_of(site.module(model)).trains]
-    # Of a model that lost units, and nothing else, the weights themselves are adapted.
-    factored = factored or [site.name for site in sites if not kind_of(site.module(model)).replaced]
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=factored, bias="none")
+    names = [site.name for site in adapted_sites(model, sites)]
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, bias="none")
     config._register_custom_module({LowRankLinear: AdaptedLowRank})
     with torch.random.fork_rng(), warnings.catch_warnings():
         # peft warns of every layer type that is not its own.
@@ -144,6 +143,19 @@ class Lora(Training):
     def open(self, model: Any, sites: Sequence[Site]) -> None:
         if any(kind_of(site.module(model)).replaced for site in sites):
             super().open(model, sites)
+
+    def require(self) -> None:
+        super().require()
+        if importlib.util.find_spec("peft") is None:
+            raise MissingPackageError("LoRA needs peft.", remedy="pip install 'rankwise[train]'")
+
+    def changes(self, model: Any, sites: Sequence[Site]) -> dict[str, nn.Parameter]:
+        adapted = adapted_sites(model, sites)
+        return {
+            name: parameter
+            for site in adapted
+            for name, parameter in site.module(model).named_parameters(prefix=site.name)
+        }
 
     def attach(self, model: Any, sites: Sequence[Site], seed: int) -> dict[str, nn.Parameter]:
         return attach_adapters(model, sites, self.rank, self.alpha, seed)

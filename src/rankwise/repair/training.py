@@ -6,8 +6,8 @@ trained, and how it goes back into the factors, is the business of the files bes
 
 from __future__ import annotations
 
+import importlib.util
 import math
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ from rankwise.errors import MissingPackageError, NotFiniteError, RecipeError
 from rankwise.layers import kind_of, substitute
 from rankwise.models import Head, Logits, Site
 from rankwise.progress import Reporter
-from rankwise.repair.parameters import relative_groups
-from rankwise.runs import MANIFEST, Folder
+from rankwise.repair.kept import last_checkpoint, seal_checkpoint
+from rankwise.repair.parameters import relative_groups, trainable
 
 Teacher = Callable[[Tensor, Tensor], Logits]
 """Token ids and attention mask, both `[batch, tokens]` -> logits of the original model."""
@@ -81,6 +81,24 @@ class Training(BaseModel, ABC):
             raise RecipeError(
                 "The checkpoint is quantised.", where="finetune", remedy="use --method lowrank, which trains L and R"
             )
+
+    def require(self) -> None:
+        """Raise unless what the training needs is installed.
+
+        Raises:
+            MissingPackageError: saying what to install.
+        """
+        if importlib.util.find_spec("accelerate") is None:
+            raise MissingPackageError("Training needs accelerate.", remedy="pip install 'rankwise[train]'")
+
+    def changes(self, model: Any, sites: Sequence[Site]) -> dict[str, nn.Parameter]:
+        """What the model has other values of once what was trained is folded in, by name.
+
+        Args:
+            model: with nothing attached yet; its factors are balanced.
+            sites: all sites.
+        """
+        return trainable(model, sites, getattr(self, "norms", False))
 
     @abstractmethod
     def attach(self, model: Any, sites: Sequence[Site], seed: int) -> dict[str, nn.Parameter]:
@@ -229,10 +247,8 @@ def train(
         MissingPackageError: when accelerate is not installed.
         NotFiniteError: when the loss is no longer finite.
     """
-    try:
-        import accelerate
-    except ImportError:
-        raise MissingPackageError("Training needs accelerate.", remedy="pip install 'rankwise[train]'") from None
+    settings.require()
+    import accelerate
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     micro, accumulate = _micro(settings)
@@ -277,7 +293,7 @@ def train(
 
     class Told(TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            _seal(folder / f"checkpoint-{state.global_step}")
+            seal_checkpoint(folder / f"checkpoint-{state.global_step}")
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
@@ -341,7 +357,7 @@ def train(
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
                 trainer.remove_callback(callback)
-        last = _last_checkpoint(folder, reporter or Reporter(show=False))
+        last = last_checkpoint(folder, reporter or Reporter(show=False))
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         history = [
             {"step": row["step"], "loss": row["loss"], "lr": row["learning_rate"]}
@@ -359,28 +375,3 @@ def train(
         if hasattr(model, "_original_forward"):
             accelerate.utils.extract_model_from_parallel(model, keep_fp32_wrapper=False)
     return history
-
-
-def _seal(checkpoint: Path) -> None:
-    """List the files of a checkpoint of a training, which is whole, with their hashes."""
-    folder = Folder(checkpoint, checkpoint.name, Reporter(show=False))
-    for file in sorted(checkpoint.iterdir()):
-        if file.is_file() and file.name != MANIFEST:
-            folder.add(file.name)
-    folder.finish()
-
-
-def _last_checkpoint(folder: Path, reporter: Reporter) -> Path | None:
-    """The newest checkpoint of a training that is as it was written, or None; those after it are deleted."""
-    for path in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True):
-        damage = Folder(path, path.name, reporter).damage()
-        if damage is None:
-            return path
-        reporter.note(f"{path.name} of the training is not whole ({damage}): it goes on from before", passing=True)
-        shutil.rmtree(path)
-    return None
-
-
-def _step_of(checkpoint: Path) -> int:
-    number = checkpoint.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1

@@ -74,14 +74,16 @@ class RepairStep(Part):
     """What one step of the repair did.
 
     Attributes:
-        step: `refit`, `blocks`, `subspace` or `factors`.
+        step: `refit`, `blocks`, `subspace`, `factors` or `lora`.
         objective_before: validation objective before.
         objective_after: and after.
         accepted: whether anything of it stayed.
         blocks: block by block, of `refit` and `blocks`.
-        examples: what `subspace` and `factors` learned from.
+        examples: what `subspace`, `factors` and `lora` learned from.
         trained_parameters: how many these trained.
         history: their loss curve.
+        norm_lost_in_merging: by site, the share of its squared norm that was lost when adapters were merged, in 0..1;
+            None where there were none.
         seconds: it took.
     """
 
@@ -93,6 +95,7 @@ class RepairStep(Part):
     examples: LearnedText | None = None
     trained_parameters: Count | None = None
     history: tuple[TrainingStep, ...] = ()
+    norm_lost_in_merging: dict[str, Measured] | None = None
     seconds: float
 
 

@@ -231,12 +231,12 @@ def _repair(report: Report) -> Advice | None:
             return None
         return Advice(what="rankwise finetune DIR --method lowrank --data text:FILE", cost="minutes to hours")
     kind = METHODS.get(report.recipe.method.name)
+    done = {step.step for step in report.repair}
     if kind is not None and kind.prunes and not kind.keeps_factors:
         # Of weights that are whole, what lost units can be trained by adapters.
-        if not issubclass(kind, Pruning):
+        if not issubclass(kind, Pruning) or "lora" in done:
             return None
         return Advice(what="rankwise finetune DIR --method lora --data text:FILE", cost="minutes to hours")
-    done = {step.step for step in report.repair}
     if done & {"blocks", "factors"}:
         return None
     if "refit" in done:

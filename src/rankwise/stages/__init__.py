@@ -10,9 +10,9 @@ from rankwise.stages.measuring import collect_statistics
 from rankwise.stages.memory import Need, available_memory, chosen_memory, expected_need, require_config
 from rankwise.stages.one_row import RowHand, measure_cell
 from rankwise.stages.outlooks import Outlooks
-from rankwise.stages.planning import Chosen, check_budget, choose_cuts, objective_key, select_samples
-from rankwise.stages.repairing import Repairing, judge_repair, prepare_repair, repair_step
-from rankwise.stages.smaller import make_smaller
+from rankwise.stages.planning import Chosen, choose_cuts, objective_key, select_samples
+from rankwise.stages.repairing import Repairing, check_repair, judge_repair, prepare_repair, repair_step
+from rankwise.stages.smaller import check_budget, make_smaller
 from rankwise.stages.vocabulary import store_vocabulary
 from rankwise.stages.work import Texts, Work, begin, chosen_key, read_sequences, read_texts
 
@@ -31,6 +31,7 @@ __all__ = [
     "begin",
     "cells_of",
     "check_budget",
+    "check_repair",
     "choose_cuts",
     "chosen_key",
     "chosen_memory",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankwise.allocation import Choice, Evidence, Looks, Outcome, Problem, by_variance, random_plans
+from rankwise.allocation import Choice, Evidence, Looks, Outcome, Problem, UnitChoice, by_variance, random_plans
 from rankwise.errors import DataError
 from rankwise.models import Site
 from rankwise.reports import KeptPredictions, SearchSummary, SearchTimes, ValidationText
@@ -20,20 +20,7 @@ from rankwise.sizes import Plan
 from rankwise.stages.crews import at_work
 from rankwise.stages.judged import Judging, judging
 from rankwise.stages.outlooks import Outlooks
-from rankwise.stages.smaller import check_smaller
 from rankwise.stages.work import Work, calibration_key, chosen_key
-
-
-def check_budget(work: Work) -> None:
-    """Find out before anything slow that no plan can meet the budget.
-
-    Raises:
-        BudgetError: saying what has to be kept at least.
-    """
-    if work.recipe.method.prunes:
-        check_smaller(work)
-    else:
-        work.recipe.allocation.check(work.problem)
 
 
 @dataclass(frozen=True)
@@ -62,17 +49,21 @@ def choose_cuts(work: Work, outlooks: Outlooks) -> Chosen:
         RunError: when the log of trials belongs to another recipe.
     """
     recipe = work.recipe
-    allocation, looks = recipe.allocation, recipe.allocation.looks
+    allocation, found = work.allocation, work.searched
     problem = outlooks.problem()
-    if looks < Looks.OBJECTIVE:
+    if work.looks < Looks.OBJECTIVE:
         evidence = Evidence(reporter=work.reporter, fingerprint=work.fingerprint)
         choice = problem.checked(allocation.choose(problem, evidence), allocation.name)
-        return Chosen(_plan(work, choice), None, [], spectra_of(problem))
+        if found is None:
+            return Chosen(plan_of(work, choice), None, [], spectra_of(problem))
+        units = found.choice
+        choice = replace(choice, space=units.space, coordinates=units.coordinates, objective=units.objective)
+        return Chosen(plan_of(work, choice), found.summary, units.trials, spectra_of(problem))
     samples = select_samples(work, outlooks)
     outlooks.require(pairs_of(work))
     # The number of trials may be raised later, so it is not part of what a trial depends on.
     key = {**objective_key(work, samples), "allocation": allocation.model_dump(exclude={"trials"})}
-    key |= {"budget": recipe.budget.model_dump(), "plan": _content(getattr(allocation, "plan", None))}
+    key |= {"budget": recipe.budget.model_dump(), "plan": content_of(getattr(allocation, "plan", None))}
     key |= chosen_key(work)
     with at_work(work) as crew:
         # So many at a time give another search than one after another.
@@ -88,8 +79,8 @@ def choose_cuts(work: Work, outlooks: Outlooks) -> Chosen:
             fingerprint=work.fingerprint,
         )
         choice = problem.checked(allocation.choose(problem, evidence), allocation.name)
-        search = _summary(work, samples, judge.facts(), choice)
-    return Chosen(_plan(work, choice), search, choice.trials, spectra_of(problem))
+        search = summary_of(work, samples, judge.facts(), choice)
+    return Chosen(plan_of(work, choice), search, choice.trials, spectra_of(problem))
 
 
 _SPECTRUM = 24
@@ -122,11 +113,13 @@ def pairs_of(work: Work) -> list[tuple[Site, int]]:
     return [(site, q_bits) for site, table in tables if not table.stays for q_bits in table.choices]
 
 
-def _content(path: str | None) -> str | None:
+def content_of(path: str | None) -> str | None:
+    """The text of a file; None for no file."""
     return None if path is None else Path(path).read_text()
 
 
-def _plan(work: Work, choice: Choice) -> Plan:
+def plan_of(work: Work, choice: Choice) -> Plan:
+    """The plan that a choice is, with what it was made for."""
     recipe = work.recipe
     return Plan.make(
         work.sites,
@@ -162,7 +155,15 @@ def _groups(work: Work, choice: Choice) -> dict[str, float]:
     return {role: kept[role] / whole[role] for role in whole}
 
 
-def _summary(work: Work, samples: Tensor, facts: Mapping[str, Any], choice: Choice) -> SearchSummary:
+def summary_of(work: Work, samples: Tensor, facts: Mapping[str, Any], choice: Choice | UnitChoice) -> SearchSummary:
+    """What a report says of a search.
+
+    Args:
+        work: the run.
+        samples: validation samples, shape `[samples, length]`.
+        facts: what the objective says of itself.
+        choice: what was found.
+    """
     trials, validation = choice.trials, work.texts.validation
     best = min((t for t in trials if not t["failed"]), key=lambda t: t["objective"])
     assert validation is not None
@@ -206,8 +207,12 @@ def objective_key(work: Work, samples: Tensor) -> dict[str, Any]:
     }
 
 
-def select_samples(work: Work, outlooks: Outlooks) -> Tensor:
+def select_samples(work: Work, outlooks: Outlooks | None) -> Tensor:
     """The validation samples a search uses, shape `[samples, length]`; a selection by variance is kept as a stage.
+
+    Args:
+        work: the run.
+        outlooks: of its sites; only a selection by variance looks at them.
 
     Raises:
         DataError: when more are to be selected than were read.
@@ -232,6 +237,7 @@ def select_samples(work: Work, outlooks: Outlooks) -> Tensor:
     stage = work.stage("selection", key)
     if not stage.taken_over():
         lowest = getattr(recipe.allocation, "lowest", 0.2)
+        assert outlooks is not None
         plans = random_plans(space, work.problem, lowest, settings.plans, recipe.seed)
         with judging(work, outlooks.of, read.ids) as objective, stage.making() as folder:
             rows = [

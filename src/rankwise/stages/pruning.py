@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -160,8 +160,12 @@ class Decision:
     consumers: dict[str, tuple[Tensor, Tensor | None]]
 
 
-def prune(work: Work) -> Work:
+def prune(work: Work, found: Mapping[str, Tensor] | None = None) -> Work:
     """Take units out of the model, as many as its method and budget say.
+
+    Args:
+        work: the run.
+        found: by coupling that loses units, those that stay, where a search found them.
 
     Returns:
         The run with the smaller model: its sites, fingerprint and problem; the budget is that of the original.
@@ -170,31 +174,45 @@ def prune(work: Work) -> Work:
         BudgetError: when nothing fits.
         NotFiniteError: naming the layer.
     """
-    method, loaded = work.recipe.method, work.loaded
+    method = work.recipe.method
     assert isinstance(method, Pruning)
     every = couplings_of(work)
     couplings = losing(work, every)
     key = {**calibration_key(work), "method": method.model_dump(), "budget": work.recipe.budget.model_dump()}
     key |= chosen_key(work)
     key["couplings"] = [[coupling.name, coupling.units] for coupling in couplings]
-    planned = _planned(work, couplings)
+    planned = _planned(work, couplings) if found is None else found
     if planned is not None:
         key["plan"] = {name: units.tolist() for name, units in planned.items()}
     stage = work.stage("pruning", key)
     if not stage.taken_over():
-        found = _decide(work, method, couplings, planned)
+        parts = seen_parts(work, couplings)
+        stays = chosen_units(work, parts)({}) if planned is None else planned
+        decision = decide(work, parts, stays)
         with stage.making() as folder:
-            folder.write_json(_STAYS, {name: units.tolist() for name, units in found.stays.items()})
+            folder.write_json(_STAYS, {name: units.tolist() for name, units in decision.stays.items()})
             with folder.writing(_CONSUMERS) as path:
-                save_file(_tensors(found.consumers), path)
-    found = _read(stage)
-    small = shrink(loaded.model, every, work.sites, found.stays, found.consumers, BiasedLinear)
+                save_file(_tensors(decision.consumers), path)
+    decision = _read(stage)
+    _tell(work, couplings, decision.stays)
+    return without_units(work, every, decision)
+
+
+def without_units(work: Work, every: Sequence[Coupling], decision: Decision) -> Work:
+    """The run with the smaller model, which takes the place of the one that is loaded.
+
+    Args:
+        work: the run.
+        every: all couplings of the model.
+        decision: what stays.
+    """
+    loaded = work.loaded
+    small = shrink(loaded.model, every, work.sites, decision.stays, decision.consumers, BiasedLinear)
     dtypes = {name: loaded.stored_dtypes.get(name) for name, _ in small.named_parameters()}
     loaded.stored_dtypes = {
         name: dtype or loaded.stored_dtypes[name.rpartition(".")[0] + ".weight"] for name, dtype in dtypes.items()
     }
     loaded.model = small
-    _tell(work, couplings, found.stays)
     probe = work.texts.calibration.ids[:1].to(small.device)
     sites = share_inputs(small, find_sites(small), probe)
     weights = work.problem.allowance.weights
@@ -204,7 +222,7 @@ def prune(work: Work) -> Work:
         smaller=fingerprint(small, loaded.stored_dtypes),
         originals={site.name: (site.m, site.n) for site in work.sites},
         problem=problem_of(work.recipe, loaded, sites, weights, work.left_out, work.vocabulary),
-        stays=found.stays,
+        stays=decision.stays,
     )
 
 
@@ -218,28 +236,71 @@ def _tell(work: Work, couplings: list[Coupling], stays: Mapping[str, Tensor]) ->
             work.reporter.note(f"{left} of {whole} {words} stay")
 
 
-def _decide(work: Work, method: Pruning, couplings: list[Coupling], planned: dict[str, Tensor] | None) -> Decision:
-    """What stays, from statistics of the whole model; or what a plan says stays."""
+def seen_parts(work: Work, couplings: Sequence[Coupling]) -> list[Part]:
+    """Couplings that lose units, with what calibration measures of the whole model at their sites.
+
+    Raises:
+        NotFiniteError: naming the layer.
+    """
+    method = work.recipe.method
+    assert isinstance(method, Pruning)
     by_name = {site.name: site for site in work.sites}
     names: set[str] = set()
     for coupling in couplings:
         names |= {coupling.columns.site} if method.at_consumers else set(coupling.sites)
     watched = [site for site in work.sites if site.name in names]
     store = collect_requests(work, method.pruning_requests(), watched, beside={"sites": sorted(names)})
-    parts = [Part(coupling, by_name, partial(_seen, work, store, by_name)) for coupling in couplings]
-    if planned is not None:
-        stays = planned
-    else:
-        scores = {}
-        for part in work.reporter.track(parts, "scoring units", total=len(parts)):
-            with naming(by_name[part.coupling.columns.site]):
-                scores[part.coupling.name] = method.scores(part)
-        stays = method.stays(parts, scores, _allowed(work, method, parts), work.problem.form)
+    return [Part(coupling, by_name, partial(_seen, work, store, by_name)) for coupling in couplings]
+
+
+def scores_of(work: Work, parts: Sequence[Part]) -> dict[str, Tensor]:
+    """By coupling, how much each unit matters, shape `[units]`.
+
+    Raises:
+        NotFiniteError: naming the layer.
+    """
+    method, scores = work.recipe.method, {}
+    assert isinstance(method, Pruning)
+    for part in work.reporter.track(parts, "scoring units", total=len(parts)):
+        with naming(part.sites[part.coupling.columns.site]):
+            scores[part.coupling.name] = method.scores(part)
+    return scores
+
+
+def chosen_units(
+    work: Work, parts: list[Part], scores: Mapping[str, Tensor] | None = None
+) -> Callable[[Mapping[str, float]], dict[str, Tensor]]:
+    """What stays within the budget, by weights of couplings, see `Pruning.chooses`.
+
+    Args:
+        work: the run.
+        parts: see `seen_parts`.
+        scores: of their units, where they are known already.
+    """
+    method = work.recipe.method
+    assert isinstance(method, Pruning)
+    known = scores_of(work, parts) if scores is None else scores
+    return method.chooses(parts, known, _allowed(work, method, parts), work.problem.form)
+
+
+def decide(work: Work, parts: Sequence[Part], stays: Mapping[str, Tensor]) -> Decision:
+    """What becomes of the weights that read the units that stay.
+
+    Args:
+        work: the run.
+        parts: see `seen_parts`.
+        stays: by coupling, the units that stay; one that is not named keeps all.
+
+    Raises:
+        NotFiniteError: naming the layer.
+    """
+    method = work.recipe.method
+    assert isinstance(method, Pruning)
     stays = {part.coupling.name: stays[part.coupling.name] for part in parts if _loses(part, stays)}
     found: dict[str, tuple[Tensor, Tensor | None]] = {}
     losing = [part for part in parts if part.coupling.name in stays]
     for part in work.reporter.track(losing, "taking units out", total=len(losing)):
-        site = by_name[part.coupling.columns.site]
+        site = part.sites[part.coupling.columns.site]
         with naming(site):
             made = method.consumer(part, stays[part.coupling.name])
         if made is not None:
@@ -280,6 +341,21 @@ def _planned(work: Work, couplings: list[Coupling]) -> dict[str, Tensor] | None:
             where=where,
             remedy="give the size it was made for, or make a plan for this one",
         )
+    require_same_layers(plan, couplings, where)
+    return {name: torch.tensor(units) for name, units in plan.stays.items()}
+
+
+def require_same_layers(plan: Plan, couplings: Sequence[Coupling], where: str) -> None:
+    """Raise when a plan takes out units that are not there.
+
+    Args:
+        plan: says which units stay.
+        couplings: of the model, those that lose units.
+        where: its file.
+
+    Raises:
+        BudgetError: naming the layer.
+    """
     by_name = {coupling.name: coupling for coupling in couplings}
     for name, units in plan.stays.items():
         if name not in by_name or max(units) >= by_name[name].units:
@@ -288,7 +364,6 @@ def _planned(work: Work, couplings: list[Coupling]) -> dict[str, Tensor] | None:
                 where=where,
                 remedy="use a plan made for a model with the same layers",
             )
-    return {name: torch.tensor(units) for name, units in plan.stays.items()}
 
 
 def _seen(work: Work, store: Store, sites: Mapping[str, Site], name: str) -> tuple[Tensor, SiteStatistics]:

@@ -25,7 +25,6 @@ from rankwise.repair import (
     steps_of,
     train,
     train_block,
-    trainable,
 )
 from rankwise.reports import RepairStep
 from rankwise.runs import Folder
@@ -62,7 +61,7 @@ def prepare_repair(work: Work, store: Store, outlooks: Outlooks, plan: Plan) -> 
     if not work.recipe.repair.steps:
         return None
     samples = select_samples(work, outlooks)
-    objective = Objective(
+    objective = work.judge or Objective(
         work.loaded.model, samples, work.recipe.objective, lambda _cuts: None, work.recipe.validation.batch_size
     )
     key = {
@@ -71,6 +70,8 @@ def prepare_repair(work: Work, store: Store, outlooks: Outlooks, plan: Plan) -> 
         "method": work.recipe.method.model_dump(),
         "steps": [],
     }
+    if work.judge is not None:
+        key["judged_by"] = work.fingerprint
     original = Original.of(work.loaded.model, work.sites)
 
     def metric_of(site: Site) -> OutputMetric | None:
@@ -80,6 +81,18 @@ def prepare_repair(work: Work, store: Store, outlooks: Outlooks, plan: Plan) -> 
         return work.recipe.method.output_metric(SiteStatistics(site, weight, bias, store))
 
     return Repairing(original, objective, key, metric_of)
+
+
+def check_repair(work: Work) -> None:
+    """Find out before anything slow that what a repair needs is not installed.
+
+    Raises:
+        MissingPackageError: saying what to install.
+    """
+    for step in work.recipe.repair.steps:
+        settings = getattr(work.recipe.repair, step)
+        if isinstance(settings, Training):
+            settings.require()
 
 
 def judge_repair(work: Work, repairing: Repairing) -> float:
@@ -94,7 +107,7 @@ def repair_step(work: Work, repairing: Repairing | None, step: str) -> None:
     Args:
         work: the run; its sites hold factors.
         repairing: what `prepare_repair` returned; what this step did is added to it.
-        step: `refit`, `blocks`, `subspace` or `factors`.
+        step: `refit`, `blocks`, `subspace`, `factors` or `lora`.
 
     Raises:
         ModelError: when the architecture's blocks cannot be run alone.
@@ -103,10 +116,12 @@ def repair_step(work: Work, repairing: Repairing | None, step: str) -> None:
     """
     assert repairing is not None
     settings = getattr(work.recipe.repair, step)
-    if not any(kind_of(site.module(work.loaded.model)).trains for site in work.sites):
+    factored = any(kind_of(site.module(work.loaded.model)).trains for site in work.sites)
+    # Of what lost units alone adapters train the weights.
+    if not factored and not (work.stays and step == "lora"):
         work.reporter.note(f"repair {step} has nothing to do: every site is dense")
         return
-    trains = step in ("subspace", "factors")
+    trains = isinstance(settings, Training)
     examples = _examples(work) if trains else None
     repairing.key["steps"].append([step, settings.model_dump(), examples.fingerprint if examples else None])
     stage = work.stage(f"repair-{step}", repairing.key)
@@ -206,7 +221,7 @@ def _by_block(work: Work, repairing: Repairing, step: str, settings: Any, folder
             dense, output = output, dense
             advance(f"repair, {step}: objective {before:.5g}, at the start {start:.5g}")
     if step == "refit" and any(site.pool for site in work.sites):
-        work.reporter.note("repair refit: experts are left as they are; blocks, subspace and factors train them")
+        work.reporter.note("repair refit: experts are left as they are; blocks and those after it train them")
     refused = [row["block"] for row in rows if not row["accepted"]]
     if refused:
         work.reporter.note(
@@ -260,12 +275,14 @@ def _examples(work: Work) -> Examples:
 def _train_whole(
     work: Work, repairing: Repairing, step: str, settings: Training, examples: Examples, folder: Folder
 ) -> dict[str, Any]:
-    """Train all factors, or diagonals that are then merged into them, on the whole model."""
+    """Train all factors, or what is then merged into them or into weights, on the whole model."""
     model = work.loaded.model
-    factors = trainable(model, work.sites, getattr(settings, "norms", False))
+    # What is left out stays as it is to the last bit; it has no factors, but it could have an adapter.
+    sites = [site for site in work.sites if site.name not in work.left_out] if step == "lora" else work.sites
+    changing = settings.changes(model, sites)
     start = judge_repair(work, repairing)
-    old = _snapshot(factors)
-    parameters = settings.attach(model, work.sites, work.recipe.seed)
+    old = _snapshot(changing)
+    parameters = settings.attach(model, sites, work.recipe.seed)
 
     head = Head(model, examples.ids[0][None])
 
@@ -287,17 +304,20 @@ def _train_whole(
             reporter=work.reporter,
             step_done=lambda done, total, loss: advance(f"repair, {step}: loss {loss:.4g}"),
         )
-    settings.fold_in(model, work.sites, {})
+    merged = settings.fold_in(model, sites, {})
+    # Merging may put other layers in place, whose parameters have the same names.
+    changed = {name: model.get_parameter(name) for name in old}
     after = judge_repair(work, repairing)
     accepted = after < start
     if not accepted:
-        _restore(factors, old)
+        _restore(changed, old)
         work.reporter.note(
             f"repair {step} was undone: the validation objective rose from {start:.5g} to {after:.5g}; a lower "
             f"repair.{step}.lr may help"
         )
-    _save(folder, _FACTORS, factors)
+    _save(folder, _FACTORS, changed)
     return {
+        **merged,
         "objective_before": start,
         "objective_after": after,
         "accepted": accepted,

@@ -10,11 +10,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from rankwise.allocation import Looks, Problem
+from rankwise.allocation import Allocation, Looks, Problem, Spectral, UnitChoice
 from rankwise.checkpoints import LoadedModel, fingerprint
 from rankwise.data import Sequences, choose, load_sequences, parse_source
 from rankwise.device import computed_type
 from rankwise.errors import DataError, ModelError
+from rankwise.evaluation import Objective
 from rankwise.layers import VocabularyParts
 from rankwise.models import (
     Site,
@@ -26,6 +27,7 @@ from rankwise.models import (
 )
 from rankwise.progress import Reporter
 from rankwise.recipes import Calibration, Evaluation, Recipe, Validation
+from rankwise.reports import SearchSummary
 from rankwise.runs import Crew, Run, Stage
 from rankwise.sizes import Allowance, dense_candidate
 from rankwise.stages.chosen import left_out, note_left_out
@@ -64,6 +66,19 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Searched:
+    """What a search of units found.
+
+    Attributes:
+        choice: how many stay, and how that came about.
+        summary: what the search did, for the report.
+    """
+
+    choice: UnitChoice
+    summary: SearchSummary
+
+
+@dataclass(frozen=True)
 class Work:
     """What all stages share.
 
@@ -84,6 +99,9 @@ class Work:
         crew: workers elsewhere; None where this process does all.
         left_out: names of the sites that stay as they are, by the recipe's patterns.
         vocabulary: what of embeddings and head is stored in 8 bits; None for nothing.
+        searched: what a search of units found; None where there was none.
+        judge: the validation objective of the model that was made smaller, by what it was before; None where nothing is
+            judged, or the model has the size it had.
     """
 
     recipe: Recipe
@@ -102,11 +120,18 @@ class Work:
     crew: Crew | None = None
     left_out: frozenset[str] = frozenset()
     vocabulary: VocabularyParts | None = None
+    searched: Searched | None = None
+    judge: Objective | None = None
+
+    @property
+    def allocation(self) -> Allocation:
+        """What spreads the size over the sites: where units were searched, the rest goes by estimated loss."""
+        return self.recipe.allocation if self.searched is None else Spectral()
 
     @property
     def looks(self) -> Looks:
         """What the allocation looks at."""
-        return self.recipe.allocation.looks
+        return self.allocation.looks
 
     def stage(self, name: str, depends_on: Mapping[str, Any]) -> Stage:
         """A stage of the run, whose notes and damages the reporter is told."""
