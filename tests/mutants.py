@@ -801,6 +801,13 @@ MUTANTS = (
         ("flows/test_vision_language.py::test_operations_are_those_of_text_and_memory_is_told",),
     ),
     Mutant(
+        "a layer whose weight the model reads is replaced",
+        "models/outside.py",
+        "found.add(name)",
+        "found.discard(name)",
+        ("models/test_outside.py",),
+    ),
+    Mutant(
         "a codebook of one's own is taken in any version",
         "quantizers/codebooks.py",
         'if version not in ("", code):',

@@ -12,6 +12,7 @@ from rankwise.models.multimodal import (
     text_config,
 )
 from rankwise.models.original import Original
+from rankwise.models.outside import read_outside
 from rankwise.models.pre_norm import PreNorm
 from rankwise.models.recompute import recomputed
 from rankwise.models.shrinking import shrink, usable_couplings
@@ -53,6 +54,7 @@ __all__ = [
     "language_model",
     "other_layers",
     "place_of",
+    "read_outside",
     "reads_images",
     "recomputed",
     "share_inputs",

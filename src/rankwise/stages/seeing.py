@@ -6,9 +6,12 @@ from torch import Tensor
 
 from rankwise.checkpoints import LoadedModel, missing_processor
 from rankwise.errors import ModelError
-from rankwise.models import Site, beside_language_model, reads_images, share_inputs
+from rankwise.models import Site, beside_language_model, read_outside, reads_images, share_inputs
 from rankwise.progress import Reporter
 from rankwise.recipes import Recipe
+
+_SHORT = 16
+"""Tokens of a pass that only watches."""
 
 
 def require_widths_kept(recipe: Recipe, loaded: LoadedModel) -> None:
@@ -28,8 +31,8 @@ def require_widths_kept(recipe: Recipe, loaded: LoadedModel) -> None:
     )
 
 
-def sharing_sites(loaded: LoadedModel, found: list[Site], probe: Tensor) -> list[Site]:
-    """Sites that run, those that share an input marked.
+def sharing_sites(loaded: LoadedModel, found: list[Site], probe: Tensor) -> tuple[list[Site], list[str]]:
+    """Sites that run, those that share an input marked, and the names of those whose weights the model's code reads.
 
     Args:
         loaded: the model.
@@ -39,10 +42,16 @@ def sharing_sites(loaded: LoadedModel, found: list[Site], probe: Tensor) -> list
     Raises:
         ModelError: when a model that reads images too does not run without one.
     """
+
+    def watched() -> tuple[list[Site], list[str]]:
+        # First of all: some models change their weights before the first token that they see.
+        read = read_outside(loaded.model, found, probe[:, :_SHORT])
+        return share_inputs(loaded.model, [site for site in found if site.name not in read], probe), read
+
     if not reads_images(loaded.model):
-        return share_inputs(loaded.model, found, probe)
+        return watched()
     try:
-        return share_inputs(loaded.model, found, probe)
+        return watched()
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as problem:
         raise ModelError(
             f"{type(loaded.model).__name__} does not run on text alone ({type(problem).__name__}: {problem}).",

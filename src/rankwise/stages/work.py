@@ -275,10 +275,15 @@ def begin(
     for site in found:
         site.weight(loaded.model)
     probe = texts.calibration.ids[:1].to(loaded.model.device)
-    sites = sharing_sites(loaded, found, probe)
+    sites, read = sharing_sites(loaded, found, probe)
+    if read:
+        reporter.note(
+            f"{len(read)} linear layers stay dense, uncounted, because the model's own code reads their weights: "
+            f"{', '.join(read[:3])}" + (", ..." if len(read) > 3 else "")
+        )
     if reads_images(loaded.model):
         say_what_stays(loaded, sites, reporter)
-    idle = len(found) - len(sites)
+    idle = len(found) - len(read) - len(sites)
     if idle:
         reporter.note(f"{idle} linear layers took no token of the first calibration sequence and stay dense, uncounted")
     others = other_layers(loaded.model)
