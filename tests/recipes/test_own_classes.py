@@ -68,6 +68,7 @@ def test_an_allocation_of_ones_own_spends_the_budget_as_it_says(
         ("Choice({})", r"no cut.*\n(.|\n)*every site"),
         ("Choice({site.name: Cut(10**6) for site in problem.sites})", "above min"),
         ("Choice({site.name: Cut() for site in problem.sites})", "more than a kept fraction of 0.6"),
+        ("Choice({site.name: Cut(0, q_bits=2) for site in problem.sites})", "no codes"),
     ],
 )
 def test_a_choice_that_is_none_of_the_problem_is_refused(
@@ -174,6 +175,36 @@ def test_another_version_of_a_codebook_is_refused_by_name(mine: Path, settings: 
     mine.write_text(mine.read_text().replace("2.0 **", "1.9 **"))
     with pytest.raises(RecipeError, match="has changed since"):
         recipe_from(values)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("known_bits = None", "known_bits"),
+        ("known_bits = (4, 2)", "known_bits"),
+        ("known_bits = range(10, 11)", "known_bits"),
+        ("def levels(self): return [1, 2]", "levels.. of 2 bits fails"),
+        ("def levels(self): return {}['x']", "KeyError"),
+    ],
+)
+def test_a_codebook_that_is_none_is_refused_with_the_recipe(body: str, says: str, tmp_path: Path) -> None:
+    code = "import torch\nfrom rankwise.quantizers import OwnLevels\nclass Own(OwnLevels):\n"
+    code += "    def levels(self): return torch.arange(2.0**self.bits)\n" + f"    {body}\n"
+    folder = tmp_path / "me@work"
+    folder.mkdir()
+    name = f"{written(folder, code)}:Own"
+    with pytest.raises(RecipeError, match=says):
+        recipe_from({"model": "m", "method": {"name": "quantize", "codebook": name}, "budget": {"bits": 3}})
+
+
+def test_a_site_that_stays_keeps_its_weight_whatever_an_allocation_says(settings: Values, tmp_path: Path) -> None:
+    code = "from rankwise.allocation import Allocation, Choice\nfrom rankwise.sizes import Cut\n"
+    code += "class Own(Allocation):\n    plan: bool = True\n    def choose(self, problem, evidence):\n"
+    code += "        return Choice({site.name: Cut(2) for site in problem.sites})\n"
+    allocation = f"{written(tmp_path, code)}:Own"
+    recipe = recipe_from(settings(method="svd", budget={"keep": 0.6}, allocation=allocation, exclude=["*q_proj"]))
+    with pytest.raises(RecipeError, match="though it stays"):
+        compress(recipe, run_directory=tmp_path / "run")
 
 
 @pytest.mark.parametrize(

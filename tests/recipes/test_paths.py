@@ -67,6 +67,11 @@ def test_what_is_a_path_is_seen_from_the_recipe(tmp_path: Path, monkeypatch: pyt
     assert beside(given, "r.yaml") == found
 
 
+@pytest.mark.parametrize("path", ["~a\0b", "~\ud800/x"])
+def test_what_is_no_path_is_left_for_validation(path: str, tmp_path: Path) -> None:
+    assert beside({"output": path, "model": path}, f"{tmp_path}/r.yaml") == {"output": path, "model": path}
+
+
 @pytest.mark.parametrize("name", sorted(ready_recipes()))
 def test_ready_recipes_name_no_paths(name: str) -> None:
     values = parse_yaml(ready_recipes()[name])

@@ -79,7 +79,9 @@ def test_a_card_that_says_nothing_of_use_adds_nothing(card: str, tmp_path: Path)
 def test_a_hub_name_is_the_base_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(where, "_of_card", lambda source: {"license": "mit", "base_model": "another/older"})
     found = checkpoints.front_matter("someone/model")
-    assert found == {"license": "mit", "base_model": "someone/model", "base_model_relation": "quantized"}
+    assert found == {"license": "mit", "base_model": "someone/model"}
+    monkeypatch.setattr(where, "_of_card", lambda source: {"base_model": ["one/a", "two/b"]})
+    assert checkpoints.front_matter("/")["base_model"] == ["one/a", "two/b"]
 
 
 @pytest.mark.parametrize(

@@ -83,12 +83,20 @@ class Problem:
             name: of that allocation, for errors.
 
         Raises:
-            RecipeError: when a site has no cut, or one that its shape does not allow.
+            RecipeError: when a site has no cut, or one that its shape, the method or a pattern does not allow.
         """
         for site in self.sites:
-            cut = choice.cuts.get(site.name)
-            if cut is None or (cut.rank is not None and cut.rank > min(site.m, site.n)):
-                said = "no cut" if cut is None else f"the rank {cut.rank}, above min(m, n) = {min(site.m, site.n)}"
+            cut, known = choice.cuts.get(site.name), self.candidates[site.name]
+            said = ""
+            if cut is None:
+                said = "no cut"
+            elif cut.rank is not None and cut.rank > min(site.m, site.n):
+                said = f"the rank {cut.rank}, above min(m, n) = {min(site.m, site.n)}"
+            elif known.stays and not cut.dense:
+                said = f"{cut}, though it stays as it is"
+            elif cut.coded and not any(each.coded for each in known.cuts):
+                said = f"{cut}, and the method has no codes"
+            if said:
                 raise RecipeError(
                     f"The allocation gives {site.name} {said}.",
                     where=name,

@@ -33,10 +33,9 @@ def front_matter(source: str) -> dict[str, Any]:
     found = {key: given[key] for key in _KEPT if _plain(given.get(key))}
     local = Path(source).expanduser().exists()
     base = given.get("base_model") if local else source
-    if isinstance(base, str) and _HUB_NAME.fullmatch(base):
+    names = base if isinstance(base, list) else [base]
+    if all(isinstance(each, str) and _HUB_NAME.fullmatch(each) for each in names):
         found["base_model"] = base
-        if not local:
-            found["base_model_relation"] = "quantized"
     return found
 
 

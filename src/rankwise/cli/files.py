@@ -131,8 +131,8 @@ def recipes_validate(
         try:
             recipe = _valid(name, trust_remote_code)
             recipe.require_files()
-            if recipe.model.startswith((".", "/")) and not os.path.isdir(recipe.model):
-                raise ModelError("There is no such directory.", where=recipe.model, remedy="check the key model")
+            if recipe.model.startswith((".", "/")) and not os.path.exists(recipe.model):
+                raise ModelError("There is no such model.", where=recipe.model, remedy="check the key model")
             print(f"{name}: valid")
         except RankwiseError as problem:
             bad = True

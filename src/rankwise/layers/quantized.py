@@ -87,7 +87,7 @@ class PackedMatrix(nn.Module):
         rows: of the matrix.
         columns: of the matrix.
         bits: a weight.
-        codebook: `e8p`, `uniform` or `nf`.
+        codebook: its name, as `codes.decode` knows it.
         scales: shape of the scales, `[1, 1]`, `[rows, 1]` or `[rows, groups]`.
         group: columns that share a scale; 0 when all columns do.
     """
@@ -98,6 +98,7 @@ class PackedMatrix(nn.Module):
     def __init__(self, rows: int, columns: int, bits: int, codebook: str, scales: list, group: int) -> None:
         super().__init__()
         self.columns, self.codebook, self.group = columns, codebook, group
+        tables_for(codebook, bits)  # a name that it does not know is no codebook
         self.register_buffer("codes", torch.zeros(rows, -(-columns // tile_of(codebook)[1]), bits, dtype=torch.uint8))
         self.register_buffer("scale", torch.ones(scales, dtype=torch.bfloat16))
 

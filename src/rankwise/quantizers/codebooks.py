@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import RecipeError, nearest
-from rankwise.plugins import Plugins
+from rankwise.plugins import Plugins, in_file
 from rankwise.quantizers.codes import (
     BYTE,
     GIVEN,
@@ -27,6 +27,7 @@ from rankwise.quantizers.codes import (
     wide_scale,
 )
 from rankwise.quantizers.lattice import decode_e8p, round_e8p
+from rankwise.reading import one_line
 
 _LEAST_SCALE = 1e-30
 """Of what is all zeros."""
@@ -273,9 +274,16 @@ _VERSION = "@"
 """Between the name of a codebook of one's own and what says the version of its code."""
 
 
+def _without_version(name: str) -> tuple[str, str]:
+    """A name, and the version behind it; a path may hold the sign between them."""
+    inside = name.rindex(".py:") if in_file(name) else 0
+    plain, _, version = name[inside:].partition(_VERSION)
+    return name[:inside] + plain, version
+
+
 def is_codebook(name: str) -> bool:
     """Whether a name is one of a codebook, of this package or of one's own; no file is opened."""
-    return name in CODEBOOKS or PLUGINS.has(name.partition(_VERSION)[0])
+    return name in CODEBOOKS or PLUGINS.has(_without_version(name)[0])
 
 
 def codebook_class(name: str) -> type[Codebook]:
@@ -289,7 +297,7 @@ def codebook_class(name: str) -> type[Codebook]:
     """
     if name in CODEBOOKS:
         return CODEBOOKS[name]
-    plain, _, version = name.partition(_VERSION)
+    plain, version = _without_version(name)
     if not PLUGINS.has(plain):
         raise RecipeError(f"There is no codebook {name!r}.", where="method", remedy=nearest(name, CODEBOOKS))
     found, code = PLUGINS.found(plain)
@@ -303,12 +311,33 @@ def codebook_class(name: str) -> type[Codebook]:
 
 
 def full_codebook_name(name: str) -> str:
-    """The name of a codebook with the version of its code where it is one's own.
+    """The name of a codebook with the version of its code where it is one's own, whose levels are looked at.
 
     Raises:
-        RecipeError: as `codebook_class` does.
+        RecipeError: as `codebook_class` does, and when its bits or levels are none.
     """
-    return codebook_class(name).name
+    kind = codebook_class(name)
+    if name in CODEBOOKS:
+        return name
+    known = kind.known_bits
+    if not isinstance(known, range | tuple) or not known or sorted(set(known) & set(range(1, 9))) != list(known):
+        raise RecipeError(
+            f"known_bits is {known!r}, no ascending whole numbers from 1 to 8.",
+            where=kind.name,
+            remedy="write known_bits = range(2, 5) for 2 to 4 bits",
+        )
+    for bits in known:
+        try:
+            kind(bits).stored_name  # noqa: B018
+        except RecipeError:
+            raise
+        except Exception as problem:
+            raise RecipeError(
+                f"levels() of {bits} bits fails ({type(problem).__name__}: {one_line(problem)[:200]}).",
+                where=kind.name,
+                remedy=f"return a float tensor of shape [{2**bits}]",
+            ) from None
+    return kind.name
 
 
 def stored_codebook(name: str, bits: int) -> str:

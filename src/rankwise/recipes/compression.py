@@ -217,6 +217,12 @@ class Recipe(_Node):
     trust_remote_code: bool = False
 
     @property
+    def plan_file(self) -> str | None:
+        """The plan that the allocation takes over or starts from; None without one."""
+        key = {"plan": "file", "bayesian": "plan"}.get(self.allocation.name)
+        return None if key is None else getattr(self.allocation, key)
+
+    @property
     def judges(self) -> bool:
         """Whether validation samples are needed: for a search, or to judge a repair."""
         return self.allocation.searches or bool(self.repair.steps)
@@ -230,9 +236,8 @@ class Recipe(_Node):
         """
         scored = None if self.evaluation is None else self.evaluation.source
         require_files(self.calibration.source, self.validation.source, scored, self.repair.data)
-        for key in ("file", "plan"):
-            if (plan := getattr(self.allocation, key, None)) is not None:
-                Plan.load(Path(plan))
+        if (plan := self.plan_file) is not None:
+            Plan.load(Path(plan))
 
     @model_validator(mode="after")
     def _size_for_method(self) -> Recipe:

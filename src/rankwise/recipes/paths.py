@@ -13,6 +13,9 @@ from rankwise.plugins import in_file
 
 Resolve = Callable[[str], str]
 
+_PLAN_KEYS = {"plan": "file", "bayesian": "plan"}
+"""By allocation, the setting that names a plan."""
+
 
 def beside(values: Mapping[str, Any], file: str) -> dict[str, Any]:
     """A recipe's values with absolute paths, the same wherever the command runs.
@@ -25,10 +28,13 @@ def beside(values: Mapping[str, Any], file: str) -> dict[str, Any]:
 
     def resolve(path: str) -> str:
         # A path that is absolute stays as it is.
-        return os.path.normpath(os.path.join(folder, os.path.expanduser(path)))
+        try:
+            return os.path.normpath(os.path.join(folder, os.path.expanduser(path)))
+        except ValueError:  # no path: validation says so
+            return path
 
     found = dict(values)
-    nodes = {
+    nodes: dict[tuple[str, ...], Resolve] = {
         ("model",): lambda path: _model(path, resolve),
         ("output",): resolve,
         ("calibration", "source"): lambda text: _source(text, resolve),
@@ -37,13 +43,14 @@ def beside(values: Mapping[str, Any], file: str) -> dict[str, Any]:
         ("repair", "data"): lambda text: _source(text, resolve),
         ("allocation",): lambda text: _allocation(text, resolve),
         ("allocation", "name"): lambda name: _class(name, resolve),
-        ("allocation", "file"): resolve,
-        ("allocation", "plan"): resolve,
         ("method",): lambda name: _class(name, resolve),
         ("method", "name"): lambda name: _class(name, resolve),
         ("method", "codebook"): lambda name: _class(name, resolve),
         ("method", "lr_codebook"): lambda name: _class(name, resolve),
     }
+    given = values.get("allocation")
+    if isinstance(given, Mapping) and (key := _PLAN_KEYS.get(str(given.get("name")))):
+        nodes["allocation", key] = resolve
     for place, change in nodes.items():
         _put(found, place, change)
     return found

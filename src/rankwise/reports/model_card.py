@@ -134,11 +134,13 @@ def model_card(
         "tags": ["rankwise", "quantized" if report.coded else "low-rank"],
         **(front or {}),
     }
+    if report.coded and "base_model" in keys:
+        keys["base_model_relation"] = "quantized"
     return environment.from_string(_CARD).render(
         **dict(report),
         name=name,
         front=yaml.safe_dump(keys, sort_keys=False, allow_unicode=True),
-        directory=json.dumps(directory),
+        directory=json.dumps(directory, ensure_ascii=False),
         upload=re.sub(r"[^\w.-]+", "-", directory),
         low_rank=low_rank,
         smaller=smaller,

@@ -63,7 +63,7 @@ def choose_cuts(work: Work, outlooks: Outlooks) -> Chosen:
     outlooks.require(pairs_of(work))
     # The number of trials may be raised later, so it is not part of what a trial depends on.
     key = {**objective_key(work, samples), "allocation": allocation.model_dump(exclude={"trials"})}
-    key |= {"budget": recipe.budget.model_dump(), "plan": content_of(getattr(allocation, "plan", None))}
+    key |= {"budget": recipe.budget.model_dump(), "plan": content_of(recipe.plan_file)}
     key |= chosen_key(work)
     with at_work(work) as crew:
         # So many at a time give another search than one after another.

@@ -31,7 +31,7 @@ from rankwise.runs import Folder
 from rankwise.sizes import Plan
 from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.planning import objective_key, select_samples
-from rankwise.stages.work import Work, sequence_length
+from rankwise.stages.work import Work, chosen_key, sequence_length
 from rankwise.statistics import SiteStatistics, Store
 
 _FACTORS = "factors.safetensors"
@@ -69,6 +69,7 @@ def prepare_repair(work: Work, store: Store, outlooks: Outlooks, plan: Plan) -> 
         "plan": plan.model_dump(mode="json", include={"cuts", "form"}),
         "method": work.recipe.method.model_dump(),
         "steps": [],
+        **chosen_key(work),
     }
     if work.judge is not None:
         key["judged_by"] = work.fingerprint

@@ -92,7 +92,7 @@ def search_units(work: Work, judge: Objective) -> tuple[Searched, dict[str, Tens
     space = unit_space_named(allocation.space, _units(work, couplings, planned({})), _kept(work), planned)
     # The number of trials may be raised later, so it is not part of what a trial depends on.
     key = {**objective_key(work, samples), "allocation": allocation.model_dump(exclude={"trials"})}
-    key |= {"budget": work.recipe.budget.model_dump(), "plan": content_of(allocation.plan), **chosen_key(work)}
+    key |= {"budget": work.recipe.budget.model_dump(), "plan": content_of(work.recipe.plan_file), **chosen_key(work)}
     key["couplings"] = [[coupling.name, coupling.units] for coupling in couplings]
     stage = work.stage("search", key)
     evidence = Evidence(

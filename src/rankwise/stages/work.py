@@ -378,8 +378,13 @@ def model_key(work: Work) -> dict[str, Any]:
 
 
 def chosen_key(work: Work) -> dict[str, Any]:
-    """What the cuts of an allocation depend on, where sites are left out."""
-    return {"left_out": sorted(work.left_out)} if work.left_out else {}
+    """What cuts depend on beside model, method and budget: sites that are left out, and, where the size of the whole is
+    asked for, what all else takes of it.
+    """
+    found: dict[str, Any] = {"left_out": sorted(work.left_out)} if work.left_out else {}
+    if work.problem.allowance.budget.size is not None:
+        found["allowed"] = work.problem.allowance.bits
+    return found
 
 
 def calibration_key(work: Work) -> dict[str, Any]:
