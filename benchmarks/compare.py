@@ -226,7 +226,8 @@ def draw(rows: list[ComparedRow], text: str, path: Path) -> None:
 NOTES = f"""SmolLM2-135M-Instruct. Calibration {CALIBRATION} x {LENGTH} tokens of mix.calibration, {SCORED} x {LENGTH}
 of each text scored; one seed; no repair and no search; low rank is stored as `auto` in every row, so that the papers'
 methods take pivot rows where those are smaller. Few bits of ours are rows of `benchmarks/results/mixed.json`. Rows of
-peers are the weights that their own code makes; what pads a row there is not counted. Embeddings stay at 16 bits in
+peers are the weights that their own code makes; what pads a row there is not counted. GPTQ's scales are of the extremes
+of each group and its Hessians of the original model. Embeddings stay at 16 bits in
 every row. The weights were rounded to 4 bits once before (Q4_1), which favours formats of 4 bits in small groups.
 
 """

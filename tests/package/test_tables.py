@@ -95,6 +95,8 @@ TABLES = {
             "ours, codes alone, 3 bits": {"way": "quantize", "asked": 3.0},
             "llama.cpp Q3_K": {"way": "llama.cpp Q3_K"},
             "llama.cpp IQ3_XXS": {"way": "llama.cpp IQ3_XXS"},
+            "GPTQ, 3 bits": {"way": "GPTQ 3 bits, groups of 64"},
+            "GPTQ, 4 bits": {"way": "GPTQ 4 bits, groups of 64"},
             "HQQ, 3 bits": {"way": "HQQ 3 bits, groups of 64"},
             "ours, `mixed`, 2.5 bits": {"way": "mixed", "asked": 2.5},
             "ours, codes alone, 2.5 bits": {"way": "quantize", "asked": 2.5},
