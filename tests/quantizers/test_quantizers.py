@@ -21,6 +21,7 @@ from torch.nn import functional
 from rankwise.errors import RecipeError
 from rankwise.factors import Factors, Fit
 from rankwise.layers import QuantizedLinear, cache_dense, substitute
+from rankwise.layers.quantized import PackedMatrix
 from rankwise.linalg import InputMetric
 from rankwise.methods.caldera import Caldera
 from rankwise.methods.quantize import Quantize
@@ -228,6 +229,23 @@ def test_the_scale_of_the_lattice_is_within_a_hundredth_of_the_best_for_a_gaussi
     scale = codebook.scales(x)
     errors = [float((codebook.quantize(x, scale * by).dense() - x).square().mean()) for by in (1, 0.96, 1.04)]
     assert errors[0] <= 1.01 * min(errors)
+
+
+@pytest.mark.parametrize("codebook", ["e8p", "uniform", "nf", "levels:-1,-0.1,0.1,1,2,3,4,5.3"])
+def test_tables_are_numbers_of_32_bits_whatever_a_model_is_loaded_in(codebook: str) -> None:
+    """Loading makes layers while its own type is the usual one, and what is kept of that time would stay rounded."""
+    for table in (e8p_patterns, e8_short_values):
+        table.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        PackedMatrix(8, 16, 3, codebook, [1, 1], 0)
+        during = tables_for(codebook, 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for table in (e8p_patterns, e8_short_values):
+        table.cache_clear()
+    assert all(table.dtype == torch.float32 for table in during)
+    assert all(torch.equal(one, other) for one, other in zip(during, tables_for(codebook, 3), strict=True))
 
 
 def test_what_stored_codes_mean_never_changes() -> None:

@@ -29,7 +29,7 @@ from rankwise.cli.evaluating import evaluate
 from rankwise.cli.files import plan_app, recipes_app
 from rankwise.cli.finetuning import finetune
 from rankwise.cli.measuring import cost, speed
-from rankwise.cli.options import put, read_fractions, recipe_of, require_trust
+from rankwise.cli.options import defaults_in_words, put, read_fractions, recipe_of, require_trust
 from rankwise.cli.planning_memory import plan_memory
 from rankwise.cli.talking import chat, generate
 
@@ -200,6 +200,9 @@ def compress(
 
     reporter = reporter_for(quiet, lines=True)
     reporter.facts["model"] = valid.model
+    sized = recipe is not None or plan is not None or (keep, bits, size) != (None, None, None)
+    for line in defaults_in_words(valid, sized=sized):
+        reporter.say(line)
     result = run(valid, run_directory=run_dir, overwrite=overwrite, reporter=reporter)
     if json:
         print_json(result.report.model_dump(mode="json"))

@@ -218,6 +218,30 @@ def recipe_of(
     return recipe_from(values, origin=origin)
 
 
+def defaults_in_words(recipe: Recipe, sized: bool) -> list[str]:
+    """What a run takes where nothing was said, a line each, before it begins.
+
+    Args:
+        recipe: the whole run.
+        sized: whether a size, a plan or a recipe was given.
+    """
+    from rankwise.device import named_device
+
+    given, said = recipe.calibration, []
+    if not sized and recipe.budget.keep is not None:
+        said.append(f"size: --keep {recipe.budget.keep:g}, as none is given")
+    if "source" not in given.model_fields_set:
+        said.append(
+            "calibration: the documentation that Python carries, as no --calibration is given; text of the kind the "
+            "model is for loses less"
+        )
+    if given.sequences == "auto":
+        where = named_device(recipe.device).type
+        more = " (statistics of --sequences 256 take eight times as long)" if where == "cpu" else ""
+        said.append(f"calibration: {given.counted(where)} sequences, as usual on a {where.upper()}{more}")
+    return said
+
+
 def scored_as(model: str, text: str | None, given: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """What to score a model on: as options say, and as its report does where none says how.
 

@@ -84,12 +84,12 @@ def e8_short_values() -> Tensor:
             table.append(list(signs))
     for place, sign in itertools.product(range(LATTICE), (2.0, -2.0)):
         table.append([sign if place == each else 0.0 for each in range(LATTICE)])
-    return torch.tensor(table[:256], device="cpu")
+    return torch.tensor(table[:256], dtype=torch.float32, device="cpu")
 
 
 def uniform_levels(bits: int) -> Tensor:
     """2^bits evenly spaced levels around zero, one apart, shape `[2^bits]`."""
-    return torch.arange(2**bits, device="cpu") - (2**bits - 1) / 2
+    return torch.arange(2**bits, dtype=torch.float32, device="cpu") - (2**bits - 1) / 2
 
 
 def normal_float_levels(bits: int) -> Tensor:
@@ -104,7 +104,8 @@ def normal_float_levels(bits: int) -> Tensor:
 
 def given_levels(codebook: str, bits: int) -> Tensor:
     """The levels that a name spells out, shape `[2^bits]`."""
-    levels = torch.tensor([float(level) for level in codebook[len(GIVEN) :].split(",")], device="cpu")
+    numbers = [float(level) for level in codebook[len(GIVEN) :].split(",")]
+    levels = torch.tensor(numbers, dtype=torch.float32, device="cpu")
     if len(levels) != 2**bits:
         raise ValueError(f"a codebook of {bits} bits has {2**bits} levels, not {len(levels)}")
     return levels

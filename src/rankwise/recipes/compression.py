@@ -22,12 +22,16 @@ class _Node(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+_SEQUENCES, _SEQUENCES_ON_CPU = 256, 32
+
+
 class Calibration(_Node):
     """The text whose statistics steer the factorisation.
 
     Attributes:
         source: see `rankwise.data.sources` for the grammar.
-        sequences: how many; None for all.
+        sequences: how many; None for all. `auto` is 256, and 32 where a CPU computes, for which 256 take half an hour on a
+            model of 135 million numbers.
         length: tokens a sequence; None means the smaller of 512 and the model's context, and for a `tokens:` source of
             shape `[sequences, tokens]` its own.
         sample: `random` draws sequences by the recipe's seed, `first` takes them from the start.
@@ -37,11 +41,21 @@ class Calibration(_Node):
     """
 
     source: SourceText = "bundled"
-    sequences: Count | None = 256
+    sequences: Count | Literal["auto"] | None = "auto"
     length: Length | None = None
     sample: Literal["random", "first"] = "random"
     batch_size: Count = 8
     bos: Start = "auto"
+
+    def counted(self, device: str) -> int | None:
+        """How many sequences are read; None for all.
+
+        Args:
+            device: type of the device that computes, `cpu` or such.
+        """
+        if self.sequences == "auto":
+            return _SEQUENCES_ON_CPU if device == "cpu" else _SEQUENCES
+        return self.sequences
 
 
 class Evaluation(_Node):

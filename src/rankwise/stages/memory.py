@@ -127,7 +127,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
         requests += recipe.method.plan_requests()
     block_of = {site.name: site.block for site in sites}
     calibration = recipe.calibration
-    count = calibration.sequences or _SEQUENCES
+    count = calibration.counted(named_device(recipe.device).type) or _SEQUENCES
     made: dict[Any, tuple[int, int]] = {}
     measured = watched(sites, left_out(sites, recipe.include, recipe.exclude))
     for statistic in requests:

@@ -218,6 +218,15 @@ def _read_validation(recipe: Recipe, loaded: LoadedModel, calibration: Sequences
     return Sequences(chosen, f"{source} (not used for calibration)", int(unused.sum()), pool.cut, pool.bos)
 
 
+def _count(settings: Calibration | Validation | Evaluation, loaded: LoadedModel) -> int | None:
+    """How many sequences are read; None for all."""
+    match settings:
+        case Calibration():
+            return settings.counted(loaded.model.device.type)
+        case _:
+            return settings.sequences
+
+
 def read_sequences(
     settings: Calibration | Validation | Evaluation, loaded: LoadedModel, seed: int, skip: int, every: bool = False
 ) -> Sequences:
@@ -228,7 +237,7 @@ def read_sequences(
         loaded.tokenizer,
         loaded.vocabulary,
         length=sequence_length(settings, loaded.context),
-        count=None if every else settings.sequences,
+        count=None if every else _count(settings, loaded),
         seed=seed if settings.sample == "random" else None,
         first=skip,
         start=settings.bos,
@@ -300,7 +309,7 @@ def begin(
             "layout is none of those that are known"
         )
     calibration = texts.calibration
-    asked = recipe.calibration.sequences
+    asked = recipe.calibration.counted(loaded.model.device.type)
     if asked is not None and len(calibration.ids) < asked:
         reporter.note(
             f"the calibration source holds {len(calibration.ids)} sequences, fewer than the {asked} asked for"
