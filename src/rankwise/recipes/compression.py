@@ -30,8 +30,7 @@ class Calibration(_Node):
 
     Attributes:
         source: see `rankwise.data.sources` for the grammar.
-        sequences: how many; None for all. `auto` is 256, and 32 where a CPU computes, for which 256 take half an hour on a
-            model of 135 million numbers.
+        sequences: how many; None for all. `auto` is 256, and 32 where a CPU computes.
         length: tokens a sequence; None means the smaller of 512 and the model's context, and for a `tokens:` source of
             shape `[sequences, tokens]` its own.
         sample: `random` draws sequences by the recipe's seed, `first` takes them from the start.
