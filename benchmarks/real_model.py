@@ -31,19 +31,17 @@ ROWS: dict[str, dict[str, Any]] = {
 def measure(shared: Path, folder: Path, row: str, keep: float, texts: dict[str, Any]) -> dict[str, Any]:
     """One cell: perplexity, and KL to the original in nats a token."""
     settings = dict(ROWS[row])
+    budget = {"keep": keep, "storage": settings.pop("storage")}
+    text = f"text:{shared}/data/mix.calibration.txt"
+    return scored(shared, folder / f"run-{MODEL}", text, MODELS[MODEL]["calibration"], texts, budget=budget, **settings)
+
+
+def scored(shared: Path, run: Path, text: str, count: int, texts: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    """Compress the model once, with so many sequences of a text and these keys of the recipe, and score it."""
     source = str(path_of(MODEL, shared))
-    values = {
-        "model": source,
-        "calibration": {
-            "source": f"text:{shared}/data/mix.calibration.txt",
-            "sequences": MODELS[MODEL]["calibration"],
-            "length": LENGTH,
-            "batch_size": MODELS[MODEL]["batch"],
-        },
-        "budget": {"keep": keep, "storage": settings.pop("storage")},
-        **settings,
-    }
-    result = compress(recipe_from(values), run_directory=folder / f"run-{MODEL}", reporter=Reporter(show=False))
+    calibration = {"source": text, "sequences": count, "length": LENGTH, "batch_size": MODELS[MODEL]["batch"]}
+    recipe = recipe_from({"model": source, "calibration": calibration, **keys})
+    result = compress(recipe, run_directory=run, reporter=Reporter(show=False))
     dense, small = load_model(source).model, result.model.float()
     scores = {name: compare(dense, small, ids) for name, ids in texts.items()}
     return {

@@ -9,39 +9,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from allocation import Kept
 from common import ROOT, markdown_table, shared_directory, write_result
-from mixed import LENGTH, MODELS, TEXTS, compare, path_of, texts_of
-from rankwise import compress
-from rankwise.checkpoints import load_model
-from rankwise.progress import Reporter
-from rankwise.recipes import recipe_from
+from mixed import LENGTH, MODELS, TEXTS, texts_of
+from real_model import MODEL, scored
 
-MODEL, KEEP = "smollm2-135m", 0.8
+KEEP = 0.8
 SOURCES = {"mix.calibration": "text:{}/data/mix.calibration.txt", "wikitext2.valid": "text:{}/data/wikitext2.valid.txt"}
 SOURCES["bundled"] = "bundled"
 COUNTS = (16, 48, 144, 256)
 CELLS = [("mix.calibration", count) for count in COUNTS] + [("wikitext2.valid", 48), ("bundled", 48), ("bundled", 256)]
-
-
-def measure(shared: Path, folder: Path, source: str, count: int, texts: dict[str, Any]) -> dict[str, Any]:
-    """One row: perplexity, and KL to the original in nats a token."""
-    model = str(path_of(MODEL, shared))
-    calibration = {"source": SOURCES[source].format(shared), "sequences": count, "length": LENGTH}
-    values = {
-        "model": model,
-        "calibration": {**calibration, "batch_size": MODELS[MODEL]["batch"]},
-        "budget": {"keep": KEEP},
-    }
-    result = compress(recipe_from(values), run_directory=folder / "run", reporter=Reporter(show=False))
-    dense, small = load_model(model).model, result.model.float()
-    scores = {name: compare(dense, small, ids) for name, ids in texts.items()}
-    return {
-        "perplexity": {name: score[0] for name, score in scores.items()},
-        "kl": {name: score[1] for name, score in scores.items()},
-    }
 
 
 def main() -> None:
@@ -55,7 +33,9 @@ def main() -> None:
     for source, count in CELLS:
         label = {"source": source, "sequences": count}
         if kept.get(label) is None:
-            kept.add({**label, **measure(shared, arguments.run_dir, source, count, texts)})
+            text = SOURCES[source].format(shared)
+            found = scored(shared, arguments.run_dir / "run", text, count, texts, budget={"keep": KEEP})
+            kept.add({**label, **found})
             print(kept.get(label), flush=True)
     rows = []
     for figure in kept.figures:
@@ -66,7 +46,7 @@ def main() -> None:
         f"SmolLM2-135M-Instruct (`make real-model`), two_sided, spectral, keep {KEEP}, stored as `auto`, sequences of "
         f"{LENGTH} tokens; perplexity (KL to the original) on {MODELS[MODEL]['scored']} x {LENGTH} tokens of each "
         "text. One seed. `bundled` is the documentation of Python, wikitext2.valid articles of an encyclopedia, "
-        "mix.calibration prose, code, mathematics, dialogue and instructions.\n\n" + markdown_table(header, rows)
+        "mix.calibration prose of many kinds.\n\n" + markdown_table(header, rows)
     )
     write_result("text", "Calibration text", "python benchmarks/text.py", body, kept.figures)
 

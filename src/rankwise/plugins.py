@@ -51,6 +51,16 @@ class Plugins:
         """Whether a name stands for one of them; a file is not opened."""
         return in_file(name) or (isinstance(name, str) and name in installed(self.group))
 
+    def branch(self, value: Any, known: Mapping[str, Any]) -> str:
+        """Which branch of a union, told by names, a value in a recipe belongs to: `plugin`, or a known name.
+
+        Args:
+            value: a name, a mapping with one, or a settings object.
+            known: those of this package, which come first.
+        """
+        named = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", value)
+        return "plugin" if self.has(named) and named not in known else str(named)
+
     def found(self, name: str) -> tuple[type, str]:
         """The class behind a name, and what says its version: a hash of its file, or a package's version.
 

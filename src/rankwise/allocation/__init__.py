@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
@@ -31,12 +30,6 @@ ALLOCATIONS: dict[str, type[Allocation]] = {
 }
 
 
-def _kind(value: Any) -> str:
-    """Which branch of `AnyAllocation` a value in a recipe belongs to."""
-    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
-    return "plugin" if PLUGINS.has(name) and name not in ALLOCATIONS else str(name)
-
-
 AnyAllocation = Annotated[
     Annotated[Uniform, Tag("uniform")]
     | Annotated[Manual, Tag("manual")]
@@ -44,7 +37,7 @@ AnyAllocation = Annotated[
     | Annotated[Bayesian, Tag("bayesian")]
     | Annotated[Planned, Tag("plan")]
     | Annotated[Plugged, Tag("plugin")],
-    Discriminator(_kind),
+    Discriminator(lambda value: PLUGINS.branch(value, ALLOCATIONS)),
 ]
 """An allocation as a node of a recipe, told by its name."""
 

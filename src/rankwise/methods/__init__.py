@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
@@ -44,18 +43,6 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def _kind(value: Any) -> str:
-    """Which branch of `AnyMethod` a value in a recipe belongs to."""
-    name = (
-        value
-        if isinstance(value, str)
-        else value.get("name")
-        if isinstance(value, Mapping)
-        else getattr(value, "name", None)
-    )
-    return "plugin" if PLUGINS.has(name) and name not in METHODS else str(name)
-
-
 AnyMethod = Annotated[
     Annotated[SVD, Tag("svd")]
     | Annotated[FWSVD, Tag("fwsvd")]
@@ -72,7 +59,7 @@ AnyMethod = Annotated[
     | Annotated[Pruned, Tag("pruned")]
     | Annotated[SliceGPT, Tag("slicegpt")]
     | Annotated[Plugged, Tag("plugin")],
-    Discriminator(_kind),
+    Discriminator(lambda value: PLUGINS.branch(value, METHODS)),
 ]
 """A method as a node of a recipe, told by its name."""
 

@@ -25,7 +25,23 @@ class _Node(BaseModel):
 _SEQUENCES, _SEQUENCES_ON_CPU = 256, 32
 
 
-class Calibration(_Node):
+class _Text(_Node):
+    """Text that is read as sequences."""
+
+    sequences: Count | Literal["auto"] | None = None
+
+    def counted(self, device: str) -> int | None:
+        """How many sequences are read; None for all.
+
+        Args:
+            device: type of the device that computes, `cpu` or such.
+        """
+        if self.sequences == "auto":
+            return _SEQUENCES_ON_CPU if device == "cpu" else _SEQUENCES
+        return self.sequences
+
+
+class Calibration(_Text):
     """The text whose statistics steer the factorisation.
 
     Attributes:
@@ -46,18 +62,8 @@ class Calibration(_Node):
     batch_size: Count = 8
     bos: Start = "auto"
 
-    def counted(self, device: str) -> int | None:
-        """How many sequences are read; None for all.
 
-        Args:
-            device: type of the device that computes, `cpu` or such.
-        """
-        if self.sequences == "auto":
-            return _SEQUENCES_ON_CPU if device == "cpu" else _SEQUENCES
-        return self.sequences
-
-
-class Evaluation(_Node):
+class Evaluation(_Text):
     """Text on which dense and compressed model are scored after compression.
 
     Attributes:
@@ -85,7 +91,7 @@ class Evaluation(_Node):
     speed: bool = True
 
 
-class Validation(_Node):
+class Validation(_Text):
     """Samples on which a search judges its plans.
 
     Attributes:

@@ -218,15 +218,6 @@ def _read_validation(recipe: Recipe, loaded: LoadedModel, calibration: Sequences
     return Sequences(chosen, f"{source} (not used for calibration)", int(unused.sum()), pool.cut, pool.bos)
 
 
-def _count(settings: Calibration | Validation | Evaluation, loaded: LoadedModel) -> int | None:
-    """How many sequences are read; None for all."""
-    match settings:
-        case Calibration():
-            return settings.counted(loaded.model.device.type)
-        case _:
-            return settings.sequences
-
-
 def read_sequences(
     settings: Calibration | Validation | Evaluation, loaded: LoadedModel, seed: int, skip: int, every: bool = False
 ) -> Sequences:
@@ -237,7 +228,7 @@ def read_sequences(
         loaded.tokenizer,
         loaded.vocabulary,
         length=sequence_length(settings, loaded.context),
-        count=None if every else _count(settings, loaded),
+        count=None if every else settings.counted(loaded.model.device.type),
         seed=seed if settings.sample == "random" else None,
         first=skip,
         start=settings.bos,
