@@ -144,7 +144,11 @@ class Plugins:
             own = [
                 key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, self.base)
             ]
-            raise RecipeError(f"The file has no class {shown(wanted)}.", where=name, remedy=nearest(wanted, own))
+            raise RecipeError(
+                f"The file has no class {shown(wanted)}.",
+                where=name,
+                remedy=nearest(wanted, own) if own else f"it holds no {self.noun}; {self.advice}",
+            )
         return found
 
     def _whole(self, name: str, found: Any) -> type:

@@ -87,6 +87,7 @@ def test_a_choice_that_is_none_of_the_problem_is_refused(
     ("code", "name", "says"),
     [
         ("Own = 3\n", "Own", "is no allocation"),
+        ("", "Own", "holds no allocation; derive it from"),
         ("from rankwise.allocation import Allocation\nclass Own(Allocation): pass\n", "Own", "lacks choose"),
         ("from rankwise.allocation import Allocation\nclass Own(Allocation): pass\n", "Owm", "'Own'"),
         ("x = 1 / 0\n", "Own", r"ZeroDivisionError.*\n.*line 1"),
