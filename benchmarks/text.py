@@ -18,8 +18,8 @@ from real_model import MODEL, scored
 KEEP = 0.8
 SOURCES = {"mix.calibration": "text:{}/data/mix.calibration.txt", "wikitext2.valid": "text:{}/data/wikitext2.valid.txt"}
 SOURCES["bundled"] = "bundled"
-COUNTS = (16, 48, 144, 256)
-CELLS = [("mix.calibration", count) for count in COUNTS] + [("wikitext2.valid", 48), ("bundled", 48), ("bundled", 256)]
+COUNTS = (16, 32, 64, 128)
+CELLS = [("mix.calibration", count) for count in COUNTS] + [("wikitext2.valid", 64), ("bundled", 64)]
 
 
 def main() -> None:

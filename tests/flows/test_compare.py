@@ -284,7 +284,8 @@ def test_settings_of_a_method_reach_it_alone() -> None:
     ("way", "found"),
     [
         ("bolaco/bayesian:5x1+subspace", "Bolaco 5x1"),
-        ("bolaco/manual:q=0.7", "LoRD"),
+        ("bolaco/manual:q=0.7", "LoRD's"),
+        ("afm/manual:q=0.7", "LoRD, with"),
         ("svd/uniform", "SVD"),
         ("two_sided", ""),
         ("dense", ""),

@@ -9,6 +9,7 @@ from conftest import ROOT, figures
 LINES = {
     "As small as possible": [("mixed", 3.0)],
     "Nearly as good": [("quantize", 4.0), ("quantize", 3.0)],
+    "No codes": [("two_sided", 0.9), ("two_sided", 0.8)],
     "A plain checkpoint": [("flap", 0.8)],
 }
 """Beginning of a line -> the rows of the comparison that it tells of, in order."""
