@@ -7,6 +7,9 @@ from dataclasses import fields
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import tiny_llama
@@ -103,3 +106,30 @@ def test_what_is_measured_in_another_precision_is_refused(dtype: torch.dtype) ->
     sums = MeasuredSums(lambda x, _inputs: (len(x), x.sum(0, dtype=dtype)), D, CPU)
     with pytest.raises(TypeError, match="sums are float32"):
         sums.add(torch.ones(4, D), torch.ones(4, 3))
+
+
+@given(
+    parts=st.lists(st.integers(1, 40), min_size=2, max_size=5),
+    blocks=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 99),
+)
+@examples(max_examples=25, deadline=None)
+def test_curvature_added_in_place_is_the_merge_of_what_is_taken(parts: list[int], blocks: int, seed: int) -> None:
+    generator, m = torch.Generator().manual_seed(seed), 300
+    given_parts = [torch.randn(part, m, generator=generator) for part in parts]
+    one, other = (CurvatureSums(m, m // blocks, CPU) for _ in range(2))
+    merged = in_place = None
+    for x in given_parts:
+        one.add(x)
+        other.add(x)
+        taken = one.take()
+        merged = taken if merged is None else merged.merge(taken)
+        in_place = other.take() if in_place is None else other.add_to(in_place)
+    assert merged is not None
+    assert in_place is not None
+    assert in_place.count == merged.count == sum(parts)
+    assert torch.equal(in_place.blocks, merged.blocks)
+    assert torch.equal(in_place.blocks, in_place.blocks.mT)
+    whole = torch.cat(given_parts).double().unflatten(1, (blocks, -1))
+    torch.testing.assert_close(in_place.blocks, torch.einsum("tki,tkj->kij", whole, whole), rtol=1e-5, atol=1e-4)
+    assert other.empty

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,50 @@ class _Passing(nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return self.__dict__["answer"]
+
+
+class _Handing(nn.Module):
+    """Stands where a block is and answers what it reads, in the block's form.
+
+    Args:
+        block: asked for attributes.
+        form: type of an answer and what goes with the hidden states in it; None where these are all of it.
+    """
+
+    def __init__(self, block: nn.Module, form: tuple[Any, tuple[Any, ...]] | None) -> None:
+        super().__init__()
+        self.__dict__["block"], self.__dict__["form"] = block, form
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *positional: Any, **named: Any) -> Any:
+        hidden, form = positional[0] if positional else named["hidden_states"], self.__dict__["form"]
+        return hidden if form is None else form[0]([hidden, *form[1]])
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two modules' arguments are the same, tensors to the last bit."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, tuple | list):
+        return type(one) is type(other) and len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(_alike(one[k], other[k]) for k in one)
+    return type(one) is type(other)
+
+
+Handed = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is handed beside hidden states: by position, and by name."""
+
+
+def _keeping(found: dict[int, Handed], index: int) -> Callable[..., None]:
+    """A hook that keeps what a block is handed."""
+
+    def hook(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found[index] = positional[1:], {key: value for key, value in named.items() if key != "hidden_states"}
+
+    return hook
 
 
 def first_of(outputs: Any) -> Tensor:
@@ -83,8 +127,9 @@ class BlockRunner:
     ids: Tensor
     batch_size: int
     autocast: bool = True
-    _arguments: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    _arguments: dict[tuple[int, int], Handed] = field(default_factory=dict)
     _returns: dict[int, Any] = field(default_factory=dict)
+    _cheap: bool | None = None
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
@@ -137,16 +182,47 @@ class BlockRunner:
 
     @torch.no_grad()
     def learn(self, size: int) -> None:
-        """Find out once what the model hands its blocks beside hidden states (masks, positions) at a batch size."""
+        """Find out once what the model hands its blocks beside hidden states (masks, positions) at a batch size.
+
+        The first size takes a pass. Where that showed that the same is handed to blocks that do nothing, further ones
+        take none.
+        """
         if (0, size) in self._arguments:
             return
+        if self._arguments and self._cheap is None:
+            _, first = next(iter(self._arguments))
+            self._cheap = self._same_to_none(first)
+        if self._cheap:
+            self._arguments |= {(index, size): handed for index, handed in self._handed_to_none(size).items()}
+        else:
+            self._pass(size)
 
-        def keep(index: int) -> Any:
-            def hook(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-                others = {key: value for key, value in named.items() if key != "hidden_states"}
-                self._arguments[index, size] = (positional[1:], others)
+    def _same_to_none(self, size: int) -> bool:
+        """Whether blocks that do nothing are handed what was learned at this size."""
+        try:
+            found = self._handed_to_none(size)
+        except Exception:  # such as of a model that computes with what else its blocks return
+            return False
+        return all(_alike(found.get(index), self._arguments[index, size]) for index in range(len(self.blocks)))
 
-            return hook
+    def _handed_to_none(self, size: int) -> dict[int, Handed]:
+        """By block, what it is handed beside hidden states where no block does anything."""
+        blocks, real = self.blocks, list(self.blocks)
+        found: dict[int, Handed] = {}
+        for index, block in enumerate(real):
+            blocks[index] = _Handing(block, self._returns[index])
+            blocks[index].register_forward_pre_hook(_keeping(found, index), with_kwargs=True)
+        try:
+            with self._computing():
+                self.model.base_model(input_ids=self.ids[:size].to(self.device), use_cache=False)
+        finally:
+            for index, block in enumerate(real):
+                blocks[index] = block
+        return found
+
+    def _pass(self, size: int) -> None:
+        """Learn from a pass of the model as it is."""
+        found: dict[int, Handed] = {}
 
         def keep_form(index: int) -> Any:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -157,7 +233,10 @@ class BlockRunner:
             return hook
 
         blocks = self.blocks
-        handles = [block.register_forward_pre_hook(keep(i), with_kwargs=True) for i, block in enumerate(blocks)]
+        handles = [
+            block.register_forward_pre_hook(_keeping(found, index), with_kwargs=True)
+            for index, block in enumerate(blocks)
+        ]
         handles += [block.register_forward_hook(keep_form(i)) for i, block in enumerate(blocks)]
         try:
             with self._computing():
@@ -165,6 +244,7 @@ class BlockRunner:
         finally:
             for handle in handles:
                 handle.remove()
+        self._arguments |= {(index, size): handed for index, handed in found.items()}
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """A block's output.

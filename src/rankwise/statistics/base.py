@@ -99,6 +99,14 @@ class Sums(ABC):
     def take(self) -> Totals:
         """What was added, in float64 on the same device; the sums start afresh."""
 
+    def add_to(self, before: Any) -> Any | None:
+        """What `before.merge(take())` gives, made of the tensors of `before` themselves; None where that saves nothing.
+
+        Args:
+            before: totals that an earlier `take` of these sums gave, and that nothing else holds.
+        """
+        return None
+
 
 StartSums = Callable[[int, torch.device], Sums]
 """Begins the sums of one stream, given the dimension of its vectors and the device they live on."""

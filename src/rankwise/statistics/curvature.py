@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from rankwise.models import Site
 from rankwise.progress import Reporter
 from rankwise.statistics.base import DEFAULT_GROUPS, Labels, Place, StartSums, Statistic, Sums, Totals
+from rankwise.statistics.moment_sums import gram_panel
 from rankwise.statistics.streams import Stream, gradient_streams
 
 DEFAULT_CURVATURE_GB = 8.0
@@ -56,7 +57,8 @@ class CurvatureSums(Sums):
     """
 
     def __init__(self, m: int, block: int, device: torch.device) -> None:
-        self._blocks = torch.zeros(m // block, block, block, device=device)
+        self._blocks = torch.zeros(m // block, block, block, device=device)  # Their lower halves are kept up to date.
+        self._panel = gram_panel(block, device)
         self._count = 0
 
     @property
@@ -70,14 +72,34 @@ class CurvatureSums(Sums):
         count, block, _ = self._blocks.shape
         g = x.reshape(-1, count, block).float()
         parts = g.transpose(0, 1)
-        self._blocks.baddbmm_(parts.mT, parts)
+        for start, stop in self._panels():
+            self._blocks[:, start:stop, :stop].baddbmm_(parts[:, :, start:stop].mT, parts[:, :, :stop])
         self._count += len(g)
 
+    def _panels(self) -> Iterator[tuple[int, int]]:
+        """First row of every panel and the one behind its last: it reaches from the first column to its own last."""
+        size = self._blocks.shape[-1]
+        return ((start, min(start + self._panel, size)) for start in range(0, size, self._panel))
+
     def take(self) -> CurvatureTotals:
-        taken = CurvatureTotals(self._count, self._blocks.double())
-        self._blocks.zero_()
+        nothing = CurvatureTotals(0, torch.zeros_like(self._blocks, dtype=torch.float64))
+        return self._added_to(nothing)
+
+    def add_to(self, before: Any) -> CurvatureTotals | None:
+        return self._added_to(before) if before.blocks.device == self._blocks.device else None
+
+    def _added_to(self, before: CurvatureTotals) -> CurvatureTotals:
+        total = before.blocks
+        for start, stop in self._panels():
+            panel = self._blocks[:, start:stop, :stop]
+            corner = panel[:, :, start:]
+            corner.copy_(corner.tril() + corner.tril(-1).mT)
+            total[:, start:stop, :stop] += panel
+            total[:, :start, start:stop] += panel[:, :, :start].mT
+            panel.zero_()
+        after = CurvatureTotals(before.count + self._count, total)
         self._count = 0
-        return taken
+        return after
 
 
 def block_size(m: int, largest: int) -> int:

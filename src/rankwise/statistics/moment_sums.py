@@ -57,7 +57,7 @@ class MomentTotals(Totals):
         return self.scatter / self.count + torch.outer(self.mean, self.mean)
 
 
-def _gram_block(d: int, device: torch.device) -> int:
+def gram_panel(d: int, device: torch.device) -> int:
     """Rows of a Gram matrix to update at a time: small ones save most of the upper half, large ones keep GEMMs fast."""
     if device.type != "cpu":
         return max(1024, d // 4)
@@ -77,7 +77,7 @@ class MomentSums(Sums):
 
     def __init__(self, d: int, device: torch.device) -> None:
         self._gram = torch.zeros(d, d, device=device)  # Only the lower triangle is kept up to date.
-        self._block = _gram_block(d, device)
+        self._block = gram_panel(d, device)
         self._total = torch.zeros(d, device=device)
         self._shift = torch.zeros(d, device=device)
         self._count = 0

@@ -49,18 +49,29 @@ class _Watch:
     def _take(self, kept: Collected) -> None:
         if self._sums.empty:
             return
+        # What one statistic alone is made of is held by nothing else.
+        (only, *others), key = self._statistics, self.stream.key
+        if not others and key in kept[only]:
+            added = self._sums.add_to(kept[only][key])
+            if added is not None:
+                self._check_finite(added)
+                kept[only][key] = added
+                return
         taken = self._sums.take()
-        if not taken.is_finite():
+        self._check_finite(taken)
+        for statistic in self._statistics:
+            totals, by_stream = statistic.totals_of(taken).to(self._keeping), kept[statistic]
+            before = by_stream.get(self.stream.key)
+            by_stream[self.stream.key] = totals if before is None else before.merge(totals)
+
+    def _check_finite(self, totals: Totals) -> None:
+        if not totals.is_finite():
             raise NotFiniteError(
                 f"{self.stream.vectors} hold NaN or an infinity.",
                 where=self.stream.module,
                 remedy="--set precision=float32 if the model overflows in half precision; "
                 "else the checkpoint is damaged",
             )
-        for statistic in self._statistics:
-            totals, by_stream = statistic.totals_of(taken).to(self._keeping), kept[statistic]
-            before = by_stream.get(self.stream.key)
-            by_stream[self.stream.key] = totals if before is None else before.merge(totals)
 
 
 class Collector:
