@@ -304,6 +304,20 @@ MUTANTS = (
         (OWN_METRIC,),
     ),
     Mutant(
+        "curvature that is added in place loses what is above the diagonal",
+        "statistics/curvature.py",
+        "total[:, :start, start:stop] += panel[:, :, :start].mT",
+        "total[:, :start, start:stop] += 0",
+        ("statistics/test_precision.py",),
+    ),
+    Mutant(
+        "blocks that do nothing are taken to be handed what all others are",
+        "models/blocks.py",
+        "return all(_alike(found.get(index), self._arguments[index, size]) for index in range(len(self.blocks)))",
+        "return True",
+        ("models/test_learning_blocks.py",),
+    ),
+    Mutant(
         "two_sided ignores the curvature",
         "methods/two_sided.py",
         "outputs=seen.outputs, metric=metric)",
