@@ -7,7 +7,7 @@ python benchmarks/pruning.py wiki-llama-8m
 python benchmarks/pruning.py write
 
 Needs the shared models. Finished rows stay in --run-dir, and the same command goes on after a stop; `write`
-makes the result files. --rows and --keeps measure some of the cells.
+puts them into the result files, where cells of before stay. --rows and --keeps measure some of the cells.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from common import ROOT, markdown_table, shared_directory, write_result
+from common import RESULTS, ROOT, markdown_table, shared_directory, write_result
 from methods import protocols
 from rankwise import compress
 from rankwise.checkpoints import load_model
@@ -137,7 +137,11 @@ TEXTS = {
 
 
 def write(folder: Path) -> None:
-    cells = [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    result = RESULTS / "pruning.json"
+    cells = json.loads(result.read_text())["figures"] if result.exists() else []
+    cells += [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    # Of two of one place the newer one.
+    cells = list({(cell["model"], cell["row"], cell["asked"]): cell for cell in cells}.values())
     body = NOTES
     for model, keeps in KEEPS.items():
         own = [cell for cell in cells if cell["model"] == model]
