@@ -72,7 +72,7 @@ lint: setup
 
 bench: real-model peers
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,plots]' -c constraints.txt
-	cd benchmarks && for each in calibration memory decomposition "methods stories260k" "methods wiki-llama-8m" defaults \
+	cd benchmarks && for each in calibration memory decomposition head "methods stories260k" "methods wiki-llama-8m" defaults \
 		"allocation stories260k" "allocation wiki-llama-8m" ablations search "repair stories260k" "repair wiki-llama-8m" \
 		speed codebooks "caldera steps" "caldera tuned" \
 		"caldera study" "caldera write" text "mixed wiki-llama-8m" "mixed smollm2-135m" "mixed write" "pruning stories260k" "pruning wiki-llama-8m" "pruning write" search_memory real_model defaults_codes \

@@ -171,6 +171,14 @@ TABLES = {
         {**scores(0.4, 0.25), "seconds 0.4": ({"keep": 0.4}, ["repair_seconds"])},
         "runs",
     ),
+    ("docs/storage.md", "head"): Shown(
+        {str(fraction): {"fraction": fraction} for fraction in (0.8, 0.6, 0.4)},
+        {
+            "SVD of W": ({"way": "the matrix alone (SVD)"}, list(TEXTS)),
+            "inputs": ({"way": "inputs"}, list(TEXTS)),
+            "inputs and rows (as it is)": ({"way": "inputs, and rows damped by 1 (as it is)"}, list(TEXTS)),
+        },
+    ),
     ("docs/storage.md", "speed-cpu"): Shown(
         {
             "two factors, keep 0.8": {"variant": "two factors", "keep": 0.8},

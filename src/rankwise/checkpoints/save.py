@@ -22,6 +22,7 @@ from rankwise.layers.needs import (
     MINIMUM_TRANSFORMERS,
     WITHOUT_BLOCKS,
     WITHOUT_EXPERTS,
+    WITHOUT_FACTORS,
     WITHOUT_FORM,
     WITHOUT_LEVELS,
     WITHOUT_VOCABULARY,
@@ -61,8 +62,10 @@ def _format_of(
     vocabulary: Mapping[str, Any],
 ) -> int:
     """The oldest format that can say it."""
-    if "form" in stream:
+    if "rank" in vocabulary.get("head", {}):
         return FORMAT_VERSION
+    if "form" in stream:
+        return WITHOUT_FACTORS
     if any(_own_levels(form) for form in layers.values()):
         return WITHOUT_FORM
     if vocabulary:
@@ -81,7 +84,7 @@ def _own_levels(layer: Mapping[str, Any]) -> bool:
 
 def is_plain(model: Any, sites: Sequence[Site]) -> bool:
     """Whether the architecture's own code and config say all of a model: no layer of ours, no block of a size of its
-    own, no adapters of a stream, no vocabulary of codes.
+    own, no adapters of a stream, no vocabulary of codes or factors.
     """
     ours = low_rank_layers(model, sites), sizes_of_blocks(model), stream_of(model), vocabulary_entry(model)
     return not any(ours)

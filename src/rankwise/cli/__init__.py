@@ -105,7 +105,11 @@ def compress(
         str | None, typer.Option(help="8bit stores embeddings in 8 bits; a head that is tied to them too.")
     ] = None,
     head: Annotated[
-        str | None, typer.Option(help="8bit stores the head in 8 bits; embeddings that are tied to it too.")
+        str | None,
+        typer.Option(
+            help="8bit stores the head in 8 bits; embeddings that are tied to it too. low-rank stores two factors; "
+            "low-rank:0.6 says how much of it to keep."
+        ),
     ] = None,
     allocation: Annotated[
         str | None,

@@ -179,7 +179,7 @@ def count_operations(
         scales = model.get_submodule(name.rpartition(".")[0]).scale.numel()
         size += codes.numel() * codes.itemsize
         parameters += (0 if vocabulary_entry(model).get("head", {}).get("tied") else codes.numel()) - scales
-    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    tied = getattr(head, "weight", None) is model.get_input_embeddings().weight
     if tied:
         # Its numbers are the embedding's, which were counted with the parameters.
         parameters -= head.weight.numel()

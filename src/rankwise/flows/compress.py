@@ -94,7 +94,7 @@ def compress(
             with reporter.stage("pruning"):
                 work = stages.make_smaller(work)
         with reporter.stage("statistics"):
-            store = stages.collect_statistics(work)
+            store, head = stages.collect_statistics(work), stages.measure_head(work)
         outlooks = stages.Outlooks(work, store)
         if work.looks:
             with reporter.stage("outlooks"):
@@ -110,6 +110,7 @@ def compress(
         with reporter.stage("storage"):
             facts = stages.store_sites(work, chosen.plan, facts)
             stages.store_vocabulary(loaded, work.vocabulary)
+            stages.store_head(work, head)
         cost = measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
         with reporter.stage("evaluate compressed"):
             score = stages.score(work, "compressed", chosen.plan, repairing)

@@ -1,14 +1,17 @@
-"""Whether embeddings and head of a model can be held in 8 bits, and how they are put there and back."""
+"""Whether embeddings and head of a model can be held in another form, and how they are put there and back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from rankwise.errors import ModelError
+from rankwise.layers.factored_head import factored_bytes, head_rank, multiply_head
+from rankwise.layers.low_rank import LowRankLinear
 from rankwise.layers.vocabulary import hold_embedding, hold_head, release_rows
 from rankwise.quantizers.eight import eight_bits
 
@@ -18,23 +21,44 @@ GROUPS = 1
 
 @dataclass(frozen=True)
 class VocabularyParts:
-    """What of a vocabulary is held in 8 bits; one at least.
+    """What of a vocabulary is held in another form; one part at least.
 
     Attributes:
-        embedding: whether the embeddings are.
+        embedding: whether the embeddings are held in 8 bits.
         head: whether the head is.
         tied: whether both are one matrix.
+        rank: of the two factors that the head is held as; None where it is not.
     """
 
     embedding: bool
     head: bool
     tied: bool
+    rank: int | None = None
 
-    def names(self, model: Any) -> list[str]:
-        """Of a model that holds numbers, names of the weights that become codes; of tied ones the embeddings'."""
-        wanted = [model.get_input_embeddings()] if self.embedding else []
-        wanted += [model.get_output_embeddings()] if self.head and not self.tied else []
-        return [f"{_path(model, module)}.weight" for module in wanted]
+    @property
+    def coded(self) -> bool:
+        """Whether anything is held in 8 bits."""
+        return self.embedding or self.head
+
+    def stored_bytes(self, model: Any, widths: Mapping[str, int]) -> dict[str, int]:
+        """Of a model that holds numbers, by name of each weight that is held otherwise what it takes then.
+
+        Of tied ones the name is the embeddings'.
+
+        Args:
+            model: causal language model.
+            widths: bytes of a number that is stored, by name of the weight.
+        """
+        found = {}
+        if self.embedding:
+            name = f"{_path(model, model.get_input_embeddings())}.weight"
+            found[name] = coded_bytes(model.get_parameter(name), widths[name])
+        if (self.head and not self.tied) or self.rank is not None:
+            name = f"{_path(model, model.get_output_embeddings())}.weight"
+            weight, width = model.get_parameter(name), widths[name]
+            rank = self.rank
+            found[name] = coded_bytes(weight, width) if rank is None else factored_bytes(weight.shape, rank, width)
+        return found
 
 
 def coded_bytes(weight: torch.Tensor, number_bytes: int) -> int:
@@ -43,13 +67,17 @@ def coded_bytes(weight: torch.Tensor, number_bytes: int) -> int:
     return rows * (columns + GROUPS * number_bytes)
 
 
-def vocabulary_parts(model: Any, embedding: bool, head: bool) -> VocabularyParts:
-    """What is held in 8 bits of a model that holds numbers, of tied weights both.
+def vocabulary_parts(
+    model: Any, embedding: bool, head: bool, keep: float | None = None, multiple: int = 1
+) -> VocabularyParts:
+    """What is held in another form of a model that holds numbers, of tied weights both.
 
     Args:
         model: causal language model.
-        embedding: whether its embeddings are wanted so.
+        embedding: whether its embeddings are wanted in 8 bits.
         head: whether its head is.
+        keep: fraction of the head's numbers that two factors in its place may have; None for no such factors.
+        multiple: what their rank is a multiple of, where it is not smaller.
 
     Raises:
         ModelError: naming what cannot be.
@@ -58,6 +86,8 @@ def vocabulary_parts(model: Any, embedding: bool, head: bool) -> VocabularyParts
     weight = getattr(looked_up, "weight", None)
     tied = read is not None and getattr(read, "weight", None) is weight
     parts = VocabularyParts(embedding or (head and tied), head or (embedding and tied), tied)
+    if keep is not None:
+        parts = replace(parts, rank=_rank_of_head(model, tied, keep, multiple))
     if parts.embedding:
         inside = [name for name, module in model.base_model.named_modules() if module is looked_up]
         held = dict(looked_up.named_parameters(recurse=False))
@@ -69,6 +99,31 @@ def vocabulary_parts(model: Any, embedding: bool, head: bool) -> VocabularyParts
     if parts.embedding and len(owners) > 1 + tied:
         raise _refusal(f"its embeddings are {', '.join(owners)} at once", "embeddings", model)
     return parts
+
+
+def _rank_of_head(model: Any, tied: bool, keep: float, multiple: int) -> int:
+    """The rank of two factors in place of the head; raises as `vocabulary_parts` does."""
+    read = model.get_output_embeddings()
+    if tied:
+        raise factors_refused(
+            "it is one matrix with the embeddings, which would lose what it loses; beside whole embeddings two factors "
+            "would make the model larger",
+            model,
+            "--head 8bit makes both smaller",
+        )
+    if type(read) is not nn.Linear:
+        raise factors_refused(f"it is a {type(read).__name__}", model)
+    owners = [name for name, p in model.named_parameters(remove_duplicate=False) if p is read.weight]
+    if len(owners) > 1:
+        raise factors_refused(f"its matrix is {', '.join(owners)} at once", model)
+    return head_rank(read.weight.shape, keep, multiple)
+
+
+def factors_refused(reason: str, model: Any, remedy: str = "leave away --head low-rank") -> ModelError:
+    """An error that says why a model's head cannot be two factors."""
+    return ModelError(
+        f"The head of {type(model).__name__} cannot be stored as two factors: {reason}.", where="head", remedy=remedy
+    )
 
 
 def _refusal(reason: str, where: str, model: Any) -> ModelError:
@@ -107,12 +162,13 @@ def code_vocabulary(model: Any, parts: VocabularyParts) -> list[tuple[Any, nn.Pa
 
 
 def decode_vocabulary(model: Any, replaced: list[tuple[Any, nn.Parameter]] | None = None) -> None:
-    """Let embeddings and head hold numbers again, in place; nothing is done where they do.
+    """Let embeddings and head hold their matrix again, in place; nothing is done where they do.
 
     Args:
         model: causal language model.
         replaced: what `code_vocabulary` returned, to be put back as it was; None for what the codes stand for.
     """
+    multiply_head(model)
     looked_up, read = model.get_input_embeddings(), model.get_output_embeddings()
     coded = [module for module in (looked_up, read) if hasattr(module, "rankwise_codes")]
     tied = read in coded and bool(read.tied)
@@ -130,7 +186,7 @@ def decode_vocabulary(model: Any, replaced: list[tuple[Any, nn.Parameter]] | Non
 
 
 def vocabulary_entry(model: Any) -> dict[str, Any]:
-    """What a config says of embeddings and head in 8 bits, as `code_head` reads it; empty without."""
+    """What a config says of embeddings and head in another form, as `code_head` reads it; empty without."""
     looked_up, read = model.get_input_embeddings(), model.get_output_embeddings()
     entry: dict[str, Any] = {}
     if hasattr(looked_up, "rankwise_codes"):
@@ -138,6 +194,8 @@ def vocabulary_entry(model: Any) -> dict[str, Any]:
     if hasattr(read, "rankwise_codes"):
         own = {"tied": True} if read.tied else {"groups": read.scale.shape[1]}
         entry["head"] = {"path": _path(model, read), **own}
+    elif isinstance(read, LowRankLinear):
+        entry["head"] = {"path": _path(model, read), **read.description()}
     return entry
 
 

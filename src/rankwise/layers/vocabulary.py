@@ -1,6 +1,9 @@
 """Embeddings and a head of 8-bit integers, with scales beside them: decoded a row looked up, or a few rows at a time.
 
-This file imports torch alone: its source is also written, word for word, into the modelling file of every checkpoint.
+A head may be two factors instead, which is a layer like any other.
+
+Apart from the import of its sibling file it imports torch alone: its source goes into the modelling file of every
+checkpoint.
 """
 
 from collections.abc import Iterator
@@ -10,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from rankwise.layers.low_rank import LowRankLinear
 
 _NUMBERS = 2**22
 """Most numbers that a head decodes at a time."""
@@ -214,34 +219,38 @@ def code_embedding(base: Any, entry: dict) -> None:
 
 
 def code_head(model: Any, entry: dict) -> None:
-    """Put empty codes into the head of a causal language model, or let it read the embedding's.
+    """Put empty codes or factors into the head of a causal language model, or let it read the embedding's codes.
 
     Args:
         model: changed in place, its embedding done.
-        entry: as for `code_embedding`, with `"head": {"path", "groups"}`, or `"head": {"path", "tied": true}`.
+        entry: as for `code_embedding`, with `"head": {"path", "groups"}`, `"head": {"path", "tied": true}`, or of
+            factors `"head": {"path", "rank", "bias"}`.
     """
     if "head" in entry:
         module = model.get_submodule(entry["head"]["path"])
-        if entry["head"].get("tied"):
+        if "rank" in entry["head"]:
+            form = {**entry["head"], "shape": (module.out_features, module.in_features)}
+            model.set_submodule(entry["head"]["path"], LowRankLinear.described(form))
+        elif entry["head"].get("tied"):
             hold_head(module, None, None, model.base_model.get_submodule(entry["embedding"]["path"]))
         else:
             hold_head(module, *_empty(module.weight.detach(), entry["head"]["groups"]))
 
 
 class ResizesNot:
-    """What a model class here has before the class it comes from: a vocabulary of codes keeps its size."""
+    """What a model class here has before the class it comes from: a vocabulary of codes or factors keeps its size."""
 
     def resize_token_embeddings(self, *given: Any, **named: Any) -> Any:
-        """As for the original, where embeddings and head are numbers.
+        """As for the original, where embeddings and head are matrices of numbers.
 
         Raises:
-            ValueError: where they are codes.
+            ValueError: where they are codes or factors.
         """
         model: Any = self
         ends = model.get_input_embeddings(), model.get_output_embeddings()
-        if any(hasattr(each, "rankwise_codes") for each in ends):
+        if any(hasattr(each, "rankwise_codes") or isinstance(each, LowRankLinear) for each in ends):
             raise ValueError(
-                "The embeddings or the head are stored in 8 bits and cannot be resized: resize the original and "
-                "compress it again."
+                "The embeddings or the head are stored in 8 bits or as factors and cannot be resized: resize the "
+                "original and compress it again."
             )
         return super().resize_token_embeddings(*given, **named)  # type: ignore[misc]

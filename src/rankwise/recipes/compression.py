@@ -13,7 +13,18 @@ from rankwise.data import Start, require_files
 from rankwise.errors import nearest
 from rankwise.evaluation import ObjectiveSettings
 from rankwise.methods import AnyMethod, TwoSided, method_class, method_named
-from rankwise.recipes.values import Count, FilePath, Length, ModelName, Pattern, Seed, Skipped, SourceText
+from rankwise.recipes.values import (
+    LOW_RANK,
+    Count,
+    FilePath,
+    HeadText,
+    Length,
+    ModelName,
+    Pattern,
+    Seed,
+    Skipped,
+    SourceText,
+)
 from rankwise.repair import Blocks, FullFactors, Lora, Refit, Subspace
 from rankwise.sizes import SPELLINGS, Budget, Plan
 
@@ -21,6 +32,9 @@ from rankwise.sizes import SPELLINGS, Budget, Plan
 class _Node(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+
+_HEAD_KEEP = 0.5
+"""Fraction of its numbers that a low-rank head keeps where neither it nor the budget says one."""
 
 _SEQUENCES, _SEQUENCES_ON_CPU = 256, 32
 
@@ -186,8 +200,10 @@ class Recipe(_Node):
             is of all of them, left out or not.
         method: how a weight is fitted.
         embeddings: `8bit` stores them as 8-bit integers with a scale a row; where the head is tied to them, both.
-        head: `8bit` stores it likewise; where it is tied to the embeddings, both. A budget of `keep` or `bits` counts
-            neither, one of `size` counts both as they are stored.
+        head: `8bit` stores it likewise; where it is tied to the embeddings, both. `low-rank:0.6` stores two factors
+            with that fraction of its numbers, `low-rank` with the fraction that `budget.keep` says, one half where it
+            says none. A budget of `keep` or `bits` counts neither embeddings nor head, one of `size` counts both as
+            they are stored.
         allocation: how size is spread over sites. When it is not given: `spectral` for methods whose
             losses are in one unit at every site (`two_sided`; the others that quantise on a budget), else `uniform`.
         budget: how much is kept.
@@ -217,7 +233,7 @@ class Recipe(_Node):
     exclude: tuple[Pattern, ...] = ()
     method: AnyMethod = TwoSided()
     embeddings: Literal["8bit"] | None = None
-    head: Literal["8bit"] | None = None
+    head: HeadText | None = None
     allocation: AnyAllocation = Spectral()
     budget: Budget = Budget(keep=0.8)
     calibration: Calibration = Calibration()
@@ -245,6 +261,14 @@ class Recipe(_Node):
     def judges(self) -> bool:
         """Whether validation samples are needed: for a search, or to judge a repair."""
         return self.allocation.searches or bool(self.repair.steps)
+
+    @property
+    def head_keep(self) -> float | None:
+        """Fraction of the head's numbers that two factors in its place have; None where it stays one matrix."""
+        form, _, kept = (self.head or "").partition(":")
+        if form != LOW_RANK:
+            return None
+        return float(kept) if kept else (self.budget.keep or _HEAD_KEEP)
 
     def require_files(self) -> None:
         """Raise when a text or a plan that is a file is not there, before anything slow.
@@ -296,6 +320,10 @@ class Recipe(_Node):
 
     @model_validator(mode="after")
     def _vocabulary_for_method(self) -> Recipe:
+        if self.head_keep is not None and not self.method.by_site:
+            raise ValueError(f"{self.method.name} cuts the head itself: leave head low-rank away, or give 8bit")
+        if self.head_keep == 1:
+            raise ValueError("two factors of a head that keeps all have no less numbers: write head low-rank:0.6")
         if (self.embeddings or self.head) and self.budget.size is not None and not self.method.by_site:
             raise ValueError(
                 f"{self.method.name} cuts embeddings and head itself, and chooses its width for numbers: with "

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from rankwise.data import parse_source
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, nearest
 from rankwise.reading import check_path
 
 _MOST = 1 << 40
@@ -27,6 +27,29 @@ Length = Annotated[int, Field(ge=2, le=_MOST)]
 
 Pattern = Annotated[str, Field(min_length=1, max_length=500)]
 """A glob pattern over names of sites."""
+
+
+def _checked_head(text: str) -> str:
+    form, colon, kept = text.partition(":")
+    if form not in HEADS or (colon and form != LOW_RANK):
+        raise ValueError(f"there is no such head; {nearest(text[:80], HEADS)}")
+    if colon:
+        try:
+            fraction = float(kept)
+        except ValueError:
+            fraction = 0.0
+        if not 0 < fraction < 1:
+            raise ValueError("behind low-rank: stands a fraction above 0 and below 1, as in low-rank:0.6")
+    return text
+
+
+LOW_RANK = "low-rank"
+
+HEADS = ("8bit", LOW_RANK)
+"""What a head may be stored as."""
+
+HeadText = Annotated[str, AfterValidator(_checked_head)]
+"""`8bit`, `low-rank`, or `low-rank:FRACTION`."""
 
 _BESIDE = len("..training.partial")
 

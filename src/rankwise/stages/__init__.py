@@ -5,6 +5,7 @@ from rankwise.stages.comparing import Cell, Protocol, Rows, cells_of, measure_de
 from rankwise.stages.crews import hire
 from rankwise.stages.finish import score, speed, write
 from rankwise.stages.fitting import fit_sites, store_layers, store_sites
+from rankwise.stages.head import measure_head, store_head
 from rankwise.stages.judged import judging
 from rankwise.stages.measuring import collect_statistics
 from rankwise.stages.memory import Need, available_memory, chosen_memory, expected_need, require_config
@@ -45,6 +46,7 @@ __all__ = [
     "make_smaller",
     "measure_cell",
     "measure_dense",
+    "measure_head",
     "objective_key",
     "prepare_repair",
     "read_sequences",
@@ -54,6 +56,7 @@ __all__ = [
     "score",
     "select_samples",
     "speed",
+    "store_head",
     "store_layers",
     "store_sites",
     "store_vocabulary",

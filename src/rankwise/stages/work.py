@@ -98,7 +98,7 @@ class Work:
         originals: by site name, `[m, n]` before the model was made smaller; empty where it is not.
         crew: workers elsewhere; None where this process does all.
         left_out: names of the sites that stay as they are, by the recipe's patterns.
-        vocabulary: what of embeddings and head is stored in 8 bits; None for nothing.
+        vocabulary: what of embeddings and head is stored in another form; None for nothing.
         searched: what a search of units found; None where there was none.
         judge: the validation objective of the model that was made smaller, by what it was before; None where nothing is
             judged, or the model has the size it had.
@@ -332,7 +332,7 @@ def problem_of(
         sites: its sites.
         weights: numbers that the budget is of: those of the sites before units were taken out.
         left_out: names of the sites that stay as they are.
-        vocabulary: what of embeddings and head is stored in 8 bits.
+        vocabulary: what of embeddings and head is stored in another form.
     """
     method, budget = recipe.method, recipe.budget
     number_bits = 8 * max(loaded.stored_dtypes[f"{site.name}.weight"].itemsize for site in sites)
