@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,15 +170,17 @@ def ranks_tables(figures: list[Figure], texts: list[str]) -> str:
     keeps = sorted({row["asked"] for row in rows}, reverse=True)
     cells = {(row["way"], row["asked"]): row for row in rows}
     ways = sorted({row["way"] for row in rows}, key=lambda way: (WITH_RANKS.index(re.split(r"[/+]", way)[0]), way))
-    shown: dict[str, Callable[[Figure], str]] = {
-        f"perplexity, {text}": lambda row, text=text: _figure(row["perplexity"].get(text)) for text in texts
-    }
+    shown: dict[str, Callable[[Figure], str]] = {f"perplexity, {text}": partial(_perplexity, text) for text in texts}
     shown["mean accuracy"] = lambda row: "-" if row["mean_accuracy"] is None else f"{row['mean_accuracy']:.3f}"
     tables = []
     for title, of in shown.items():
         lines = [[way, *(of(cells[way, keep]) if (way, keep) in cells else "-" for keep in keeps)] for way in ways]
         tables.append(markdown_table([title, *map(str, keeps)], [["dense", *[of(dense)] * len(keeps)], *lines]))
     return "\n\n".join(tables)
+
+
+def _perplexity(text: str, row: Figure) -> str:
+    return _figure(row["perplexity"].get(text))
 
 
 def _figure(perplexity: float | None) -> str:
