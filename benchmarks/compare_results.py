@@ -97,11 +97,12 @@ def figure_of(row: ComparedRow) -> Figure:
 
 
 def merged(old: list[Figure], new: list[Figure]) -> list[Figure]:
-    """The original first, then every row once: the newest, but none without accuracies for one that has them."""
+    """The original first, then every row once: the newest, but none for one that has more: accuracies, or a plan."""
     known: dict[tuple[str, Any], Figure] = {}
     for figure in [*old, *new]:
         place = figure["way"], figure["asked"]
-        if place not in known or figure["accuracy"] or not known[place]["accuracy"]:
+        before = known.get(place)
+        if before is None or figure["accuracy"] or not (before["accuracy"] or figure["problem"]):
             known[place] = figure
     rest = sorted(
         (figure for figure in known.values() if figure["way"] != "dense"), key=lambda figure: -(figure["bytes"] or 0)
@@ -180,7 +181,7 @@ def ranks_tables(figures: list[Figure], texts: list[str]) -> str:
 
 
 def _perplexity(text: str, row: Figure) -> str:
-    return _figure(row["perplexity"].get(text))
+    return "no plan" if row["problem"] else _figure(row["perplexity"].get(text))
 
 
 def _figure(perplexity: float | None) -> str:
@@ -197,7 +198,9 @@ def bits_table(figures: list[Figure], texts: list[str]) -> str:
     return markdown_table(
         header,
         [
-            [row["way"], f"{row['megabytes']:.1f}", f"{row['bits']:.2f}"]
+            [row["way"], *(["no plan"] * (2 + len(texts)))]
+            if row["problem"]
+            else [row["way"], f"{row['megabytes']:.1f}", f"{row['bits']:.2f}"]
             + [_figure(row["perplexity"].get(text)) for text in texts]
             for row in rows
         ],

@@ -91,7 +91,7 @@ class _Drifting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.layers = nn.Embedding(96, 8), nn.ModuleList(_Scaled() for _ in range(3))
-        self.dtype = torch.float32
+        self.dtype, self.as_number, self.skipped = torch.float32, False, -1
 
     @property
     def base_model(self) -> nn.Module:
@@ -102,8 +102,10 @@ class _Drifting(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
         hidden = self.embedding(input_ids)
-        for block in self.layers:
-            hidden = block(hidden, scale=hidden.mean())
+        for index, block in enumerate(self.layers):
+            scale = hidden.mean()
+            if index != self.skipped:
+                hidden = block(hidden, scale=scale.item() if self.as_number else scale)
         return (hidden,)
 
 
@@ -113,3 +115,23 @@ def test_arguments_that_depend_on_blocks_take_a_pass_each() -> None:
     runner.learn(2)
     runner.learn(5)
     assert [block.runs for block in runner.blocks] == [2, 2, 2]
+
+
+def test_numbers_that_depend_on_blocks_take_a_pass_each() -> None:
+    model = _Drifting()
+    model.as_number = True
+    runner = BlockRunner(model, IDS, 5, autocast=False)
+    runner.learn(2)
+    runner.learn(5)
+    assert [block.runs for block in runner.blocks] == [2, 2, 2]
+
+
+def test_a_block_that_is_never_run_leaves_the_model_as_it_is() -> None:
+    model = _Drifting()
+    model.skipped = 2
+    blocks = list(model.layers)
+    runner = BlockRunner(model, IDS, 5, autocast=False)
+    runner.learn(2)
+    runner.learn(5)
+    assert list(model.layers) == blocks
+    assert [block.runs for block in blocks] == [2, 2, 0]

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from rankwise.layers.kinds import dense_layer
 from rankwise.layers.low_rank import LowRankLinear
+
+_ROWS = 2**11
+"""Of the head, in float64 at a time."""
 
 
 def head_rank(shape: Sequence[int], keep: float, multiple: int = 1) -> int:
@@ -36,5 +41,7 @@ def multiply_head(model: Any) -> None:
     read = model.get_output_embeddings()
     if isinstance(read, LowRankLinear):
         path = next(name for name, each in model.named_modules() if each is read)
-        own = read.left.weight
-        model.set_submodule(path, dense_layer(read.dense_weight(), read.dense_bias(), False, own.dtype, own.device))
+        left, right = read.left.weight, read.right.weight.double()
+        # A vocabulary in float64 may have no room beside the model.
+        parts = [(rows.double() @ right).to(left.dtype) for rows in left.split(_ROWS)]
+        model.set_submodule(path, dense_layer(torch.cat(parts), read.dense_bias(), False, left.dtype, left.device))

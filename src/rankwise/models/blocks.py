@@ -62,11 +62,14 @@ class _Handing(nn.Module):
 def _alike(one: Any, other: Any) -> bool:
     """Whether two modules' arguments are the same, tensors to the last bit."""
     if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
+        same_kind = isinstance(other, Tensor) and (one.shape, one.dtype) == (other.shape, other.dtype)
+        return same_kind and torch.equal(one, other)
     if isinstance(one, tuple | list):
         return type(one) is type(other) and len(one) == len(other) and all(map(_alike, one, other))
     if isinstance(one, dict):
         return isinstance(other, dict) and one.keys() == other.keys() and all(_alike(one[k], other[k]) for k in one)
+    if isinstance(one, bool | int | float | str | torch.dtype):
+        return type(one) is type(other) and bool(one == other)
     return type(one) is type(other)
 
 
@@ -209,10 +212,10 @@ class BlockRunner:
         """By block, what it is handed beside hidden states where no block does anything."""
         blocks, real = self.blocks, list(self.blocks)
         found: dict[int, Handed] = {}
-        for index, block in enumerate(real):
-            blocks[index] = _Handing(block, self._returns[index])
-            blocks[index].register_forward_pre_hook(_keeping(found, index), with_kwargs=True)
         try:
+            for index, block in enumerate(real):
+                blocks[index] = _Handing(block, self._returns[index])
+                blocks[index].register_forward_pre_hook(_keeping(found, index), with_kwargs=True)
             with self._computing():
                 self.model.base_model(input_ids=self.ids[:size].to(self.device), use_cache=False)
         finally:
@@ -286,10 +289,10 @@ class BlockRunner:
         self.learn(len(hidden))
         blocks = self.blocks
         real = list(blocks)
-        for index, block in enumerate(real):
-            form = self._returns[index]
-            blocks[index] = _Passing(block, hidden if form is None else form[0]([hidden, *form[1]]))
         try:
+            for index, block in enumerate(real):
+                form = self._returns[index]
+                blocks[index] = _Passing(block, hidden if form is None else form[0]([hidden, *form[1]]))
             yield
         finally:
             for index, block in enumerate(real):

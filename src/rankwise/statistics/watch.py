@@ -49,9 +49,9 @@ class _Watch:
     def _take(self, kept: Collected) -> None:
         if self._sums.empty:
             return
-        # What one statistic alone is made of is held by nothing else.
+        # What one statistic alone is made of, as it was summed, is held by nothing else.
         (only, *others), key = self._statistics, self.stream.key
-        if not others and key in kept[only]:
+        if not others and key in kept[only] and type(only).totals_of is Statistic.totals_of:
             added = self._sums.add_to(kept[only][key])
             if added is not None:
                 self._check_finite(added)
