@@ -29,6 +29,11 @@ def test_defaults_are_said_and_nothing_else() -> None:
     ]
     told = {"source": "text:x", "sequences": 8}
     assert defaults_in_words(recipe_from({"model": "m", "device": "cpu", "calibration": told}), sized=True) == []
+    in_bits = recipe_from({"model": "m", "device": "cpu", "calibration": told, "budget": {"bits": 4}})
+    assert defaults_in_words(in_bits, sized=True, named=False) == [
+        "method: quantize, as --bits is given and no --method"
+    ]
+    assert defaults_in_words(in_bits, sized=True, named=True) == []
     # A size by hand has nothing to be said of.
     by_hand = {"method": "afm", "allocation": "manual:q=0.5", "budget": {"keep": None}, "calibration": told}
     assert defaults_in_words(recipe_from({"model": "m", "device": "cpu", **by_hand}), sized=False) == []

@@ -11,6 +11,7 @@ import yaml
 from rankwise.errors import RecipeError
 from rankwise.methods import METHODS, method_named
 from rankwise.recipes import Recipe, read_recipe, ready_recipes, recipe_from, set_value
+from rankwise.sizes import Budget
 
 
 @pytest.mark.parametrize("name", ready_recipes())
@@ -47,6 +48,23 @@ def test_a_size_is_given_by_default_where_the_method_has_one(
     assert recipe.budget.keep == keep
     assert recipe.allocation.name == allocation
     assert recipe.budget.storage == "auto"
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({}, "two_sided"),
+        ({"budget": {"keep": 0.5}}, "two_sided"),
+        ({"budget": {"size": "9MB"}}, "two_sided"),
+        ({"budget": {"bits": 4}}, "quantize"),
+        ({"budget": {"bits": 4}, "method": None}, "quantize"),
+        ({"budget": Budget(bits=4)}, "quantize"),
+        ({"budget": {"bits": 4}, "method": "two_sided"}, "two_sided"),
+        ({"budget": {"bits": 4}, "method": {"name": "svd"}}, "svd"),
+    ],
+)
+def test_a_size_in_bits_is_of_codes_where_no_method_is_given(values: dict[str, Any], name: str) -> None:
+    assert recipe_from({"model": "M", **values}).method.name == name
 
 
 def test_a_budget_of_another_type_is_refused() -> None:

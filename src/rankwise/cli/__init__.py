@@ -205,7 +205,8 @@ def compress(
     reporter = reporter_for(quiet, lines=True)
     reporter.facts["model"] = valid.model
     sized = recipe is not None or plan is not None or (keep, bits, size) != (None, None, None)
-    for line in defaults_in_words(valid, sized=sized):
+    named = recipe is not None or plan is not None or method is not None
+    for line in defaults_in_words(valid, sized=sized, named=named):
         reporter.say(line)
     result = run(valid, run_directory=run_dir, overwrite=overwrite, reporter=reporter)
     if json:

@@ -218,16 +218,19 @@ def recipe_of(
     return recipe_from(values, origin=origin)
 
 
-def defaults_in_words(recipe: Recipe, sized: bool) -> list[str]:
+def defaults_in_words(recipe: Recipe, sized: bool, named: bool = True) -> list[str]:
     """What a run takes where nothing was said, a line each, before it begins.
 
     Args:
         recipe: the whole run.
         sized: whether a size, a plan or a recipe was given.
+        named: whether a method, a plan or a recipe was.
     """
     from rankwise.device import named_device
 
     given, said = recipe.calibration, []
+    if not named and recipe.budget.bits is not None:
+        said.append(f"method: {recipe.method.name}, as --bits is given and no --method")
     if not sized and recipe.budget.keep is not None:
         said.append(f"size: --keep {recipe.budget.keep:g}, as none is given")
     if "source" not in given.model_fields_set:

@@ -198,7 +198,7 @@ class Recipe(_Node):
             one are compressed, all of them where none is given.
         exclude: likewise; those that match one stay as they are, whatever `include` says. A budget of `keep` or `bits`
             is of all of them, left out or not.
-        method: how a weight is fitted.
+        method: how a weight is fitted; where none is given `two_sided`, and `quantize` for a budget of bits.
         embeddings: `8bit` stores them as 8-bit integers with a scale a row; where the head is tied to them, both.
         head: `8bit` stores it likewise; where it is tied to the embeddings, both. `low-rank:0.6` stores two factors
             with that fraction of its numbers, `low-rank` with the fraction that `budget.keep` says, one half where it
@@ -344,11 +344,16 @@ class Recipe(_Node):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_method(cls, values: Any) -> Any:
-        """The size and the allocation of a method, where none is given."""
+        """The method of a size in bits, and the size and the allocation of a method, where none is given."""
         if not isinstance(values, Mapping):
             return values
         # A key with nothing behind it, as YAML allows, says nothing.
         values = {key: value for key, value in values.items() if value is not None}
+        asked = values.get("budget", {})
+        bits = asked.get("bits") if isinstance(asked, Mapping) else getattr(asked, "bits", None)
+        if "method" not in values and bits is not None:
+            # Ranks alone that take so little leave no model; codes do.
+            values["method"] = "quantize"
         method = values.get("method", TwoSided())
         named = method.get("name") if isinstance(method, Mapping) else getattr(method, "name", None)
         name = method if isinstance(method, str) else named
