@@ -1,6 +1,7 @@
 """Which calibration text, and how much of it: the default method on a real language model.
 
 python benchmarks/text.py
+python benchmarks/text.py --write                   # what is finished
 
 Needs `make real-model` and the shared texts. Finished rows stay in --run-dir; the same command goes on after a stop.
 """
@@ -25,18 +26,30 @@ CELLS = [("mix.calibration", count) for count in COUNTS] + [("wikitext2.valid", 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", type=Path, default=ROOT / ".benchmarks" / "text")
+    parser.add_argument("--write", action="store_true", help="measure nothing more")
     arguments = parser.parse_args()
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
-    shared = shared_directory()
     kept = Kept(arguments.run_dir / "text.jsonl")
+    if not arguments.write:
+        measure(kept, arguments.run_dir)
+    write(kept)
+
+
+def measure(kept: Kept, folder: Path) -> None:
+    """Every cell that is not there yet."""
+    shared = shared_directory()
     texts = texts_of(MODEL, shared)
     for source, count in CELLS:
         label = {"source": source, "sequences": count}
         if kept.get(label) is None:
             text = SOURCES[source].format(shared)
-            found = scored(shared, arguments.run_dir / "run", text, count, texts, budget={"keep": KEEP})
+            found = scored(shared, folder / "run", text, count, texts, budget={"keep": KEEP})
             kept.add({**label, **found})
             print(kept.get(label), flush=True)
+
+
+def write(kept: Kept) -> None:
+    """The result files, of the cells that are there."""
     rows = []
     for figure in kept.figures:
         cells = [f"{figure['perplexity'][text]:.2f} ({figure['kl'][text]:.3f})" for text in TEXTS]
