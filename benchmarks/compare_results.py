@@ -159,7 +159,7 @@ is stored as `auto`, so that the papers' methods take pivot rows where those are
 proportions for 20%, scaled to the size. Codes: {{few}} sequences; rows of peers are the weights that their own code
 makes, and what pads a row there is not counted; GPTQ's scales are of the extremes of each group and its Hessians of
 the original model. The weights were rounded to 4 bits once before (Q4_1), which favours formats of 4 bits in small
-groups. A line or a cell that is not there, or `-`, was not measured; `pruned` and most repairs and searches were not.
+groups. What has no line or cell, or `-`, was not measured. Rows of ranks were made many at once on one GPU.
 
 """
 

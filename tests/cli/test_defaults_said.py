@@ -39,6 +39,14 @@ def test_defaults_are_said_and_nothing_else() -> None:
     assert defaults_in_words(recipe_from({"model": "m", "device": "cpu", **by_hand}), sized=False) == []
 
 
+def test_a_run_in_bits_says_that_it_takes_codes(rankwise: Run, tiny: Path, tmp_path: Path) -> None:
+    words = ("--run-dir", tmp_path / "run", "--length", "16", "--sequences", "4", "--bits", "12", "--device", "cpu")
+    status, _, error = rankwise("compress", tiny, "-o", tmp_path / "out", *words)
+    assert status == 0, error
+    assert error.splitlines()[0] == "method: quantize, as --bits is given and no --method"
+    assert Report.load(tmp_path / "out/rankwise_report.json").recipe.method.name == "quantize"
+
+
 def test_a_run_says_them_first(rankwise: Run, tiny: Path, tmp_path: Path) -> None:
     words = ("--run-dir", tmp_path / "run", "--length", "16", "--method", "svd", "--device", "cpu")
     status, _, error = rankwise("compress", tiny, "-o", tmp_path / "out", *words)

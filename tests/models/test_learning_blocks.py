@@ -109,17 +109,10 @@ class _Drifting(nn.Module):
         return (hidden,)
 
 
-def test_arguments_that_depend_on_blocks_take_a_pass_each() -> None:
+@pytest.mark.parametrize("as_number", [False, True])
+def test_arguments_that_depend_on_blocks_take_a_pass_each(as_number: bool) -> None:
     model = _Drifting()
-    runner = BlockRunner(model, IDS, 5, autocast=False)
-    runner.learn(2)
-    runner.learn(5)
-    assert [block.runs for block in runner.blocks] == [2, 2, 2]
-
-
-def test_numbers_that_depend_on_blocks_take_a_pass_each() -> None:
-    model = _Drifting()
-    model.as_number = True
+    model.as_number = as_number
     runner = BlockRunner(model, IDS, 5, autocast=False)
     runner.learn(2)
     runner.learn(5)

@@ -25,37 +25,36 @@ class _Seen(Exception):  # noqa: N818
     """Ends a forward pass whose rest is not needed."""
 
 
+Handed = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is handed beside hidden states: by position, and by name."""
+
+Form = tuple[Any, tuple[Any, ...]] | None
+"""Type of a block's answer and what goes with the hidden states in it; None where these are all of it."""
+
+
 class _Passing(nn.Module):
-    """Stands where a block is and answers what it is told; no hook of the block runs."""
-
-    def __init__(self, block: nn.Module, answer: Any) -> None:
-        super().__init__()
-        self.__dict__["block"], self.__dict__["answer"] = block, answer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        return self.__dict__["answer"]
-
-
-class _Handing(nn.Module):
-    """Stands where a block is and answers what it reads, in the block's form.
+    """Stands where a block is and does nothing; no hook of the block runs.
 
     Args:
         block: asked for attributes.
-        form: type of an answer and what goes with the hidden states in it; None where these are all of it.
+        form: of its answer.
+        hidden: what it answers; None for what it reads.
     """
 
-    def __init__(self, block: nn.Module, form: tuple[Any, tuple[Any, ...]] | None) -> None:
+    def __init__(
+        self, block: nn.Module, form: tuple[Any, tuple[Any, ...]] | None, hidden: Tensor | None = None
+    ) -> None:
         super().__init__()
-        self.__dict__["block"], self.__dict__["form"] = block, form
+        # Not as children or parameters: the model has none but its own.
+        self.__dict__.update(block=block, form=form, hidden=hidden)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
 
     def forward(self, *positional: Any, **named: Any) -> Any:
-        hidden, form = positional[0] if positional else named["hidden_states"], self.__dict__["form"]
+        form, hidden = self.__dict__["form"], self.__dict__["hidden"]
+        if hidden is None:
+            hidden = positional[0] if positional else named["hidden_states"]
         return hidden if form is None else form[0]([hidden, *form[1]])
 
 
@@ -71,10 +70,6 @@ def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, bool | int | float | str | torch.dtype):
         return type(one) is type(other) and bool(one == other)
     return type(one) is type(other)
-
-
-Handed = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a block is handed beside hidden states: by position, and by name."""
 
 
 def _keeping(found: dict[int, Handed], index: int) -> Callable[..., None]:
@@ -131,7 +126,7 @@ class BlockRunner:
     batch_size: int
     autocast: bool = True
     _arguments: dict[tuple[int, int], Handed] = field(default_factory=dict)
-    _returns: dict[int, Any] = field(default_factory=dict)
+    _returns: dict[int, Form] = field(default_factory=dict)
     _cheap: bool | None = None
 
     def __post_init__(self) -> None:
@@ -214,7 +209,7 @@ class BlockRunner:
         found: dict[int, Handed] = {}
         try:
             for index, block in enumerate(real):
-                blocks[index] = _Handing(block, self._returns[index])
+                blocks[index] = _Passing(block, self._returns[index])
                 blocks[index].register_forward_pre_hook(_keeping(found, index), with_kwargs=True)
             with self._computing():
                 self.model.base_model(input_ids=self.ids[:size].to(self.device), use_cache=False)
@@ -291,8 +286,7 @@ class BlockRunner:
         real = list(blocks)
         try:
             for index, block in enumerate(real):
-                form = self._returns[index]
-                blocks[index] = _Passing(block, hidden if form is None else form[0]([hidden, *form[1]]))
+                blocks[index] = _Passing(block, self._returns[index], hidden)
             yield
         finally:
             for index, block in enumerate(real):

@@ -349,9 +349,11 @@ class Recipe(_Node):
             return values
         # A key with nothing behind it, as YAML allows, says nothing.
         values = {key: value for key, value in values.items() if value is not None}
-        asked = values.get("budget", {})
-        bits = asked.get("bits") if isinstance(asked, Mapping) else getattr(asked, "bits", None)
-        if "method" not in values and bits is not None:
+        given = values.get("budget", {})
+        if not isinstance(given, Mapping | BaseModel):
+            return values
+        budget = dict(given) if isinstance(given, Mapping) else given.model_dump(exclude_unset=True)
+        if "method" not in values and budget.get("bits") is not None:
             # Ranks alone that take so little leave no model; codes do.
             values["method"] = "quantize"
         method = values.get("method", TwoSided())
@@ -360,10 +362,6 @@ class Recipe(_Node):
         kind = method_class(name)
         if kind is None:
             return values
-        given = values.get("budget", {})
-        if not isinstance(given, Mapping | BaseModel):
-            return values
-        budget = dict(given) if isinstance(given, Mapping) else given.model_dump(exclude_unset=True)
         sized = any(budget.get(spelling) is not None for spelling in SPELLINGS)
         # A keep of null says that the size is given otherwise, or by hand.
         if not sized and "keep" not in budget and kind.default_keep is not None:

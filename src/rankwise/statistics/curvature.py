@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -14,6 +14,7 @@ from rankwise.progress import Reporter
 from rankwise.statistics.base import DEFAULT_GROUPS, Labels, Place, StartSums, Statistic, Sums, Totals
 from rankwise.statistics.moment_sums import gram_panel
 from rankwise.statistics.streams import Stream, gradient_streams
+from rankwise.statistics.symmetric import panels
 
 DEFAULT_CURVATURE_GB = 8.0
 _BYTES_PER_ENTRY = 12  # float32 on the device, float64 for the total
@@ -72,14 +73,9 @@ class CurvatureSums(Sums):
         count, block, _ = self._blocks.shape
         g = x.reshape(-1, count, block).float()
         parts = g.transpose(0, 1)
-        for start, stop in self._panels():
+        for start, stop in panels(block, self._panel):
             self._blocks[:, start:stop, :stop].baddbmm_(parts[:, :, start:stop].mT, parts[:, :, :stop])
         self._count += len(g)
-
-    def _panels(self) -> Iterator[tuple[int, int]]:
-        """First row of every panel and the one behind its last: it reaches from the first column to its own last."""
-        size = self._blocks.shape[-1]
-        return ((start, min(start + self._panel, size)) for start in range(0, size, self._panel))
 
     def take(self) -> CurvatureTotals:
         nothing = CurvatureTotals(0, torch.zeros_like(self._blocks, dtype=torch.float64))
@@ -90,7 +86,7 @@ class CurvatureSums(Sums):
 
     def _added_to(self, before: CurvatureTotals) -> CurvatureTotals:
         total = before.blocks
-        for start, stop in self._panels():
+        for start, stop in panels(total.shape[-1], self._panel):
             panel = self._blocks[:, start:stop, :stop]
             corner = panel[:, :, start:]
             corner.copy_(corner.tril() + corner.tril(-1).mT)

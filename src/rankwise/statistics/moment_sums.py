@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rankwise.statistics.base import Sums, Totals
+from rankwise.statistics.symmetric import panels
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class MomentSums(Sums):
 
     def __init__(self, d: int, device: torch.device) -> None:
         self._gram = torch.zeros(d, d, device=device)  # Only the lower triangle is kept up to date.
-        self._block = gram_panel(d, device)
+        self._panel = gram_panel(d, device)
         self._total = torch.zeros(d, device=device)
         self._shift = torch.zeros(d, device=device)
         self._count = 0
@@ -94,8 +95,7 @@ class MomentSums(Sums):
         if self._count == 0:
             self._shift = x.mean(0)
         x = x - self._shift
-        for start in range(0, x.shape[1], self._block):
-            stop = start + self._block
+        for start, stop in panels(x.shape[1], self._panel):
             self._gram[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
         self._total += x.sum(0)
         self._count += len(x)

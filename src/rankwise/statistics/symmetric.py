@@ -15,11 +15,12 @@ _LOWER, _SIZE = ".lower", ".size"
 
 def lower_numbers(n: int) -> int:
     """Numbers that the panels of a symmetric matrix `[n, n]` hold."""
-    return sum((end - start) * end for start, end in _panels(n))
+    return sum((end - start) * end for start, end in panels(n))
 
 
-def _panels(n: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + PANEL, n)) for start in range(0, n, PANEL))
+def panels(n: int, rows: int = PANEL) -> Iterator[tuple[int, int]]:
+    """First row of every panel of a matrix `[n, n]` and the one behind its last, so many rows each."""
+    return ((start, min(start + rows, n)) for start in range(0, n, rows))
 
 
 def _symmetric(tensor: Tensor) -> bool:
@@ -41,8 +42,8 @@ def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found[name] = tensor
             continue
         n = tensor.shape[-1]
-        panels = [tensor[..., start:end, :end].flatten(-2) for start, end in _panels(n)]
-        found |= {name + _LOWER: torch.cat(panels, -1), name + _SIZE: torch.tensor([n])}
+        lower = [tensor[..., start:end, :end].flatten(-2) for start, end in panels(n)]
+        found |= {name + _LOWER: torch.cat(lower, -1), name + _SIZE: torch.tensor([n])}
     return found
 
 
@@ -55,7 +56,7 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = key.removesuffix(_LOWER)
         n, at = int(tensors[name + _SIZE]), 0
         matrix = packed.new_empty(*packed.shape[:-1], n, n)
-        for start, end in _panels(n):
+        for start, end in panels(n):
             panel = packed[..., at : at + (end - start) * end].unflatten(-1, (end - start, end))
             matrix[..., start:end, :end] = panel
             matrix[..., :end, start:end] = panel.mT

@@ -61,8 +61,8 @@ class _Watch:
         self._check_finite(taken)
         for statistic in self._statistics:
             totals, by_stream = statistic.totals_of(taken).to(self._keeping), kept[statistic]
-            before = by_stream.get(self.stream.key)
-            by_stream[self.stream.key] = totals if before is None else before.merge(totals)
+            before = by_stream.get(key)
+            by_stream[key] = totals if before is None else before.merge(totals)
 
     def _check_finite(self, totals: Totals) -> None:
         if not totals.is_finite():
