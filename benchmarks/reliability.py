@@ -1,8 +1,9 @@
 """What happens to a run that is killed, whose disk fills up, whose files are damaged, or that another run meets.
 
-python benchmarks/reliability.py [SHARE]
+python benchmarks/reliability.py [PART ...] [--share SHARE]
 
-SHARE, 1 by default, makes fewer attempts of every kind.
+Parts are kills, disks, damage, writers, workers and inputs; all by default. SHARE, 1 by default, makes fewer attempts
+of every kind. A part that ends writes its row at once, and rows of other parts stay as they were.
 
 Every attempt runs in a process of its own and is compared with the same run left alone: the same weights and the same
 plan, or an error for people. Anything else is counted: lost (finished work is gone, or the run cannot go on), silently
@@ -12,6 +13,7 @@ file systems in memory, which only root can mount; without it that part is left 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import importlib
@@ -33,15 +35,31 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from common import ROOT, ended, forked, markdown_table, write_result
+from common import RESULTS, ROOT, ended, forked, markdown_table, write_result
 from rankwise import compress
 from rankwise.checkpoints import reload
+from rankwise.progress import Reporter
 from rankwise.quickstart import MODEL
 from rankwise.recipes import recipe_from
+from rankwise.runs import on_ray
+from rankwise.stages import jobs
 
-PARTS = {"kills": 60, "disks": 16, "damage": 100, "writers": 20}
+PARTS = {"kills": 60, "disks": 32, "damage": 100, "writers": 20, "workers": 5}
+"""Attempts of each part."""
 
-INPUTS = 20_000
+INPUTS = 100_000
+
+JOBS = ("measure_shard", "estimate_losses", "look_at", "judge_cuts", "fit_codes")
+"""What workers do in a run of codes whose plan is searched; see `rankwise.stages.jobs`."""
+
+SEARCHED_CODES: dict[str, Any] = {
+    "method": "quantize",
+    "allocation": {"name": "bayesian", "space": "spectral", "trials": 6},
+    "budget": {"bits": 3, "rank_multiple": 1},
+    "validation": {"sequences": 4},
+    "executor": "ray",
+    "workers": 2,
+}
 
 RECIPES: dict[str, dict[str, Any]] = {
     "search and repair": {
@@ -77,7 +95,8 @@ def tiny(folder: Path) -> Path:
 
 def values_of(model: Path, kind: str, output: Path) -> dict[str, Any]:
     calibration = {"source": "bundled:train", "sequences": 12, "length": 32, "batch_size": 4}
-    return {"model": str(model), "output": str(output), "calibration": calibration, **RECIPES[kind]}
+    asked = RECIPES.get(kind, SEARCHED_CODES)
+    return {"model": str(model), "output": str(output), "calibration": calibration, **asked}
 
 
 def mark(output: Path) -> str:
@@ -226,6 +245,53 @@ def writers(bench: Bench, count: int, draw: random.Random, counts: Counter[str])
         shutil.rmtree(place)
 
 
+def open_dying(root: Path, number: int, reporter: Reporter, *, mark: str, job: str, **arguments: Any) -> Any:
+    """What a worker begins with, dead the first time that any does this job."""
+    real = getattr(jobs, job)
+
+    def dying(*given: Any, **named: Any) -> Any:
+        if not Path(mark).exists():
+            Path(mark).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given, **named)
+
+    setattr(jobs, job, dying)
+    return jobs.open_hand(root, number, reporter, **arguments)
+
+
+def with_workers(values: dict[str, Any], stages: Path, job: str = "") -> Callable[[], None]:
+    """A run with two workers on this machine, one of which dies of its first such job."""
+
+    def work() -> None:
+        real = on_ray.Opening
+        if job:
+            on_ray.Opening = lambda _function, asked: real(  # type: ignore[assignment, misc]
+                "reliability:open_dying", {**asked, "mark": str(stages / "dead"), "job": job}
+            )
+        stages.mkdir(exist_ok=True)
+        os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+        void(compress(recipe_from(values), run_directory=stages))
+
+    return by_itself(work)
+
+
+def workers(bench: Bench, count: int, _draw: random.Random, counts: Counter[str]) -> None:
+    """A worker killed in each kind of its jobs: the result is that of a run left alone."""
+    kind, place = "workers", bench.fresh()
+    if ended(forked(with_workers(values_of(bench.model, kind, place / "out"), place / "stages"))):
+        sys.exit("the run with workers left alone does not end well")
+    whole = mark(place / "out")
+    for number in range(count):
+        job, place = JOBS[number % len(JOBS)], bench.fresh()
+        status = ended(forked(with_workers(values_of(bench.model, kind, place / "out"), place / "stages", job)))
+        if not (place / "stages" / "dead").exists():
+            sys.exit(f"no worker came to {job}")
+        if status:
+            counts["foreign" if status == 70 else "lost"] += 1
+        else:
+            counts["right" if mark(place / "out") == whole else "silently wrong"] += 1
+
+
 OUTCOMES = ("right", "lost", "silently wrong", "foreign")
 
 WORDS = {
@@ -233,6 +299,7 @@ WORDS = {
     "disks": "a disk that fills up, room made, the same command again",
     "damage": "a finished stage with one damaged file, the same command again",
     "writers": "two runs with one output",
+    "workers": "one of two Ray workers killed in a job of each kind",
 }
 
 
@@ -248,29 +315,45 @@ def inputs(count: int) -> None:
     write_result("fuzz", "Inputs from outside, mutated", "make reliability", f"Seed 0.\n\n{table}", records)
 
 
+def write(records: dict[str, dict[str, Any]]) -> None:
+    """Write the rows that there are, in the order of the parts."""
+    header = ["what", "times", *OUTCOMES]
+    shown = [records[part] for part in PARTS if part in records]
+    table = markdown_table(header, [[record[each] for each in header] for record in shown])
+    body = (
+        "A model of two small blocks; a run with a search and repairs, and one with codes, by turns; with workers, a "
+        "search of codes.\n\n"
+    )
+    write_result("reliability", "Runs that are disturbed", "make reliability", body + table, records)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", default=[*PARTS, "inputs"], help="all when none is named")
+    parser.add_argument("--share", type=float, default=1.0)
+    given = parser.parse_args()
+    if unknown := set(given.parts) - {*PARTS, "inputs"}:
+        sys.exit(f"no such part: {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     # Shared by all children, which each would import and start them else.
     for name in ("botorch", "rankwise.allocation.surrogate", "rankwise.stages", "matplotlib.figure"):
         importlib.import_module(name)
     reload._elsewhere()
-    share = float(sys.argv[1]) if sys.argv[1:] else 1.0
-    draw, records = random.Random(0), []
+    file = RESULTS / "reliability.json"
+    records: dict[str, dict[str, Any]] = json.loads(file.read_text())["figures"] if file.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        for part, most in PARTS.items():
-            times = math.ceil(share * most)
+        for part in [each for each in PARTS if each in given.parts]:
+            times = math.ceil(given.share * PARTS[part])
             counts: Counter[str] = Counter()
             started = time.monotonic()
-            globals()[part](bench, times, draw, counts)
+            globals()[part](bench, times, random.Random(part), counts)
             print(part, dict(counts), f"{time.monotonic() - started:.0f} s", flush=True)
             if not counts["left out"]:
-                records.append({"what": WORDS[part], "times": times, **{each: counts[each] for each in OUTCOMES}})
-    header = ["what", "times", *OUTCOMES]
-    table = markdown_table(header, [[record[each] for each in header] for record in records])
-    body = "A model of two small blocks; a run with a search and repairs, and one with codes, by turns.\n\n"
-    write_result("reliability", "Runs that are disturbed", "make reliability", body + table, records)
-    inputs(math.ceil(share * INPUTS))
+                records[part] = {"what": WORDS[part], "times": times, **{each: counts[each] for each in OUTCOMES}}
+                write(records)
+    if "inputs" in given.parts:
+        inputs(math.ceil(given.share * INPUTS))
 
 
 if __name__ == "__main__":
