@@ -154,6 +154,18 @@ def test_without_a_text_nothing_is_known() -> None:
     assert "--evaluation" in said.next[0].what
 
 
+def test_without_a_text_what_is_usual_is_said_and_bits_where_that_is_a_good_deal() -> None:
+    said = verdict(keeping(scored(1.0, evaluation=None), 0.5))
+    low, high = usual(False, 0.5)
+    assert high is None
+    assert said.usual == (low, high)
+    assert f"At 0.5 of the weights a perplexity of {low:.3g} times or more the original's is usual." in said.lost
+    assert "--method quantize" in said.next[1].what
+    mild = verdict(keeping(scored(1.0, evaluation=None), 0.9))
+    assert "a perplexity of 1 to 1.08 times the original's is usual" in mild.lost
+    assert [each.what for each in mild.next] == ["--evaluation text:FILE"]
+
+
 def test_a_run_ends_with_it(rankwise: Run, tiny: Any, text: Any, tmp_path: Any) -> None:
     words = ["--length", 32, "--calibration", f"text:{text}", "--sequences", 8, "--evaluation", f"text:{text}"]
     status, out, _ = rankwise("compress", tiny, "-o", tmp_path / "out", *words)

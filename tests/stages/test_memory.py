@@ -61,6 +61,21 @@ def test_hidden_states_beyond_what_memory_keeps_are_counted_as_files(wide: Path)
     assert need(256) == (0, 0)
 
 
+def test_what_becomes_of_the_vocabulary_is_counted(wide: Path) -> None:
+    def need(**keys: Any) -> Any:
+        recipe = recipe_from({"model": str(wide), "calibration": {"sequences": 8}, "device": "cpu", **keys})
+        # Nothing else is large enough to hide it.
+        return needs(replace(shapes_of(recipe), sites=[make_site("0.q", 4, 4)], sums=[0, 0], largest_sum=0, batch=1))
+
+    plain, coded, factored = need(), need(embeddings="8bit"), need(head="low-rank:0.5")
+    scales = 128_256 * 2
+    assert plain["disk"].disk - coded["disk"].disk == 128_256 * 8192 - scales
+    rank = 0.5 * 128_256 * 8192 // (128_256 + 8192) // 8 * 8
+    assert plain["disk"].disk - factored["disk"].disk == 2 * (128_256 * 8192 - rank * (128_256 + 8192))
+    assert (plain["disk"].worst, factored["disk"].worst) == ("statistics", "head")
+    assert factored["disk"].host > plain["disk"].host
+
+
 @pytest.mark.parametrize(("free", "chosen"), [(10**15, "whole"), (22 * 10**9, "blocks"), (10**6, "disk")])
 def test_auto_takes_the_first_that_fits(
     free: int, chosen: str, wide: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -78,10 +78,7 @@ def verdict(report: Report) -> Verdict:
         report: of a compression. Perplexity of a text says what was lost; without one it is not known.
     """
     if report.evaluation is None:
-        return Verdict(
-            lost="What was lost is not known: no text was scored.",
-            next=(Advice(what="--evaluation text:FILE", cost="two passes over that text; the rest is taken over"),),
-        )
+        return _not_scored(report)
     dense, small = report.evaluation.dense.perplexity, report.evaluation.compressed.perplexity
     ratio = small / dense if dense else math.inf
     if not math.isfinite(ratio):
@@ -95,6 +92,19 @@ def verdict(report: Report) -> Verdict:
         lost=lost + _usual_in_words(report, ratio, low, high),
         next=_next(report, ratio),
     )
+
+
+def _not_scored(report: Report) -> Verdict:
+    """What is usual at this size, where nothing says what was lost; with bits instead where that is a good deal."""
+    scoring = Advice(what="--evaluation text:FILE", cost="two passes over that text; the rest is taken over")
+    lost = "What was lost is not known: no text was scored."
+    if not _of_a_model(report):
+        return Verdict(lost=lost, next=(scoring,))
+    low, high = usual(report.coded, _size(report))
+    span = f"{low:.3g} times or more" if high is None else f"{_span(low, high)} times"
+    lost += f" At {_size_in_words(report)} a perplexity of {span} the original's is usual."
+    codes = _codes(report) if high is None or high >= MUCH else None
+    return Verdict(usual=(low, high), lost=lost, next=tuple(each for each in (scoring, codes) if each is not None))
 
 
 def in_lines(said: Verdict) -> list[str]:
@@ -151,10 +161,14 @@ def _usual_in_words(report: Report, ratio: float, low: float, high: float | None
             f"That is usual at {size}: models with weights to spare lose from {low:.3g} on, others more than was "
             f"measured ({worst.model}: {reached})."
         )
-    span = f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
+    span = _span(low, high)
     if ratio > high:
         return f"That is more than usual at {size} ({span})."
     return f"That is {'usual' if ratio >= low else 'less than usual'} at {size} ({span})."
+
+
+def _span(low: float, high: float) -> str:
+    return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
 
 
 def _next(report: Report, ratio: float) -> tuple[Advice, ...]:

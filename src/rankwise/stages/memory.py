@@ -15,6 +15,7 @@ from rankwise.allocation import Looks
 from rankwise.checkpoints import empty_model
 from rankwise.device import named_device
 from rankwise.errors import ModelError, RankwiseError
+from rankwise.layers import vocabulary_parts
 from rankwise.models import LOGITS, Site, decoder_blocks, find_sites, share_inputs, text_config, unfuse_experts
 from rankwise.progress import Reporter
 from rankwise.recipes import Recipe
@@ -58,6 +59,21 @@ class Need:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """What becomes of embeddings and head.
+
+    Attributes:
+        saved: bytes that they are smaller by in the checkpoint.
+        v: rows of the head.
+        rank: of the two factors in place of the head; 0 for none.
+    """
+
+    saved: int = 0
+    v: int = 0
+    rank: int = 0
+
+
+@dataclass(frozen=True)
 class Shapes:
     """What the estimate is made of: numbers, unless bytes are said.
 
@@ -76,6 +92,7 @@ class Shapes:
         batch: sequences a batch.
         gradients: whether a backward pass is made.
         keep: of the sites' bits, how many are kept.
+        vocabulary: what becomes of embeddings and head.
         on_gpu: whether it computes on a GPU.
     """
 
@@ -94,6 +111,7 @@ class Shapes:
     gradients: bool
     keep: float
     on_gpu: bool
+    vocabulary: Vocabulary
 
 
 def _summed(sums: Sums) -> int:
@@ -162,7 +180,19 @@ def shapes_of(recipe: Recipe) -> Shapes:
         gradients=any(statistic.labels is not None for statistic in requests),
         keep=keep,
         on_gpu=device.type != "cpu",
+        vocabulary=_vocabulary(recipe, model, stored),
     )
+
+
+def _vocabulary(recipe: Recipe, model: Any, stored: int) -> Vocabulary:
+    if recipe.embeddings is None and recipe.head is None:
+        return Vocabulary()
+    budget = recipe.budget
+    coded = recipe.head == "8bit"
+    parts = vocabulary_parts(model, recipe.embeddings is not None, coded, recipe.head_keep, budget.rank_multiple)
+    after = parts.stored_bytes(model, dict.fromkeys(dict(model.named_parameters(remove_duplicate=False)), stored))
+    before = sum(model.get_parameter(name).numel() * stored for name in after)
+    return Vocabulary(before - sum(after.values()), len(model.get_output_embeddings().weight), parts.rank or 0)
 
 
 def _sizes(statistic: Statistic, sites: Sequence[Site], sequences: int) -> Mapping[Any, tuple[int, int]]:
@@ -201,6 +231,7 @@ def _need(s: Shapes, mode: str) -> Need:
     stages = {
         "statistics": activations + in_memory + max(sums, logits if s.gradients else 0),
         "outlooks": looking,
+        "head": _fitting_head(s.vocabulary, s.width),
         "scores": s.computed * tokens * 6 * s.width + logits // 2,
     }
     worst = max(stages, key=lambda name: stages[name])
@@ -216,11 +247,17 @@ def _looking(site: Site) -> int:
     return 8 * (5 * k * k + 6 * site.m * site.n)
 
 
+def _fitting_head(made: Vocabulary, width: int) -> int:
+    """Bytes that two factors in place of the head take: matrices of its width in float64, L in float32 and in parts."""
+    return 8 * (11 * width * width + made.v * made.rank) if made.rank else 0
+
+
 def _disk(s: Shapes, mode: str, hidden: int) -> int:
     """Totals, bases in float32, hidden states that do not stay in memory, weights in files, the result."""
     bases = sum(4 * min(site.m, site.n) * (site.m + site.n) for site in s.sites)
     linear = sum(site.parameters for site in s.sites)
-    written = s.stored * (s.outside + sum(s.blocks) - linear) + int(s.keep * linear * s.stored)
+    rest = s.stored * (s.outside + sum(s.blocks) - linear) - s.vocabulary.saved
+    written = rest + int(s.keep * linear * s.stored)
     held = 0 if mode == "whole" else s.computed * s.outside + int(s.keep * linear) * 4
     return s.totals + bases + hidden + held + written
 
