@@ -53,6 +53,6 @@ def test_a_run_says_them_first(rankwise: Run, tiny: Path, tmp_path: Path) -> Non
     assert status == 0, error
     lines = error.splitlines()
     assert lines[0] == "size: --keep 0.8, as none is given"
-    assert lines[2].startswith("calibration: 32 sequences, as usual on a CPU")
+    assert lines[2].startswith("calibration: 32 sequences, gradients at 8 of them, as usual on a CPU")
     assert Report.load(tmp_path / "out/rankwise_report.json").calibration.sequences == 32
     assert rankwise("compress", tiny, "-o", tmp_path / "out", *words, "--quiet")[2] == ""

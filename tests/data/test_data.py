@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from rankwise.data import choose, load_sequences, parse_source, python_text, windows
+from rankwise.data import choose, load_sequences, parse_source, python_text, spread_first, windows
 from rankwise.data.named import NAMED_TEXTS
 from rankwise.errors import DataError
 
@@ -128,6 +130,15 @@ def test_choosing_is_seeded_ordered_and_without_replacement() -> None:
     assert not torch.equal(drawn, choose(ids, 20, 4))
     assert torch.equal(drawn.flatten().sort().values, drawn.flatten())
     assert len(drawn.unique()) == 20
+
+
+@given(st.integers(1, 40), st.integers(0, 40))
+def test_some_that_lie_evenly_over_all_come_first(count: int, wanted: int) -> None:
+    wanted = min(wanted, count)
+    found = spread_first(torch.arange(count)[:, None].expand(-1, 3), wanted)[:, 0].tolist()
+    assert sorted(found) == list(range(count))
+    assert found[:wanted] == [number * count // wanted for number in range(wanted)]
+    assert found[wanted:] == sorted(found[wanted:])
 
 
 def test_without_a_network_a_hub_source_names_the_local_forms(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,3 +125,20 @@ def test_unreadable_recipes_say_why(tmp_path: Path) -> None:
     ):
         with pytest.raises(RecipeError, match=says):
             read_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "device", "at"),
+    [
+        ({}, "cpu", 8),
+        ({}, "cuda", 32),
+        ({"sequences": 32}, "cpu", 32),
+        ({"gradient_sequences": 5}, "cpu", 5),
+        ({"gradient_sequences": 500}, "cuda", 32),
+        ({"gradient_sequences": None}, "cpu", 32),
+    ],
+)
+def test_gradients_are_taken_at_few_sequences_where_nothing_is_said_on_a_cpu(
+    calibration: dict[str, Any], device: str, at: int
+) -> None:
+    assert recipe_from({"model": "m", "calibration": calibration}).calibration.gradients_at(32, device) == at

@@ -71,6 +71,28 @@ def test_the_sums_are_those_of_whole_batches(family: str, tmp_path: Path, monkey
     assert not list(tmp_path.rglob("hidden-*"))
 
 
+@pytest.mark.parametrize("batch_size", [3, 4])
+def test_gradients_at_the_first_sequences_alone(
+    batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of("llama")
+    sites = share_inputs(model, find_sites(model), IDS[:1])
+    inputs, gradients = ASKED[:1], ASKED[1:]
+    options = {"batch_size": batch_size, "seed": 5}
+    apart = collect(model, sites, IDS, inputs, **options) | collect(model, sites, IDS[:4], gradients, **options)
+    few = collect(model, sites, IDS, ASKED, **options, gradient_sequences=4)
+    in_files = collect(model, sites, IDS, ASKED, **options, gradient_sequences=4, hidden_gb=0.0, snapshot=tmp_path)
+    assert {totals.seen_vectors for totals in few[ASKED[1]].values()} == {4 * IDS.shape[1]}
+    assert same(few, apart)
+    assert same(in_files, apart)
+    monkeypatch.setattr(BlockRunner, "alone", lambda _self: False)
+    assert same(collect(model, sites, IDS, ASKED, **options, gradient_sequences=4), apart)
+    assert same(
+        collect(model, sites, IDS, ASKED, **options, gradient_sequences=99),
+        collect(model, sites, IDS, ASKED, **options),
+    )
+
+
 class _Remembers(nn.Module):
     """Adds what the first block read: hidden states are not all that this block needs."""
 

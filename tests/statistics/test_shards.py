@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,8 +38,18 @@ def test_places_are_used() -> None:
     assert shards(48, 8, [Moments()], 2) == [(0, 24), (24, 48)]
 
 
+def test_shards_have_equal_work_where_gradients_are_taken_at_few_sequences() -> None:
+    asked = [Moments(), Curvature(groups=8, labels="sampled")]
+    # 32 forward passes, and 8 sequences that take three more: 28 of 56.
+    assert shards(32, 1, asked, 2, gradient_sequences=8) == [(0, 7), (7, 32)]
+    assert shards(32, 1, asked, 2) == [(0, 16), (16, 32)]
+
+
+@pytest.mark.parametrize("gradient_sequences", [None, 7])
 @pytest.mark.parametrize("by_block", [True, False])
-def test_sums_of_shards_are_those_of_one_pass(by_block: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sums_of_shards_are_those_of_one_pass(
+    by_block: bool, gradient_sequences: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Float32 sums of a group are the same to the bit; adding groups in another order moves the last bit of float64."""
     if not by_block:
         monkeypatch.setattr("rankwise.statistics.passes.BlockRunner.alone", lambda _self: False)
@@ -48,16 +57,17 @@ def test_sums_of_shards_are_those_of_one_pass(by_block: bool, monkeypatch: pytes
     ids = torch.randint(3, 2000, (24, 16), generator=torch.Generator().manual_seed(1))
     sites = share_inputs(model, find_sites(model), ids[:1])
     asked = [Moments(groups=12), InputMoments(), PooledCovariance(groups=6), Curvature(groups=12, labels="sampled")]
-    how: dict[str, Any] = {"batch_size": 2, "seed": 3}
+    how: dict[str, Any] = {"batch_size": 2, "seed": 3, "gradient_sequences": gradient_sequences}
     whole = collect(model, sites, ids, asked, **how)
-    parts = shards(len(ids), 2, asked, 3)
+    parts = shards(len(ids), 2, asked, 3, gradient_sequences)
     assert len(parts) == 3
     found = [collect(model, sites, ids[a:b], asked, first=a, of=len(ids), **how) for a, b in parts]
     for statistic, by_stream in whole.items():
         assert by_stream
         for key, totals in by_stream.items():
-            added = found[0][statistic][key]
-            for other in found[1:]:
-                added = added.merge(other[statistic][key])
+            # Of a shard without gradients there is nothing.
+            added, *others = [each[statistic][key] for each in found if key in each[statistic]]
+            for other in others:
+                added = added.merge(other)
             for name, tensor in totals.tensors().items():
                 torch.testing.assert_close(added.tensors()[name], tensor, rtol=1e-12, atol=1e-12)

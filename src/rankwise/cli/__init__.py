@@ -138,6 +138,9 @@ def compress(
         bool | None, typer.Option("--speed/--no-speed", help="Time a short decode too, where a text is scored.")
     ] = None,
     sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    gradient_sequences: Annotated[
+        int | None, typer.Option(help="At how many of these gradients are taken; all by default, few on a CPU.")
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a sequence, in every text.")] = None,
     bos: Bos = None,
     seed: Annotated[int | None, typer.Option(help="For everything drawn.")] = None,
@@ -180,6 +183,7 @@ def compress(
         "calibration.source": calibration,
         "validation.source": validation,
         "calibration.sequences": sequences,
+        "calibration.gradient_sequences": gradient_sequences,
         "calibration.length": length,
         "validation.length": length,
         "calibration.bos": bos,

@@ -240,8 +240,10 @@ def defaults_in_words(recipe: Recipe, sized: bool, named: bool = True) -> list[s
         )
     if given.sequences == "auto":
         where = named_device(recipe.device).type
-        more = " (statistics of --sequences 256 take eight times as long)" if where == "cpu" else ""
-        said.append(f"calibration: {given.counted(where)} sequences, as usual on a {where.upper()}{more}")
+        count = given.counted(where)
+        few = None if count is None else given.gradients_at(count, where)
+        more = f", gradients at {few} of them" if few is not None and few != count else ""
+        said.append(f"calibration: {count} sequences{more}, as usual on a {where.upper()}")
     return said
 
 

@@ -2,7 +2,7 @@
 
 from rankwise.data.instructions import Examples, load_examples
 from rankwise.data.lines import existing
-from rankwise.data.sequences import Sequences, choose, load_sequences, windows
+from rankwise.data.sequences import Sequences, choose, load_sequences, spread_first, windows
 from rankwise.data.sources import FILE_KINDS, Source, parse_source, require_files
 from rankwise.data.start import Start, adds_start, start_token
 
@@ -19,6 +19,7 @@ __all__ = [
     "load_sequences",
     "parse_source",
     "require_files",
+    "spread_first",
     "start_token",
     "windows",
 ]

@@ -180,6 +180,19 @@ def choose(ids: Tensor, count: int | None, seed: int | None, first: int = 0) -> 
     return ids[order.sort().values]
 
 
+def spread_first(ids: Tensor, count: int) -> Tensor:
+    """The same sequences, so many that lie evenly over all of them first; else their order stays.
+
+    Args:
+        ids: shape `[sequences, tokens]`.
+        count: how many come first.
+    """
+    first = torch.arange(count) * len(ids) // max(1, count)
+    rest = torch.ones(len(ids), dtype=torch.bool)
+    rest[first] = False
+    return torch.cat([ids[first], ids[rest]])
+
+
 def load_sequences(
     source: Source,
     tokenizer: Any,

@@ -140,10 +140,11 @@ class BlockRunner:
     def blocks(self) -> nn.ModuleList:
         return decoder_blocks(self.model)[1]
 
-    def batches(self) -> Iterator[slice]:
-        """Slices of the sequences, the last one maybe smaller."""
-        for start in range(0, len(self.ids), self.batch_size):
-            yield slice(start, min(start + self.batch_size, len(self.ids)))
+    def batches(self, count: int | None = None) -> Iterator[slice]:
+        """Slices of the sequences, the last one maybe smaller; of the first `count` alone, where it is given."""
+        count = len(self.ids) if count is None else count
+        for start in range(0, count, self.batch_size):
+            yield slice(start, min(start + self.batch_size, count))
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -37,6 +37,7 @@ _HEAD_KEEP = 0.5
 """Fraction of its numbers that a low-rank head keeps where neither it nor the budget says one."""
 
 _SEQUENCES, _SEQUENCES_ON_CPU = 256, 32
+_GRADIENT_SEQUENCES_ON_CPU = 8
 
 
 class _Text(_Node):
@@ -63,6 +64,9 @@ class Calibration(_Text):
         sequences: how many; None for all. `auto` is 256, and 32 where a CPU computes.
         length: tokens a sequence; None means the smaller of 512 and the model's context, and for a `tokens:` source of
             shape `[sequences, tokens]` its own.
+        gradient_sequences: at how many of them, the first, gradients are taken, which take several times as long as
+            inputs; None for all. `auto` is all, and 8 where a CPU computes and `sequences` is `auto`
+            (`benchmarks/results/text.md`).
         sample: `random` draws sequences by the recipe's seed, `first` takes them from the start.
         batch_size: sequences a batch.
         bos: whether each sequence begins with the tokenizer's start token: `always`, `never`, or `auto`, where the
@@ -71,10 +75,23 @@ class Calibration(_Text):
 
     source: SourceText = "bundled"
     sequences: Count | Literal["auto"] | None = "auto"
+    gradient_sequences: Count | Literal["auto"] | None = "auto"
     length: Length | None = None
     sample: Literal["random", "first"] = "random"
     batch_size: Count = 8
     bos: Start = "auto"
+
+    def gradients_at(self, count: int, device: str) -> int:
+        """At how many of the sequences that were read gradients are taken.
+
+        Args:
+            count: sequences that were read.
+            device: as for `counted`.
+        """
+        asked = self.gradient_sequences
+        if asked == "auto":
+            asked = _GRADIENT_SEQUENCES_ON_CPU if self.sequences == "auto" and device == "cpu" else None
+        return count if asked is None else min(asked, count)
 
 
 class Evaluation(_Text):

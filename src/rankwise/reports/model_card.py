@@ -42,7 +42,8 @@ Made by rankwise {{ machine.rankwise | text }} from {{ name | code }} ({{ archit
 kept {{ "%.4f" | format(keep.got) }}{% endif %}
 - calibration: {{ calibration.sequences }} sequences of {{ calibration.length }} tokens from \
 {{ calibration.source | place | code }}\
-{% if calibration.bos is not none %}, each begun by the start token{% endif %}
+{% if calibration.gradient_sequences is not none %}, gradients at {{ calibration.gradient_sequences }} of them\
+{% endif %}{% if calibration.bos is not none %}, each begun by the start token{% endif %}
 - {{ counted | text }}
 {%- if biases_added %}
 - {{ "{:,}".format(biases_added) }} biases were added to make up for the mean of what was dropped

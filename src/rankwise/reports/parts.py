@@ -169,6 +169,7 @@ class CalibrationText(Part):
         available: sequences the source held.
         fingerprint: hash of the token ids.
         bos: the start token that each sequence begins with; None for none.
+        gradient_sequences: at how many of them gradients were taken, where not at all and where any were.
     """
 
     source: str
@@ -177,6 +178,7 @@ class CalibrationText(Part):
     available: Count
     fingerprint: str
     bos: int | None = None
+    gradient_sequences: Count | None = None
 
 
 class ValidationText(Part):

@@ -203,7 +203,10 @@ def _text(report: Report) -> Advice | None:
     sequences = factor * report.calibration.sequences
     if report.calibration.available < sequences:
         return Advice(what=f"{what}, in a file that holds it", cost=cost)
-    return Advice(what=f"{what}: --sequences {sequences}", cost=cost)
+    if report.calibration.gradient_sequences is None:
+        return Advice(what=f"{what}: --sequences {sequences}", cost=cost)
+    few = f"{what}: --sequences {sequences} --gradient-sequences {report.calibration.gradient_sequences}"
+    return Advice(what=few, cost=f"statistics of inputs take {factor} times as long")
 
 
 def _storage(report: Report) -> Advice | None:

@@ -48,6 +48,7 @@ from rankwise.reports import (
 )
 from rankwise.sizes import Plan
 from rankwise.stages.fitting import SiteFacts
+from rankwise.stages.measuring import requests_of
 from rankwise.stages.planning import Chosen
 from rankwise.stages.repairing import Repairing
 from rankwise.stages.work import Work, calibration_key, model_key
@@ -115,6 +116,13 @@ def machine_of(device: torch.device) -> Machine:
     )
 
 
+def _gradient_sequences(work: Work) -> int | None:
+    """At how many calibration sequences gradients were taken; None for all, and for none."""
+    taken = any(statistic.labels is not None for statistic in requests_of(work))
+    few = work.gradient_sequences < len(work.texts.calibration.ids)
+    return work.gradient_sequences if taken and few else None
+
+
 def _memory(work: Work) -> MemoryUse:
     used = [stage.anonymous_bytes for stage in work.reporter.stages.values() if stage.anonymous_bytes is not None]
     expected = None if work.need is None else work.need.host
@@ -160,6 +168,7 @@ def _report(
             available=calibration.available,
             fingerprint=calibration.fingerprint,
             bos=calibration.bos,
+            gradient_sequences=_gradient_sequences(work),
         ),
         search=chosen.search,
         repair=() if repairing is None else tuple(repairing.done),

@@ -185,6 +185,7 @@ def measure_shard(hand: Hand, out: Path, *, numbers: list[int], first: int, stop
         reporter=work.reporter,
         first=first,
         of=len(ids),
+        gradient_sequences=work.gradient_sequences,
     )
     for statistic, stream, totals in found:
         save_totals(out / str(of[statistic]) / f"{stream}.safetensors", totals)

@@ -96,7 +96,8 @@ def collect_requests(
 
 def _note(work: Work, statistic: Statistic, sites: Sequence[Site]) -> None:
     """Say again what a statistic says of how it adds, so that it is kept with the stage of this one alone."""
-    statistic.sums(statistic.streams(sites), len(work.texts.calibration.ids), work.reporter)
+    count = len(work.texts.calibration.ids) if statistic.labels is None else work.gradient_sequences
+    statistic.sums(statistic.streams(sites), count, work.reporter)
 
 
 def _of_all(
@@ -115,6 +116,7 @@ def _of_all(
         hidden_gb=0.0 if work.memory == "disk" else HIDDEN_GB,
         known=known,
         reporter=work.reporter,
+        gradient_sequences=work.gradient_sequences,
     )
     snapshot.discard()
 
@@ -143,7 +145,8 @@ def _made_shards(work: Work, missing: Missing, common: Mapping[str, Any]) -> lis
     assert work.crew is not None
     total = len(work.texts.calibration.ids)
     settings = [statistic.settings() for statistic in missing]
-    parts = shards(total, work.recipe.calibration.batch_size, missing, work.crew.workers)
+    settled = work.recipe.calibration.batch_size, missing, work.crew.workers, work.gradient_sequences
+    parts = shards(total, *settled)
     made = [work.stage("shard", {**common, "statistics": settings, "sequences": part}) for part in parts]
     left = [(part, stage) for part, stage in zip(parts, made, strict=True) if not stage.taken_over()]
     asked = requests_of(work)

@@ -90,7 +90,7 @@ class Shapes:
         sequences: calibration sequences.
         length: tokens of each.
         batch: sequences a batch.
-        gradients: whether a backward pass is made.
+        gradients: at how many of them gradients are taken; 0 without a backward pass.
         keep: of the sites' bits, how many are kept.
         vocabulary: what becomes of embeddings and head.
         on_gpu: whether it computes on a GPU.
@@ -108,7 +108,7 @@ class Shapes:
     sequences: int
     length: int
     batch: int
-    gradients: bool
+    gradients: int
     keep: float
     on_gpu: bool
     vocabulary: Vocabulary
@@ -153,6 +153,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
     for (*_, first), (size, _) in made.items():
         sums[block_of[first]] += size
         largest = max(largest, size)
+    backward = any(statistic.labels is not None for statistic in requests)
     stored = (getattr(model.config, "dtype", None) or torch.float32).itemsize
     device = named_device(recipe.device)
     widens = recipe.precision == "float32" or (recipe.precision == "auto" and device.type == "cpu")
@@ -177,7 +178,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
         sequences=count,
         length=calibration.length or min(_LENGTH, context),
         batch=calibration.batch_size,
-        gradients=any(statistic.labels is not None for statistic in requests),
+        gradients=calibration.gradients_at(count, device.type) if backward else 0,
         keep=keep,
         on_gpu=device.type != "cpu",
         vocabulary=_vocabulary(recipe, model, stored),
@@ -211,7 +212,8 @@ def needs(shapes: Shapes) -> dict[str, Need]:
 
 def _need(s: Shapes, mode: str) -> Need:
     tokens = s.batch * s.length
-    hidden = 4 * s.sequences * s.length * s.width * ((len(s.blocks) + 1) if s.gradients else 1)
+    # What passes through the blocks, and what lies between them where gradients come back.
+    hidden = 4 * s.length * s.width * (s.sequences + s.gradients * (len(s.blocks) + 2))
     in_memory = hidden if mode != "disk" and hidden <= HIDDEN_GB * 1e9 else 0
     largest_block = max(s.blocks)
     widened = s.computed != s.stored

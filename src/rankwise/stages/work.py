@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankwise.allocation import Allocation, Looks, Problem, Spectral, UnitChoice
 from rankwise.checkpoints import LoadedModel, fingerprint
-from rankwise.data import Sequences, choose, load_sequences, parse_source
+from rankwise.data import Sequences, choose, load_sequences, parse_source, spread_first
 from rankwise.device import computed_type
 from rankwise.errors import DataError, ModelError
 from rankwise.evaluation import Objective
@@ -133,6 +133,11 @@ class Work:
         """What the allocation looks at."""
         return self.allocation.looks
 
+    @property
+    def gradient_sequences(self) -> int:
+        """At how many of the calibration sequences, the first, gradients are taken."""
+        return self.recipe.calibration.gradients_at(len(self.texts.calibration.ids), self.loaded.model.device.type)
+
     def stage(self, name: str, depends_on: Mapping[str, Any]) -> Stage:
         """A stage of the run, whose notes and damages the reporter is told."""
         return self.run.stage(name, depends_on, self.reporter)
@@ -170,6 +175,9 @@ def read_texts(recipe: Recipe, loaded: LoadedModel, reporter: Reporter, validate
         DataError: when a source cannot be read or holds too little.
     """
     calibration = read_sequences(recipe.calibration, loaded, recipe.seed, skip=0)
+    first = recipe.calibration.gradients_at(len(calibration.ids), loaded.model.device.type)
+    if first < len(calibration.ids):
+        calibration = replace(calibration, ids=spread_first(calibration.ids, first))
     validation = _read_validation(recipe, loaded, calibration, reporter) if validate else None
     if not validate and recipe.validation.source is not None:
         reporter.note(f"the validation text is not used: the allocation {recipe.allocation.name} searches nothing")
@@ -388,5 +396,8 @@ def chosen_key(work: Work) -> dict[str, Any]:
 
 
 def calibration_key(work: Work) -> dict[str, Any]:
-    calibration = {"ids": work.texts.calibration.fingerprint, "batch_size": work.recipe.calibration.batch_size}
+    read, settings = work.texts.calibration, work.recipe.calibration
+    calibration: dict[str, Any] = {"ids": read.fingerprint, "batch_size": settings.batch_size}
+    if work.gradient_sequences < len(read.ids):
+        calibration["gradient_sequences"] = work.gradient_sequences
     return {**model_key(work), "calibration": calibration, "seed": work.recipe.seed}

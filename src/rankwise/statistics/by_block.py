@@ -42,6 +42,7 @@ class ByBlock:
         known: whether totals are there already, given a statistic and the key of a stream.
         reporter: told about progress.
         first: number of the first of the runner's sequences among all that are measured.
+        gradient_sequences: of the runner's sequences, how many gradients are taken at: the first.
     """
 
     runner: BlockRunner
@@ -50,12 +51,13 @@ class ByBlock:
     hidden_gb: float
     known: Callable[[Statistic, str], bool]
     reporter: Reporter
-    first: int = 0
+    first: int
+    gradient_sequences: int
 
     def __post_init__(self) -> None:
         self._block = {site.name: site.block for site in self.sites}
         # A smaller last batch has masks of its own; found out here, where nothing is watched.
-        for part in self.runner.batches():
+        for part in (*self.runner.batches(), *self.runner.batches(self.gradient_sequences)):
             self.runner.learn(part.stop - part.start)
 
     def collecting(
@@ -71,7 +73,9 @@ class ByBlock:
             NotFiniteError: naming the layer.
         """
         wanted = {labels: self._by_block(collector) for labels, collector in collectors.items()}
-        down = [labels for labels in collectors if labels is not None and any(wanted[labels])]
+        down = [
+            labels for labels in collectors if labels is not None and self.gradient_sequences and any(wanted[labels])
+        ]
         count = len(self.runner.blocks)
         begun = {labels: self._snapshot(labels, wanted[labels]) for labels in down}
         # Above what was left behind on the way down nothing is needed.
@@ -80,17 +84,17 @@ class ByBlock:
         height = max([height, *(index + 1 for index in range(count) if forward[index])])
         if not height:
             return
-        keep = [self._room(f"{_HIDDEN}-0", count + 1 if down else 1)]
-        with self.reporter.counting("calibration", total=height * self._batches) as advance:
-            yield from self._up(collectors.get(None), forward, keep, height, bool(down), advance)
+        between: list[Tensor] | None = [] if down else None
+        with self.reporter.counting("calibration", total=height * self._batches()) as advance:
+            yield from self._up(collectors.get(None), forward, between, height, advance)
         for labels in down:
-            yield from self._down(labels, collectors[labels], wanted[labels], keep, begun[labels], seed)
+            assert between is not None
+            yield from self._down(labels, collectors[labels], wanted[labels], between, begun[labels], seed)
         if self.folder is not None:
             shutil.rmtree(self.folder / _HIDDEN, ignore_errors=True)
 
-    @property
-    def _batches(self) -> int:
-        return sum(1 for _ in self.runner.batches())
+    def _batches(self, count: int | None = None) -> int:
+        return sum(1 for _ in self.runner.batches(count))
 
     def _by_block(self, collector: Collector) -> list[list[Stream]]:
         """The streams of every block that are not known."""
@@ -99,42 +103,57 @@ class ByBlock:
             found[self._block[stream.sites[0]]].append(stream)
         return found
 
-    def _room(self, name: str, pieces: int) -> Tensor:
-        """Room for the hidden states of all sequences, one of so many pieces."""
+    def _room(self, name: str, sequences: int, others: int) -> Tensor:
+        """Room for the hidden states of some sequences, beside those of so many others."""
         folder = None if self.folder is None else self.folder / _HIDDEN
-        return allocate(self.runner.shape, folder, name, int(self.hidden_gb * 1e9 / pieces))
+        _, length, d = self.runner.shape
+        share = sequences / (sequences + others)
+        return allocate((sequences, length, d), folder, name, int(self.hidden_gb * 1e9 * share))
+
+    def _kept(self, name: str) -> Tensor:
+        """Room for what lies between two blocks, of the sequences that gradients are taken at."""
+        return self._room(
+            name, self.gradient_sequences, self.gradient_sequences * len(self.runner.blocks) + len(self.runner.ids)
+        )
 
     def _up(
         self,
         collector: Collector | None,
         wanted: Sequence[Sequence[Stream]],
-        between: list[Tensor],
+        between: list[Tensor] | None,
         height: int,
-        keep: bool,
         advance: Callable[[str], None],
     ) -> Iterator[tuple[Statistic, str, Totals]]:
-        """Run so many blocks, the lowest first; what each read is added to `between` where it is to be kept."""
+        """Run so many blocks, the lowest first.
+
+        Where there is a `between`, what each read and the last gave is added to it, of the sequences that gradients
+        are taken at.
+        """
         runner = self.runner
-        hidden = runner.embed(between[0])
+        others = self.gradient_sequences * (len(wanted) + 1) if between is not None else 0
+        hidden = runner.embed(self._room(_HIDDEN, len(runner.ids), others))
+
+        def keep() -> None:
+            if between is not None:
+                between.append(self._kept(f"{_HIDDEN}-{len(between)}").copy_(hidden[: self.gradient_sequences]))
+
+        keep()
         for index in range(height):
-            out = self._room(f"{_HIDDEN}-{index + 1}", len(wanted) + 1) if keep else hidden
-            for part in self._watched(collector, wanted[index]):
-                out[part] = _forward(runner, index, hidden[part])
+            for part in self._watched(collector, wanted[index], len(runner.ids)):
+                hidden[part] = _forward(runner, index, hidden[part])
                 advance(f"calibration, block {index}")
-            if keep:
-                between.append(out)
-            hidden = out
+            keep()
             for stream in wanted[index]:
                 assert collector is not None
                 yield from collector.take(stream)
 
-    def _watched(self, collector: Collector | None, streams: Sequence[Stream]) -> Iterator[slice]:
-        """Every batch, while these streams are watched."""
+    def _watched(self, collector: Collector | None, streams: Sequence[Stream], count: int) -> Iterator[slice]:
+        """Every batch of the first `count` sequences, while these streams are watched."""
         if collector is None or not streams:
-            yield from self.runner.batches()
+            yield from self.runner.batches(count)
             return
         with collector.watching(self.runner.model, streams):
-            for part in self.runner.batches():
+            for part in self.runner.batches(count):
                 collector.begin(self.first + part.start, self.first + part.stop)
                 yield part
                 collector.end()
@@ -153,13 +172,13 @@ class ByBlock:
         start, gradient = begun
         lowest = min(index for index, streams in enumerate(wanted) if streams)
         description = f"calibration, gradients at {labels} labels"
-        total = (start - lowest + (gradient is None)) * self._batches
+        total = (start - lowest + (gradient is None)) * self._batches(self.gradient_sequences)
         saved = time.monotonic()
         with self.reporter.counting(description, total=total) as advance, gradients(runner.model, True):
             if gradient is None:
                 gradient = self._at_the_top(labels, between[start], seed, lambda: advance(f"{description}, head"))
             for index in reversed(range(lowest, start)):
-                for part in self._watched(collector, wanted[index]):
+                for part in self._watched(collector, wanted[index], self.gradient_sequences):
                     given = between[index][part].to(runner.device).requires_grad_()
                     with torch.enable_grad():
                         found = runner.run(index, given)
@@ -177,8 +196,8 @@ class ByBlock:
         """The loss gradient at what the last block gave, shape `[sequences, tokens, d]`, on the CPU."""
         runner = self.runner
         head = Head(runner.model, runner.ids)
-        gradient = self._room(f"gradient-{labels}", len(runner.blocks) + 1)
-        for part in runner.batches():
+        gradient = self._kept(f"gradient-{labels}")
+        for part in runner.batches(self.gradient_sequences):
             given = top[part].to(runner.device, runner.dtype).requires_grad_()
             ids = runner.ids[part].to(runner.device)
             with torch.enable_grad(), runner.above(given):

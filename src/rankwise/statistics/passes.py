@@ -60,6 +60,7 @@ def collecting(
     reporter: Reporter | None = None,
     first: int = 0,
     of: int | None = None,
+    gradient_sequences: int | None = None,
 ) -> Finished:
     """Collect what is asked for: one forward pass, and a pass with gradients for each kind of labels asked for.
 
@@ -79,6 +80,7 @@ def collecting(
         reporter: told about progress and about anything the user should know.
         first: number of the first of these sequences among all that are measured, where this is a shard of them.
         of: how many those are; None for no more than these.
+        gradient_sequences: of all that are measured, how many gradients are taken at: the first; None for all.
 
     Yields:
         Statistic, stream key, totals, as soon as they are complete.
@@ -90,6 +92,10 @@ def collecting(
     passes: dict[Labels | None, list[Statistic]] = {}
     for statistic in sorted(dict.fromkeys(statistics), key=lambda each: each.labels or ""):
         passes.setdefault(statistic.labels, []).append(statistic)
+    of = len(tokens) if of is None else of
+    gradient_sequences = of if gradient_sequences is None else min(gradient_sequences, of)
+    # Of the sequences that are here.
+    own = max(0, min(len(tokens), gradient_sequences - first))
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -99,24 +105,25 @@ def collecting(
         # A device that holds the sums of one block has room for their totals; of all blocks it may not.
         keeping = device if by_block else CPU
         collectors = {
-            labels: Collector(wanted, sites, of or len(tokens), device, keeping, reporter)
+            labels: Collector(wanted, sites, of if labels is None else gradient_sequences, device, keeping, reporter)
             for labels, wanted in passes.items()
         }
         if by_block:
-            walk = ByBlock(runner, sites, snapshot, hidden_gb, known, reporter, first)
+            walk = ByBlock(runner, sites, snapshot, hidden_gb, known, reporter, first, own)
             yield from walk.collecting(collectors, seed)
             return
         for labels, collector in collectors.items():
             left = collector.unknown(collector.streams, known)
-            if not left:
+            read = tokens if labels is None else tokens[:own]
+            if not left or not len(read):
                 continue
             description = "calibration" if labels is None else f"calibration, gradients at {labels} labels"
             folder = snapshot / (labels or "forward") if snapshot else None
-            step = _step(model, labels, seed, tokens, first)
+            step = _step(model, labels, seed, read, first)
             saved = labels is not None and 4 * batch_size * tokens.shape[1] * _numbers_a_token(sites) > RECOMPUTE_BEYOND
             blocks = list(decoder_blocks(model)[1]) if saved else []
             with collector.watching(model, left), gradients(model, labels is not None), recomputed(blocks):
-                _run_batches(step, collector, tokens, batch_size, folder, description, reporter, first)
+                _run_batches(step, collector, read, batch_size, folder, description, reporter, first)
             for stream in left:
                 yield from collector.take(stream)
     finally:
