@@ -38,6 +38,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from common import RESULTS, ROOT, ended, forked, markdown_table, write_result
 from rankwise import compress
 from rankwise.checkpoints import reload
+from rankwise.data import python_text
 from rankwise.progress import Reporter
 from rankwise.quickstart import MODEL
 from rankwise.recipes import recipe_from
@@ -339,6 +340,7 @@ def main() -> None:
     for name in ("botorch", "rankwise.allocation.surrogate", "rankwise.stages", "matplotlib.figure"):
         importlib.import_module(name)
     reload._elsewhere()
+    python_text.documents("train")
     file = RESULTS / "reliability.json"
     records: dict[str, dict[str, Any]] = json.loads(file.read_text())["figures"] if file.exists() else {}
     with tempfile.TemporaryDirectory() as folder:

@@ -87,7 +87,7 @@ def _named(target: str, _field: str | None) -> Iterator[str]:
 
 
 def _bundled(target: str, _field: str | None) -> Iterator[str]:
-    return python_text.documents(target)
+    return iter(python_text.documents(target))
 
 
 DOCUMENTS: dict[str, Callable[[str, str | None], Iterator[str]]] = {
