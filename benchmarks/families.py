@@ -2,10 +2,12 @@
 
 python benchmarks/families.py [FAMILY ...] [--run-dir DIR]
 
-A model of a few thousand parameters is made from each family's own config, compressed to half with random tokens and
-written, which tries it in a process without rankwise; then the two-sided method with a backward pass, from a bfloat16
-checkpoint. A family is fine where both end well; what is refused says why; anything else is a foreign exception.
-Outcomes stay in --run-dir: the same command goes on after a stop, and families that are named are tried again.
+A model of a few thousand parameters is made from each family's own config (`small_configs.py`), compressed to half with
+random tokens and written, which tries it in a process without rankwise; then the two-sided method with a backward pass,
+from a bfloat16 checkpoint. A family is fine where both end well; what is refused says why; anything else is a foreign
+exception.
+Outcomes stay in --run-dir: the same command goes on after a stop, and families that are named are tried again. A family
+without an outcome there keeps its row of the results.
 """
 
 from __future__ import annotations
@@ -24,36 +26,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from common import ROOT, ended, forked, markdown_table, write_result
+from common import RESULTS, ROOT, ended, forked, markdown_table, write_result
 from rankwise import compress
 from rankwise.checkpoints import load_model, reload
 from rankwise.errors import RankwiseError
 from rankwise.models import decoder_blocks, find_sites, unfuse_experts
 from rankwise.recipes import recipe_from
-
-SMALL: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "embedding_size"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim"), 64),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 2),
-    **dict.fromkeys(("head_dim", "kv_channels", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "lru_width", "mamba_d_ssm"), 32),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_top_k", "moe_k", "top_k"), 2),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "moe_ffn_hidden_size"), 32),
-    **dict.fromkeys(("n_group", "topk_group", "n_groups", "mamba_n_groups"), 1),
-    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size"), 8),
-    "rotary_dim": 4,
-    "mamba_n_heads": 4,
-    "mamba_d_head": 16,
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from small_configs import CANNOT, small_config
 
 LARGEST = 8_000_000
 """Parameters beyond which a model is not small."""
@@ -63,9 +42,7 @@ SECONDS = 400
 
 def build(family: str) -> Any:
     """A small model of a family with random weights."""
-    kind = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
-    known = kind.config_class().to_dict()
-    config = kind.config_class(**{name: value for name, value in SMALL.items() if name in known})
+    config = small_config(family)
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > LARGEST:
@@ -80,6 +57,8 @@ def build(family: str) -> Any:
 
 def try_family(family: str, folder: Path) -> dict[str, Any]:
     """What came of one family."""
+    if family in CANNOT:
+        return {"outcome": "not built", "why": CANNOT[family]}
     try:
         model = build(family)
         model.save_pretrained(folder / "float32")
@@ -130,6 +109,13 @@ def in_a_process(family: str) -> dict[str, Any]:
         return dict(json.loads((folder / "outcome.json").read_text()))
 
 
+def before() -> dict[str, dict[str, Any]]:
+    """What came of each family before, of those that transformers still knows."""
+    file = RESULTS / "families.json"
+    figures = json.loads(file.read_text())["figures"] if file.exists() else {}
+    return {family: row for family, row in figures.items() if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+
+
 def main() -> None:
     reload._elsewhere()  # One for all, which each would start else.
     parser = argparse.ArgumentParser()
@@ -137,7 +123,7 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=ROOT / ".benchmarks" / "families")
     arguments = parser.parse_args()
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, Any]] = {}
+    found = before()
     for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         file = arguments.run_dir / f"{family}.json"
         if family in arguments.family or not (arguments.family or file.exists()):
@@ -145,6 +131,7 @@ def main() -> None:
             print(family, file.read_text(), flush=True)
         if file.exists():
             found[family] = json.loads(file.read_text())
+    found = dict(sorted(found.items()))
     write_result("families", "Families of decoders", "python benchmarks/families.py", table(found), found)
     PAGE.write_text(page(found, transformers.__version__))
 
@@ -163,7 +150,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     ]
     return (
         f"transformers {transformers.__version__}. {count['fine']} families fine, {count['refused']} refused with a "
-        f"reason, {count['foreign']} ended with a foreign exception; {count['not built']} could not be built small.\n\n"
+        f"reason, {count['foreign']} ended with a foreign exception; {count['not built']} could not be built.\n\n"
         "Covered: share of the decoder's matrices that are sites. The others stay as they are.\n\n"
     ) + markdown_table(["family", "outcome", "covered", "why"], rows)
 
@@ -187,15 +174,15 @@ def page(found: dict[str, dict[str, Any]], version: str) -> str:
     return (
         f"""# Architectures
 
-Every family of causal language models that transformers {version} knows, if its own config could be made small: random
-weights, compressed to half by `bolaco` from float32 and by `two_sided` (with a backward pass) from bfloat16, written,
-and tried in a process without rankwise. Of {len(built)} families {len(fine)} end well, {whole} of them with all
-matrices of the decoder covered but for routers and the like. `python benchmarks/families.py` makes this page and
-`benchmarks/results/families.md`, which lists the {len(found) - len(built)} that could not be built small, too.
+Every family of causal language models that transformers {version} knows, if a small one could be built: its own config,
+random weights, compressed to half by `bolaco` from float32 and by `two_sided` (with a backward pass) from bfloat16,
+written, and tried in a process without rankwise. Of {len(built)} families {len(fine)} end well, {whole} of them with
+all matrices of the decoder covered but for routers and the like. `python benchmarks/families.py` makes this page and
+`benchmarks/results/families.md`, which lists the {len(found) - len(built)} that could not be built, too.
 
 Covered is the share of the numbers in the decoder's matrices that are compressed. The rest stays as it is: routers,
-convolutions, states, experts of a layout that is not known, and linear layers that make something else of their weights
-than W x + b. Models that read images too: [vision.md](vision.md).
+convolutions, states, experts of a layout that is not known, linear layers whose weights several blocks share, and those
+that make something else of their weights than W x + b. Models that read images too: [vision.md](vision.md).
 
 """
         + markdown_table(["family", "covered", "what keeps it"], rows)

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     Gemma2Config,
+    Gemma4UnifiedTextConfig,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -59,6 +60,10 @@ FAMILIES = {
     "gpt2": GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4),
     "qwen3": Qwen3Config(**SMALL, head_dim=32),
     "gemma2": Gemma2Config(**SMALL, head_dim=32),
+    # Heads are wider in its second layer.
+    "gemma4": Gemma4UnifiedTextConfig(
+        **SMALL, head_dim=16, global_head_dim=32, layer_types=["sliding_attention", "full_attention"]
+    ),
     "mixtral": MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
     "deepseek_v3": DeepseekV3Config(**LATENT),
 }

@@ -16,7 +16,7 @@ from transformers import (
 
 from conftest import tiny_llama
 from rankwise.errors import ModelError, NotFiniteError
-from rankwise.models import find_sites, fused_expert_parameters, share_inputs, unfuse_experts
+from rankwise.models import find_sites, fused_expert_parameters, share_inputs, shared_layers, unfuse_experts
 
 
 def test_llama_sites_roles_shapes_and_shared_inputs() -> None:
@@ -60,10 +60,26 @@ def test_a_router_beside_experts_of_an_unknown_layout_is_no_site() -> None:
         num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_local_experts=4, interleave_moe_layer_step=1,
     )  # fmt: skip
     model = Llama4ForCausalLM(config)
+    model.model.layers[0].feed_forward.experts.scale = nn.Parameter(torch.ones(4))
     assert unfuse_experts(model).parts == {}
     assert fused_expert_parameters(model) == 4 * 3 * 16 * 32
     names = [site.name.partition("feed_forward.")[2] for site in find_sites(model)]
     assert [name for name in names if name] == [f"shared_expert.{each}_proj" for each in ("gate", "up", "down")]
+
+
+def test_layers_that_share_a_weight_are_no_sites() -> None:
+    """Zamba runs one transformer block at several depths."""
+    model = tiny_llama()
+    before = [site.name for site in find_sites(model)]
+    first, second = model.model.layers[:2]
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    second.self_attn.o_proj = first.self_attn.o_proj
+    left = {name for name in before if name not in [site.name for site in find_sites(model)]}
+    shared = {"self_attn.o_proj", "mlp.up_proj"}
+    assert left == {f"model.layers.{index}.{name}" for index in range(2) for name in shared}
+    sizes = {name: model.get_submodule(f"model.layers.0.{name}").weight.numel() for name in shared}
+    assert shared_layers(model) == {f"model.layers.0.{name}": size for name, size in sizes.items()}
+    assert shared_layers(tiny_llama()) == {}
 
 
 def test_a_weight_that_is_not_finite_is_named() -> None:

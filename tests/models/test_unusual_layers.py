@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 from conftest import tiny_llama
 from rankwise import compress
 from rankwise.checkpoints import load_model
+from rankwise.checkpoints.save import check_finite
+from rankwise.errors import ModelError, NotFiniteError
 from rankwise.models import find_sites, other_layers, share_inputs
 from rankwise.progress import Reporter
 from rankwise.recipes import recipe_from
@@ -29,6 +31,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "CTRL": ("CTRLLMHeadModel", {"vocab_size": 128, "n_embd": 32, "dff": 64, "n_layer": 2, "n_head": 4}),
     # Its class says a name of the decoder that is none of its children.
     "Llama4Text": ("Llama4ForCausalLM", {**SMALL, "intermediate_size_mlp": 64, "num_local_experts": 2}),
+    # Its layers have heads of different widths, as its own config says.
+    "Gemma4Text": (
+        "Gemma4ForCausalLM",
+        {
+            **SMALL,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "global_head_dim": 16,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 128,
+        },
+    ),
+    # It fills some linear layers by their paths, and counts on their biases.
+    "xLSTM": ("xLSTMForCausalLM", {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4}),
 }
 
 
@@ -41,6 +56,8 @@ def test_an_unusual_family_is_compressed_with_gradients_and_reloaded(
     kind, settings = CASES[name]
     torch.manual_seed(0)
     model = getattr(transformers, kind)(getattr(transformers, f"{name}Config")(**settings)).eval()
+    for parameter in model.parameters():  # None zero, as none of a trained model is.
+        parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(tmp_path / "dense")
     values = {
         "model": str(tmp_path / "dense"),
@@ -57,6 +74,16 @@ def test_an_unusual_family_is_compressed_with_gradients_and_reloaded(
         expected = small.model(input_ids=ids, use_cache=False).logits
         assert torch.equal(trusted(input_ids=ids, use_cache=False).logits, expected)
         assert torch.equal(load_model(str(tmp_path / "small")).model(input_ids=ids, use_cache=False).logits, expected)
+
+
+def test_infinite_bounds_of_the_architecture_are_stored_and_an_infinite_weight_is_refused() -> None:
+    model = tiny_llama()
+    model.model.layers[0].mlp.register_buffer("bound", torch.tensor(float("inf")))
+    check_finite(model)
+    model.lm_head.weight.data[0, 0] = float("inf")
+    with pytest.raises(NotFiniteError) as stopped:
+        check_finite(model)
+    assert stopped.value.where == "lm_head.weight"
 
 
 class Grouped(nn.Linear):
@@ -111,3 +138,28 @@ def test_a_site_without_gradients_has_those_of_zeros(by_block: bool, monkeypatch
         value = found[f"{site.name}.gradient"].value()
         assert torch.isfinite(value).all()
         assert bool(value.any()) != (site.name == "model.layers.1.mlp.up_proj")
+
+
+@pytest.mark.parametrize("by_block", [True, False])
+def test_a_model_that_gives_no_gradients_untrained_is_refused(by_block: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Reformer, whose own backward pass asks for training mode."""
+    if not by_block:
+        monkeypatch.setattr("rankwise.statistics.passes.BlockRunner.alone", lambda _self: False)
+
+    class Asserts(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *_gradients: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("use train()")
+
+    model = tiny_llama()
+    layer = model.model.layers[1].mlp.up_proj
+    real = layer.forward
+    layer.forward = lambda x: Asserts.apply(real(x))
+    ids = torch.randint(3, 2000, (4, 16), generator=torch.Generator().manual_seed(1))
+    sites = share_inputs(model, find_sites(model), ids[:1])
+    with pytest.raises(ModelError, match=r"gives no gradients .*use train\(\)"):
+        collect(model, sites, ids, [Curvature()], batch_size=2, reporter=Reporter(show=False))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,7 +31,20 @@ def test_the_page_of_architectures_is_made_from_the_results(monkeypatch: pytest.
     version = re.search(r"transformers ([\d.]+)\.", (ROOT / "benchmarks/results/families.md").read_text())
     assert version is not None
     assert families.PAGE.read_text() == families.page(record, version[1]), "run python benchmarks/families.py"
-    for name in ("families", "common"):
+    for name in ("families", "small_configs", "common"):
+        sys.modules.pop(name, None)
+
+
+def test_a_family_that_is_not_tried_keeps_its_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import families
+
+    monkeypatch.setattr(families, "RESULTS", tmp_path)
+    assert families.before() == {}
+    rows = {name: {"outcome": "fine", "sites": 1, "covered": 1.0} for name in ("llama", "no_longer_known")}
+    (tmp_path / "families.json").write_text(json.dumps({"figures": rows}))
+    assert families.before() == {"llama": rows["llama"]}
+    for name in ("families", "small_configs", "common"):
         sys.modules.pop(name, None)
 
 

@@ -51,7 +51,7 @@ class Rankwise{base}(FillsAsOriginal, ResizesNot, {base}):
 
     def __init__(self, config):
         require(config.rankwise)
-        with one_size(config):
+        with one_size(config, config.rankwise.get("blocks")):
             super().__init__(config)
         resize_blocks(self, config.rankwise.get("blocks", {{}}))
         narrow_stream(self, config.rankwise.get("stream", {{}}))
@@ -66,7 +66,7 @@ class Rankwise{causal}(FillsAsOriginal, ResizesNot, {causal}):
     base_model_prefix = "{decoder}"
 
     def __init__(self, config):
-        with one_size(config):
+        with one_size(config, config.rankwise.get("blocks")):
             super().__init__(config)
         setattr(self, "{decoder}", without_what_lacks(Rankwise{base}(config), getattr(self, "{decoder}", None)))
         code_head(self, config.rankwise.get("vocabulary", {{}}))

@@ -24,6 +24,7 @@ from rankwise.layers.needs import (
     WITHOUT_EXPERTS,
     WITHOUT_FACTORS,
     WITHOUT_FORM,
+    WITHOUT_LAYOUTS,
     WITHOUT_LEVELS,
     WITHOUT_VOCABULARY,
 )
@@ -44,9 +45,12 @@ def low_rank_layers(model: Any, sites: Sequence[Site]) -> dict[str, dict[str, An
 
 
 def sizes_of_blocks(model: Any) -> dict[str, dict[str, int]]:
-    """Settings of blocks that differ, by path inside the base model, as `resize_blocks` takes them."""
+    """Settings of blocks that lost units, by path inside the base model, as `resize_blocks` takes them.
+
+    An architecture whose layers differ by themselves reads what its config says of each, and of nothing else.
+    """
     config = model.config
-    if not getattr(config, "is_heterogeneous", False):
+    if not getattr(config, "is_heterogeneous", False) or not config.allow_global_per_layer_attribute_access:
         return {}
     prefix, blocks = decoder_blocks(model)
     inside, names = prefix.removeprefix(model.base_model_prefix + "."), sorted(config.per_layer_attributes)
@@ -58,12 +62,14 @@ def _format_of(
     layers: Mapping[str, Mapping[str, Any]],
     blocks: Mapping[str, Any],
     stream: Mapping[str, Any],
-    experts: Sequence[str],
+    experts: Mapping[str, UnfusedExperts],
     vocabulary: Mapping[str, Any],
 ) -> int:
     """The oldest format that can say it."""
-    if "rank" in vocabulary.get("head", {}):
+    if not all(each.layout.said for each in experts.values()):
         return FORMAT_VERSION
+    if "rank" in vocabulary.get("head", {}):
+        return WITHOUT_LAYOUTS
     if "form" in stream:
         return WITHOUT_FACTORS
     if any(_own_levels(form) for form in layers.values()):
@@ -93,8 +99,8 @@ def is_plain(model: Any, sites: Sequence[Site]) -> bool:
 def _write_weights(model: Any, folder: Path, max_shard_size: str) -> None:
     # Tied weights are left out here: the library would name them in the header, in an order that changes.
     tied = getattr(model, "all_tied_weights_keys", {})
+    check_finite(model)
     state = {name: _alone(tensor) for name, tensor in model.state_dict().items() if name not in tied}
-    check_finite(state)
     save_torch_state_dict(state, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
 
@@ -103,13 +109,17 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def check_finite(state: Mapping[str, Tensor]) -> None:
+def check_finite(model: nn.Module) -> None:
     """Raise when a number became NaN or infinite in the type that it is stored in.
+
+    Buffers of the architecture's own are stored as they came; some are infinite (bounds of Gemma 4's clipped layers).
 
     Raises:
         NotFiniteError: naming the tensor.
     """
-    for name, tensor in state.items():
+    ours = [name for name, module in model.named_modules() if type(module).__module__.startswith("rankwise.")]
+    mine = {f"{path}.{name}": each for path in ours for name, each in model.get_submodule(path).named_buffers()}
+    for name, tensor in {**dict(model.named_parameters()), **mine}.items():
         if not all_finite(tensor):
             raise NotFiniteError(
                 f"A number is out of the range of {str(tensor.dtype).removeprefix('torch.')}, in which it is stored.",
@@ -137,7 +147,9 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
     base_type = classes[0].model_type  # type: ignore[attr-defined]
     prefix = model.base_model_prefix + "."
     layers, blocks = low_rank_layers(model, sites), sizes_of_blocks(model)
-    experts = [name.removeprefix(prefix) for name, each in model.named_modules() if isinstance(each, UnfusedExperts)]
+    experts = {
+        name.removeprefix(prefix): each for name, each in model.named_modules() if isinstance(each, UnfusedExperts)
+    }
     stream, vocabulary = stream_of(model), vocabulary_entry(model)
     config.update(
         model_type=model_type_for(base_type),
@@ -150,7 +162,7 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
                 "base_model_type": base_type,
                 "base_architecture": classes[2].__name__,
                 "layers": layers,
-                **({"experts": experts} if experts else {}),
+                **({"experts": list(experts)} if experts else {}),
                 **({"decoder": prefix[:-1]} if prefix[:-1] != classes[2].base_model_prefix else {}),  # type: ignore[attr-defined]
                 **({"blocks": blocks} if blocks else {}),
                 **({"stream": stream} if stream else {}),
@@ -226,6 +238,6 @@ def save_dense(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_sha
     Args and errors as for `save_low_rank` and `densify`; the model in memory becomes dense.
     """
     densify(loaded, sites)
-    check_finite(loaded.model.state_dict())
+    check_finite(loaded.model)
     loaded.model.save_pretrained(folder, max_shard_size=max_shard_size)
     write_companions(loaded, folder, loaded.model.config.model_type)

@@ -59,14 +59,20 @@ class Operations:
 
 @dataclass(frozen=True)
 class _Attention:
+    """Attention layers that are alike.
+
+    Attributes:
+        layers: how many.
+        width: of all heads of a layer, queries and values together: heads (d_qk + d_v).
+        cached_numbers: that a layer keeps of a token.
+    """
+
     layers: int
-    heads: int
-    d_qk: int
-    d_v: int
+    width: int
     cached_numbers: int
 
     def macs(self, tokens: int) -> int:
-        return self.layers * tokens * tokens * self.heads * (self.d_qk + self.d_v)
+        return self.layers * tokens * tokens * self.width
 
     def cached(self, width: int) -> int:
         return self.layers * self.cached_numbers * width
@@ -90,17 +96,16 @@ def _attention_of(config: Any) -> _Attention | None:
     latent = getattr(config, "kv_lora_rank", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     cached = latent + config.qk_rope_head_dim if latent else kv_heads * (d_qk + d_v)
-    return _Attention(layers, heads, d_qk, d_v, cached)
+    return _Attention(layers, heads * (d_qk + d_v), cached)
 
 
 def _of_layers(configs: Sequence[Any]) -> _Attention | None:
     """That of layers which differ, as one layer with the heads of all."""
     found = [_attention_of(config) for config in configs]
-    if not all(found):
-        return None
     each = [attention for attention in found if attention is not None]
-    heads, cached = (sum(getattr(one, name) for one in each) for name in ("heads", "cached_numbers"))
-    return _Attention(1, heads, each[0].d_qk, each[0].d_v, cached)
+    if len(each) < len(found):
+        return None
+    return _Attention(1, sum(one.width for one in each), sum(one.cached_numbers for one in each))
 
 
 def _routed_share(config: Any) -> float:

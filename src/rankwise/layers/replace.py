@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from rankwise.layers.biased import BiasedLinear
 from rankwise.layers.low_rank import LowRankLinear
@@ -35,7 +36,10 @@ def replace_linears(model: nn.Module, layers: dict, cache: bool | str = "auto") 
     for path, form in layers.items():
         parent, _, name = path.rpartition(".")
         parents[parent] = model.get_submodule(parent)
-        setattr(parents[parent], name, LAYERS[form.get("storage", "two_factor")].described(form))
+        layer = LAYERS[form.get("storage", "two_factor")].described(form)
+        for part in layer.modules():
+            part.stands_for_another = True
+        setattr(parents[parent], name, layer)
     for parent in parents.values():
         name_parent(model, parent)
     cache_dense(model, cache)
@@ -125,6 +129,10 @@ class FillsAsOriginal:
         """
         if hasattr(module, "num_experts") and hasattr(module, "_fused"):
             # Its parameters are those of its layers, which are filled by themselves.
+            return
+        if hasattr(module, "stands_for_another"):
+            # The original may know a linear layer by its path, and count on a bias that one of our factors lacks.
+            PreTrainedModel._init_weights(self, module)  # type: ignore[arg-type]
             return
         stood = {path: child for path, child in module.named_modules() if path and type(child) in LAYERS.values()}
         for path, child in stood.items():

@@ -24,6 +24,7 @@ from rankwise.models.sites import (
     other_layers,
     place_of,
     share_inputs,
+    shared_layers,
 )
 from rankwise.models.streaming import Streaming, empty_in_file, into_file
 from rankwise.models.unfusing import Unfused, unfuse_experts
@@ -58,6 +59,7 @@ __all__ = [
     "reads_images",
     "recomputed",
     "share_inputs",
+    "shared_layers",
     "shrink",
     "text_config",
     "unfuse_experts",

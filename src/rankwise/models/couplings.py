@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import ModelError
-from rankwise.models.sites import Site
+from rankwise.models.sites import Site, shared_layers
 
 _CHANNELS = (
     ("gate_proj", "up_proj", "down_proj"),
@@ -100,13 +100,20 @@ def find_couplings(model: Any, sites: Sequence[Site]) -> list[Coupling]:
         sites: its sites.
 
     Raises:
-        ModelError: naming a site that two modules claim, a head count that does not divide, or layers that differ
+        ModelError: naming a weight that several layers share, a head count that does not divide, or layers that differ
             already.
     """
     if getattr(model.config, "is_heterogeneous", False):
         raise ModelError(
             "Its layers have sizes of their own already, from which no more units are taken.",
             where=type(model).__name__,
+            remedy="use a method that keeps shapes, such as two_sided",
+        )
+    shared = shared_layers(model)
+    if shared:
+        raise ModelError(
+            "Several layers share one weight, which cannot lose units for all of them.",
+            where=next(iter(shared)),
             remedy="use a method that keeps shapes, such as two_sided",
         )
     children: dict[str, dict[str, Site]] = {}
@@ -120,17 +127,6 @@ def find_couplings(model: Any, sites: Sequence[Site]) -> list[Coupling]:
         each = _channels(parent, leaves, model.config) or _heads(parent, leaves, model)
         if each is not None:
             found.append(each)
-    claimed: dict[Any, str] = {}
-    for coupling in found:
-        for name in coupling.sites:
-            weight = model.get_submodule(name).weight
-            if weight in claimed:
-                raise ModelError(
-                    f"{claimed[weight]} and {coupling.name} share one weight, which cannot lose units for both.",
-                    where=name,
-                    remedy="use a method that keeps shapes, such as two_sided",
-                )
-            claimed[weight] = coupling.name
     return found
 
 

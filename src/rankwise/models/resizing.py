@@ -10,13 +10,15 @@ from typing import Any
 
 
 @contextmanager
-def one_size(config: Any) -> Iterator[None]:
+def one_size(config: Any, resized: Any = True) -> Iterator[None]:
     """Inside the block a config says the sizes of the whole model alone: where layers differ, reading these warns.
 
     Args:
         config: of the model; as it was afterwards.
+        resized: whether there are blocks that are built anew. Where there are none, an architecture whose layers differ
+            by themselves (Gemma 4) reads what the config says of each.
     """
-    kept = vars(config).pop("_heterogeneity_spec", None)
+    kept = vars(config).pop("_heterogeneity_spec", None) if resized else None
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -118,18 +119,19 @@ def find_sites(model: nn.Module) -> list[Site]:
     """Every linear weight in the decoder's blocks, in forward order of definition.
 
     Embeddings, the head and everything outside the blocks are no sites, nor is what routes tokens to experts, or a
-    linear layer whose class makes something else of its weight than W x + b. Experts that are fused in one tensor have
-    none; `unfuse_experts` takes them apart.
+    linear layer whose class makes something else of its weight than W x + b, or whose weight is another layer's too.
+    Experts that are fused in one tensor have none; `unfuse_experts` takes them apart.
 
     Raises:
         ModelError: when the model has no blocks or no linear weight in them.
     """
     prefix, blocks = decoder_blocks(model)
+    shared = _of_several(blocks)
     sites = []
     for index, block in enumerate(blocks):
         experts = _experts_in(block)
         for path, module in block.named_modules():
-            if _routes(path, module, experts) or not gives_product(module):
+            if _routes(path, module, experts) or not gives_product(module) or _weight_id(module) in shared:
                 continue
             if isinstance(module, nn.Linear):
                 m, n = module.weight.shape
@@ -188,6 +190,30 @@ def other_layers(model: nn.Module) -> dict[str, int]:
     prefix, blocks = decoder_blocks(model)
     linear = [(name, each) for name, each in blocks.named_modules() if isinstance(each, nn.Linear | Conv1D)]
     return {f"{prefix}.{name}": each.weight.numel() for name, each in linear if not gives_product(each)}
+
+
+def shared_layers(model: nn.Module) -> dict[str, int]:
+    """Linear layers in the blocks that are no sites because several hold one weight: parameters by name of the first.
+
+    Zamba runs one transformer block at several depths.
+    """
+    prefix, blocks = decoder_blocks(model)
+    shared, found = _of_several(blocks), {}
+    for name, module in blocks.named_modules():
+        if _weight_id(module) in shared:
+            found[f"{prefix}.{name}"] = module.weight.numel()
+            shared.remove(_weight_id(module))
+    return found
+
+
+def _of_several(blocks: nn.Module) -> set[int | None]:
+    """Ids of weights that lie in more than one linear layer, or in one that lies in several places."""
+    held = Counter(_weight_id(module) for _, module in blocks.named_modules(remove_duplicate=False))
+    return {number for number, count in held.items() if number is not None and count > 1}
+
+
+def _weight_id(module: nn.Module) -> int | None:
+    return id(module.weight) if isinstance(module, nn.Linear | Conv1D) else None
 
 
 def _experts_in(block: nn.Module) -> dict[str, int]:

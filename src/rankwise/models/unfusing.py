@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from rankwise.models.experts import UnfusedExperts, is_fused, projections, unfuse
+from rankwise.models.experts import Layout, UnfusedExperts, layout_of, unfuse
 
 _TOKENS = 8
 _AGREEMENT = 0.02
@@ -38,45 +39,65 @@ def unfuse_experts(model: nn.Module) -> Unfused:
     Args:
         model: changed in place.
     """
-    fused: dict[str, Any] = {path: module for path, module in model.named_modules() if is_fused(module)}
+    fused: dict[str, tuple[Any, Layout]] = {}
+    for path, module in model.named_modules():
+        layout = layout_of(module)
+        if layout is not None:
+            fused[path] = (module, layout)
     same: dict[type, bool] = {}
-    for module in fused.values():
+    for module, layout in fused.values():
         if type(module) not in same:
-            same[type(module)] = _computes_the_same(module)
-    paths = [path for path, module in fused.items() if same[type(module)]]
+            same[type(module)] = _computes_the_same(module, layout)
+    paths = [path for path, (module, _) in fused.items() if same[type(module)]]
     unfuse(model, paths)
     parts = {}
     for path in paths:
-        first, down = projections(fused[path])
-        for number in range(fused[path].num_experts):
-            expert = model.get_submodule(f"{path}.{number}")
-            for name, _ in expert.named_parameters():
+        layout = fused[path][1]
+        holder = {part: name for name, _ in layout.weights() for part in layout.parts(name)}
+        for number in range(layout.experts):
+            for name, _ in model.get_submodule(f"{path}.{number}").named_parameters():
                 layer, _, leaf = name.partition(".")
-                whole = down if layer == down else first
-                parts[f"{path}.{number}.{name}"] = f"{path}.{whole}{'_bias' if leaf == 'bias' else ''}"
+                parts[f"{path}.{number}.{name}"] = f"{path}.{holder[layer]}{'_bias' if leaf == 'bias' else ''}"
     return Unfused(parts, tuple(kind.__name__ for kind, is_same in same.items() if not is_same))
 
 
 @torch.no_grad()
-def _computes_the_same(module: Any) -> bool:
+def _computes_the_same(module: Any, layout: Layout) -> bool:
     """Whether a fused module, taken apart, gives what it gives as a whole; the module itself is not changed."""
-    weight = module.down_proj
+    weight = module.get_parameter(layout.down)
     if weight.is_meta:
         return True
-    source = torch.Generator().manual_seed(0)
-    width = weight.shape[2 if module.is_transposed else 1]
-    top = min(2, module.num_experts)
-    index = torch.rand(_TOKENS, module.num_experts, generator=source).topk(top).indices
-    given = (
-        torch.randn(_TOKENS, width, generator=source).to(weight),
-        index.to(weight.device),
-        torch.rand(_TOKENS, top, generator=source).to(weight),
-    )
-    twin = copy.copy(module)
-    twin.__dict__["_parameters"] = dict(module._parameters)
+    given = _tokens(module, layout)
     try:
         expected = module(*given).float()
-        found = UnfusedExperts(twin)(*given).float()
+        found = UnfusedExperts(_shell(module), layout)(*given).float()
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, StopIteration):
         return False
     return found.shape == expected.shape and float((found - expected).norm()) <= _AGREEMENT * float(expected.norm())
+
+
+def _tokens(module: Any, layout: Layout) -> tuple[torch.Tensor, ...]:
+    """Random tokens in the form that a fused module takes, with the experts that they go to."""
+    source = torch.Generator().manual_seed(0)
+    weight = module.get_parameter(layout.down)
+    width = weight.shape[-1] if layout.transposed[1] else weight.shape[-2]
+    top = min(2, layout.experts)
+    index = torch.rand(_TOKENS, layout.experts, generator=source).topk(top).indices
+    x = torch.randn(_TOKENS, width, generator=source)
+    share = torch.rand(_TOKENS, top, generator=source)
+    if len(inspect.signature(module.forward).parameters) == 1:
+        taken = torch.zeros(_TOKENS, layout.experts).scatter(1, index, share)
+        return ((taken.T[:, :, None] * x).flatten(0, 1).to(weight),)
+    # Where the rows of all experts are one matrix, a batch of sequences is read as it is.
+    x = x if weight.ndim == 3 else x[None]
+    return x.to(weight), index.to(weight.device), share.to(weight)
+
+
+def _shell(module: Any) -> Any:
+    """The same module and modules inside, so that their parameters can be taken from them."""
+    twin = copy.copy(module)
+    twin.__dict__["_parameters"] = dict(module._parameters)
+    twin.__dict__["_modules"] = {
+        name: None if child is None else _shell(child) for name, child in module._modules.items()
+    }
+    return twin

@@ -23,6 +23,7 @@ from rankwise.models import (
     fused_expert_parameters,
     other_layers,
     reads_images,
+    shared_layers,
     unfuse_experts,
 )
 from rankwise.progress import Reporter
@@ -294,13 +295,9 @@ def begin(
     idle = len(found) - len(read) - len(sites)
     if idle:
         reporter.note(f"{idle} linear layers took no token of the first calibration sequence and stay dense, uncounted")
-    others = other_layers(loaded.model)
-    if others:
-        reporter.note(
-            f"{len(others)} layers ({sum(others.values())} parameters) stay dense, uncounted, because they make "
-            f"something else of their weights than W x + b: {', '.join(list(others)[:3])}"
-            + (", ..." if len(others) > 3 else "")
-        )
+    why = "they make something else of their weights than W x + b"
+    _note_dense(reporter, other_layers(loaded.model), why)
+    _note_dense(reporter, shared_layers(loaded.model), "several blocks share their weights")
     fused = fused_expert_parameters(loaded.model)
     if fused:
         reporter.note(
@@ -322,6 +319,15 @@ def begin(
     problem = problem_of(recipe, loaded, sites, whole, names, vocabulary)
     shared = (recipe, run, loaded, texts, sites, mark, reporter, problem, memory, need)
     return Work(*shared, left_out=names, vocabulary=vocabulary)
+
+
+def _note_dense(reporter: Reporter, layers: Mapping[str, int], why: str) -> None:
+    """Say which layers are no sites, given their parameters by name."""
+    if layers:
+        names = ", ".join(list(layers)[:3]) + (", ..." if len(layers) > 3 else "")
+        reporter.note(
+            f"{len(layers)} layers ({sum(layers.values())} parameters) stay dense, uncounted, because {why}: {names}"
+        )
 
 
 def problem_of(

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankwise.errors import ModelError
 from rankwise.models import Logits
+from rankwise.reading import one_line
 from rankwise.statistics.base import Labels
 
 
@@ -41,7 +43,11 @@ def _drawn(logits: Tensor, draws: Tensor) -> Tensor:
 
 @contextmanager
 def gradients(model: Any, wanted: bool) -> Iterator[None]:
-    """Inside the block gradients flow to activations, or not at all; no parameter takes one."""
+    """Inside the block gradients flow to activations, or not at all; no parameter takes one.
+
+    Raises:
+        ModelError: where the model's own backward pass does not do so in evaluation mode.
+    """
     if not wanted:
         with torch.no_grad():
             yield
@@ -55,6 +61,12 @@ def gradients(model: Any, wanted: bool) -> Iterator[None]:
     handle = embedding.register_forward_hook(lambda _m, _a, output: output.requires_grad_(True).clone())
     try:
         yield
+    except (AssertionError, NotImplementedError) as problem:
+        raise ModelError(
+            f"{type(model).__name__} gives no gradients as a model that is not trained ({one_line(problem, 200)}).",
+            where="calibration",
+            remedy="use a method that needs none, such as bolaco or svd",
+        ) from problem
     finally:
         handle.remove()
         for parameter in trainable:
