@@ -36,10 +36,16 @@ def measure(shared: Path, folder: Path, row: str, keep: float, texts: dict[str, 
     return scored(shared, folder / f"run-{MODEL}", text, MODELS[MODEL]["calibration"], texts, budget=budget, **settings)
 
 
-def scored(shared: Path, run: Path, text: str, count: int, texts: dict[str, Any], **keys: Any) -> dict[str, Any]:
-    """Compress the model once, with so many sequences of a text and these keys of the recipe, and score it."""
+def scored(
+    shared: Path, run: Path, text: str, count: int, texts: dict[str, Any], gradients: int | None = None, **keys: Any
+) -> dict[str, Any]:
+    """Compress the model once, with so many sequences of a text and these keys of the recipe, and score it.
+
+    Gradients are taken at so many of the sequences, at all where it is not said.
+    """
     source = str(path_of(MODEL, shared))
-    calibration = {"source": text, "sequences": count, "length": LENGTH, "batch_size": MODELS[MODEL]["batch"]}
+    calibration: dict[str, Any] = {"source": text, "sequences": count, "gradient_sequences": gradients}
+    calibration |= {"length": LENGTH, "batch_size": MODELS[MODEL]["batch"]}
     recipe = recipe_from({"model": source, "calibration": calibration, **keys})
     result = compress(recipe, run_directory=run, reporter=Reporter(show=False))
     dense, small = load_model(source).model, result.model.float()

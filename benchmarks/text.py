@@ -1,4 +1,4 @@
-"""Which calibration text, and how much of it: the default method on a real language model.
+"""Which calibration text, how much of it, and gradients at how much of that: the default method on a real model.
 
 python benchmarks/text.py
 python benchmarks/text.py --write                   # what is finished
@@ -20,7 +20,15 @@ KEEP = 0.8
 SOURCES = {"mix.calibration": "text:{}/data/mix.calibration.txt", "wikitext2.valid": "text:{}/data/wikitext2.valid.txt"}
 SOURCES["bundled"] = "bundled"
 COUNTS = (16, 32, 64, 128)
-CELLS = [("mix.calibration", count) for count in COUNTS] + [("wikitext2.valid", 64), ("bundled", 64)]
+FEW = ((64, 16), (128, 16), (48, 16), (48, 8))
+"""Sequences, and at how many of them gradients are taken; the first is what a CPU reads where nothing is said."""
+
+CELLS: list[tuple[str, int, int]] = [
+    *(("mix.calibration", *few) for few in FEW),
+    *(("mix.calibration", count, count) for count in COUNTS),
+    ("wikitext2.valid", 64, 64),
+    ("bundled", 64, 64),
+]
 
 
 def main() -> None:
@@ -39,11 +47,11 @@ def measure(kept: Kept, folder: Path) -> None:
     """Every cell that is not there yet."""
     shared = shared_directory()
     texts = texts_of(MODEL, shared)
-    for source, count in CELLS:
-        label = {"source": source, "sequences": count}
+    for source, count, gradients in CELLS:
+        label = {"source": source, "sequences": count, "gradient_sequences": gradients}
         if kept.get(label) is None:
             text = SOURCES[source].format(shared)
-            found = scored(shared, folder / "run", text, count, texts, budget={"keep": KEEP})
+            found = scored(shared, folder / "run", text, count, texts, gradients, budget={"keep": KEEP})
             kept.add({**label, **found})
             print(kept.get(label), flush=True)
 
@@ -51,10 +59,11 @@ def measure(kept: Kept, folder: Path) -> None:
 def write(kept: Kept) -> None:
     """The result files, of the cells that are there."""
     rows = []
-    for figure in kept.figures:
+    for figure in sorted(kept.figures, key=lambda each: (each["source"] != "mix.calibration", each["sequences"])):
         cells = [f"{figure['perplexity'][text]:.2f} ({figure['kl'][text]:.3f})" for text in TEXTS]
-        rows.append([figure["source"], figure["sequences"], f"{figure['sequences'] * LENGTH:,}", *cells])
-    header = ["calibration text", "sequences", "tokens", *(f"{text}" for text in TEXTS)]
+        tokens = [f"{figure[key] * LENGTH:,}" for key in ("sequences", "gradient_sequences")]
+        rows.append([figure["source"], *tokens, *cells])
+    header = ["calibration text", "tokens", "gradients at", *(f"{text}" for text in TEXTS)]
     body = (
         f"SmolLM2-135M-Instruct (`make real-model`), two_sided, spectral, keep {KEEP}, stored as `auto`, sequences of "
         f"{LENGTH} tokens; perplexity (KL to the original) on {MODELS[MODEL]['scored']} x {LENGTH} tokens of each "
