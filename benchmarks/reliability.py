@@ -325,7 +325,7 @@ def write(records: dict[str, dict[str, Any]]) -> None:
         "A model of two small blocks; a run with a search and repairs, and one with codes, by turns; with workers, a "
         "search of codes.\n\n"
     )
-    write_result("reliability", "Runs that are disturbed", "make reliability", body + table, records)
+    write_result("reliability", "Runs that are disturbed", "make reliability", body + table, shown)
 
 
 def main() -> None:
@@ -342,7 +342,8 @@ def main() -> None:
     reload._elsewhere()
     python_text.documents("train")
     file = RESULTS / "reliability.json"
-    records: dict[str, dict[str, Any]] = json.loads(file.read_text())["figures"] if file.exists() else {}
+    before: list[dict[str, Any]] = json.loads(file.read_text())["figures"] if file.exists() else []
+    records = {record["part"]: record for record in before}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         for part in [each for each in PARTS if each in given.parts]:
@@ -352,7 +353,8 @@ def main() -> None:
             globals()[part](bench, times, random.Random(part), counts)
             print(part, dict(counts), f"{time.monotonic() - started:.0f} s", flush=True)
             if not counts["left out"]:
-                records[part] = {"what": WORDS[part], "times": times, **{each: counts[each] for each in OUTCOMES}}
+                came = {each: counts[each] for each in OUTCOMES}
+                records[part] = {"part": part, "what": WORDS[part], "times": times, **came}
                 write(records)
     if "inputs" in given.parts:
         inputs(math.ceil(given.share * INPUTS))

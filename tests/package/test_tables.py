@@ -171,6 +171,17 @@ TABLES = {
         {**scores(0.4, 0.25), "seconds 0.4": ({"keep": 0.4}, ["repair_seconds"])},
         "runs",
     ),
+    ("docs/reliability.md", "reliability"): Shown(
+        named(
+            "what",
+            "kill -9 at a random moment, the same command again",
+            "a disk that fills up, room made, the same command again",
+            "a finished stage with one damaged file, the same command again",
+            "two runs with one output",
+            "one of two Ray workers killed in a job of each kind",
+        ),
+        {each: ({}, [each]) for each in ("times", "right", "lost", "silently wrong", "foreign")},
+    ),
     ("docs/storage.md", "head"): Shown(
         {str(fraction): {"fraction": fraction} for fraction in (0.8, 0.6, 0.4)},
         {
