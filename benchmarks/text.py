@@ -49,7 +49,7 @@ def measure(kept: Kept, folder: Path) -> None:
     texts = texts_of(MODEL, shared)
     for source, count, gradients in CELLS:
         label = {"source": source, "sequences": count, "gradient_sequences": gradients}
-        if kept.get(label) is None:
+        if kept.get({**label, "first": None}) is None:
             text = SOURCES[source].format(shared)
             found = scored(shared, folder / "run", text, count, texts, gradients, budget={"keep": KEEP})
             kept.add({**label, **found})
@@ -62,13 +62,15 @@ def write(kept: Kept) -> None:
     for figure in sorted(kept.figures, key=lambda each: (each["source"] != "mix.calibration", each["sequences"])):
         cells = [f"{figure['perplexity'][text]:.2f} ({figure['kl'][text]:.3f})" for text in TEXTS]
         tokens = [f"{figure[key] * LENGTH:,}" for key in ("sequences", "gradient_sequences")]
+        tokens[1] += " (the first)" if figure.get("first") else ""
         rows.append([figure["source"], *tokens, *cells])
     header = ["calibration text", "tokens", "gradients at", *(f"{text}" for text in TEXTS)]
     body = (
         f"SmolLM2-135M-Instruct (`make real-model`), two_sided, spectral, keep {KEEP}, stored as `auto`, sequences of "
         f"{LENGTH} tokens; perplexity (KL to the original) on {MODELS[MODEL]['scored']} x {LENGTH} tokens of each "
         "text. One seed. `bundled` is the documentation of Python, wikitext2.valid articles of an encyclopedia, "
-        "mix.calibration prose of many kinds.\n\n" + markdown_table(header, rows)
+        "mix.calibration prose of many kinds. Gradients are taken at sequences that lie evenly over those that are "
+        "read, but where the table says that they were the first of the text.\n\n" + markdown_table(header, rows)
     )
     write_result("text", "Calibration text", "python benchmarks/text.py", body, kept.figures)
 
