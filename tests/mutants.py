@@ -446,7 +446,7 @@ MUTANTS = (
     Mutant(
         "finished statistics are taken for those of another batch size",
         "stages/work.py",
-        ', "batch_size": work.recipe.calibration.batch_size}',
+        ', "batch_size": settings.batch_size}',
         "}",
         ("stages/test_keys.py",),
     ),
@@ -586,9 +586,16 @@ MUTANTS = (
     Mutant(
         "a shard may cut a group of sequences",
         "statistics/shards.py",
-        "places &= set(group_ends(sequences, min(statistic.groups, sequences)))",
+        "places &= {*ends, *range(count, sequences)}",
         "pass",
         ("statistics/test_shards.py",),
+    ),
+    Mutant(
+        "finished statistics are taken for those of gradients at fewer sequences",
+        "stages/work.py",
+        'calibration["gradient_sequences"] = work.gradient_sequences',
+        "pass",
+        ("stages/test_keys.py",),
     ),
     Mutant(
         "a proposal knows what is not finished yet",

@@ -36,6 +36,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
         ("two_sided", {"seed": 1}),
         ("two_sided", {"batch_size": 5}),
         ("two_sided", {"sequences": 39}),
+        ("two_sided", {"gradient_sequences": 39}),
         ("two_sided", {"method": {"name": "two_sided", "labels": "text"}}),
         ("two_sided", {"method": {"name": "two_sided", "damping": 0.1}}),
         ("bolaco", {"method": {"name": "bolaco", "groups": 5}}),
