@@ -328,10 +328,10 @@ class Recipe(_Node):
                 takes = "lora alone" if method.by_site else "none"
                 raise ValueError(f"{method.name} leaves no factors to repair; of repairs it takes {takes}")
         elif not method.repairable:
-            follows = f"{method.name} is followed by rankwise finetune --method lowrank"
-            if method.name == "quantize":
-                follows = "a size in bits without a method is quantize; ranks are those of method two_sided"
-            raise ValueError(f"no repair knows codes: {follows}")
+            made = f"which {method.name} makes, as does a size in bits without a method"
+            raise ValueError(
+                f"no repair knows codes, {made}; rankwise finetune --method lowrank learns L R beside them"
+            )
         if "lora" in steps and method.prunes and self.repair.lora.loss == "kl":
             raise ValueError(
                 f"{method.name} leaves nothing of the original for adapters to learn from: give repair.lora.loss lm, "
