@@ -17,7 +17,7 @@ help:
 	@echo "make peers        set up, install other quantisers for benchmarks/compare.py"
 	@echo "make mutants      set up, break the package in many places, show that the tests notice (minutes)"
 	@echo "make fuzz         set up, give 100,000 mutated inputs to every reader (minutes)"
-	@echo "make reliability  set up, disturb runs and see what becomes of them (two hours)"
+	@echo "make reliability  set up, disturb runs and see what becomes of them (an hour and a half)"
 	@echo "make lint         set up, check style, types and import rules"
 	@echo "make bench        set up, measure everything in benchmarks/ (needs the real models)"
 	@echo "make bench-gpu    set up, measure what needs a GPU (needs no models)"
