@@ -93,6 +93,16 @@ def test_gradients_at_the_first_sequences_alone(
     )
 
 
+def test_gradients_alone_run_no_other_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    sites = share_inputs(model, find_sites(model), IDS[:1])
+    run: list[int] = []
+    real = by_block._forward
+    monkeypatch.setattr(by_block, "_forward", lambda *given: run.append(len(given[2])) or real(*given))
+    collect(model, sites, IDS, ASKED[2:], batch_size=3, gradient_sequences=3)
+    assert run == [3] * len(model.model.layers)
+
+
 class _Remembers(nn.Module):
     """Adds what the first block read: hidden states are not all that this block needs."""
 

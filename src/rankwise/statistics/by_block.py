@@ -85,15 +85,17 @@ class ByBlock:
         if not height:
             return
         between: list[Tensor] | None = [] if down else None
-        with self.reporter.counting("calibration", total=height * self._batches()) as advance:
-            yield from self._up(collectors.get(None), forward, between, height, advance)
+        # Where nothing is summed on the way up, the others are not needed.
+        read = len(self.runner.ids) if any(forward) else self.gradient_sequences
+        with self.reporter.counting("calibration", total=height * self._batches(read)) as advance:
+            yield from self._up(collectors.get(None), forward, between, height, read, advance)
         for labels in down:
             assert between is not None
             yield from self._down(labels, collectors[labels], wanted[labels], between, begun[labels], seed)
         if self.folder is not None:
             shutil.rmtree(self.folder / _HIDDEN, ignore_errors=True)
 
-    def _batches(self, count: int | None = None) -> int:
+    def _batches(self, count: int) -> int:
         return sum(1 for _ in self.runner.batches(count))
 
     def _by_block(self, collector: Collector) -> list[list[Stream]]:
@@ -122,9 +124,10 @@ class ByBlock:
         wanted: Sequence[Sequence[Stream]],
         between: list[Tensor] | None,
         height: int,
+        read: int,
         advance: Callable[[str], None],
     ) -> Iterator[tuple[Statistic, str, Totals]]:
-        """Run so many blocks, the lowest first.
+        """Run so many blocks on the first `read` sequences, the lowest block first.
 
         Where there is a `between`, what each read and the last gave is added to it, of the sequences that gradients
         are taken at.
@@ -139,7 +142,7 @@ class ByBlock:
 
         keep()
         for index in range(height):
-            for part in self._watched(collector, wanted[index], len(runner.ids)):
+            for part in self._watched(collector, wanted[index], read):
                 hidden[part] = _forward(runner, index, hidden[part])
                 advance(f"calibration, block {index}")
             keep()
