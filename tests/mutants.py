@@ -130,7 +130,7 @@ MUTANTS = (
     ),
     Mutant(
         "a sliced model's score is taken for that of another size",
-        "stages/work.py",
+        "stages/keys.py",
         '"model": work.smaller or work.fingerprint',
         '"model": work.fingerprint',
         ("flows/test_slicing.py::test_what_was_sliced_is_taken_over_and_another_size_is_not",),
@@ -438,14 +438,14 @@ MUTANTS = (
     ),
     Mutant(
         "finished statistics are taken for those of another seed",
-        "stages/work.py",
+        "stages/keys.py",
         '"calibration": calibration, "seed": work.recipe.seed}',
         '"calibration": calibration}',
         ("stages/test_keys.py",),
     ),
     Mutant(
         "finished statistics are taken for those of another batch size",
-        "stages/work.py",
+        "stages/keys.py",
         ', "batch_size": settings.batch_size}',
         "}",
         ("stages/test_keys.py",),
@@ -592,7 +592,7 @@ MUTANTS = (
     ),
     Mutant(
         "finished statistics are taken for those of gradients at fewer sequences",
-        "stages/work.py",
+        "stages/keys.py",
         'calibration["gradient_sequences"] = work.gradient_sequences',
         "pass",
         ("stages/test_keys.py",),

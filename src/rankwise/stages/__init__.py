@@ -7,6 +7,7 @@ from rankwise.stages.finish import score, speed, write
 from rankwise.stages.fitting import fit_sites, store_layers, store_sites
 from rankwise.stages.head import measure_head, store_head
 from rankwise.stages.judged import judging
+from rankwise.stages.keys import chosen_key
 from rankwise.stages.measuring import collect_statistics
 from rankwise.stages.memory import Need, available_memory, chosen_memory, expected_need, require_config
 from rankwise.stages.one_row import RowHand, measure_cell
@@ -15,7 +16,7 @@ from rankwise.stages.planning import Chosen, choose_cuts, objective_key, select_
 from rankwise.stages.repairing import Repairing, check_repair, judge_repair, prepare_repair, repair_step
 from rankwise.stages.smaller import check_budget, make_smaller
 from rankwise.stages.vocabulary import store_vocabulary
-from rankwise.stages.work import Texts, Work, begin, chosen_key, read_sequences, read_texts
+from rankwise.stages.work import Texts, Work, begin, read_sequences, read_texts
 
 __all__ = [
     "Cell",

@@ -48,10 +48,11 @@ from rankwise.reports import (
 )
 from rankwise.sizes import Plan
 from rankwise.stages.fitting import SiteFacts
+from rankwise.stages.keys import calibration_key, model_key
 from rankwise.stages.measuring import requests_of
 from rankwise.stages.planning import Chosen
 from rankwise.stages.repairing import Repairing
-from rankwise.stages.work import Work, calibration_key, model_key
+from rankwise.stages.work import Work
 from rankwise.version import __version__
 
 

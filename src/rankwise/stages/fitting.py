@@ -21,8 +21,9 @@ from rankwise.sizes import Cut, Form, Plan
 from rankwise.stages.crews import at_work
 from rankwise.stages.fitted import load_factors
 from rankwise.stages.jobs import Hand, fit_site
+from rankwise.stages.keys import calibration_key
 from rankwise.stages.outlooks import Outlooks
-from rankwise.stages.work import Work, calibration_key
+from rankwise.stages.work import Work
 
 SiteFacts = dict[str, dict[str, Any]]
 """What a report says of each site, by name."""

@@ -13,7 +13,8 @@ from rankwise.layers import substitute
 from rankwise.linalg import OutputMetric, decompose
 from rankwise.models import Site
 from rankwise.stages.at_site import naming, on_gpu_or_cpu
-from rankwise.stages.work import Work, calibration_key
+from rankwise.stages.keys import calibration_key
+from rankwise.stages.work import Work
 from rankwise.statistics.head_moments import HeadMoments, head_moments
 
 INPUT_DAMPING = 0.01

@@ -28,9 +28,10 @@ from rankwise.stages.at_site import draw_for, naming, on_gpu_or_cpu, weight_and_
 from rankwise.stages.chosen import watched
 from rankwise.stages.fitted import save_factors
 from rankwise.stages.judged import judging
+from rankwise.stages.keys import calibration_key, chosen_key
 from rankwise.stages.looked import load_outlook, outlook_file, outlook_stage, save_outlook
 from rankwise.stages.measuring import finished_store, requests_of
-from rankwise.stages.work import Texts, Work, begin, calibration_key, chosen_key
+from rankwise.stages.work import Texts, Work, begin
 from rankwise.statistics import HIDDEN_GB, Store, collecting, save_totals
 
 

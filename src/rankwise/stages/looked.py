@@ -13,7 +13,8 @@ from rankwise.methods import Outlook
 from rankwise.models import Site
 from rankwise.quantizers import Packed, Rotation, stored_codebook
 from rankwise.runs import Stage
-from rankwise.stages.work import Work, calibration_key, model_key
+from rankwise.stages.keys import calibration_key, model_key
+from rankwise.stages.work import Work
 
 
 def outlook_stage(work: Work) -> Stage:

@@ -10,8 +10,9 @@ from rankwise.allocation import Looks
 from rankwise.models import Site
 from rankwise.runs import Job, Stage
 from rankwise.stages.chosen import watched
+from rankwise.stages.keys import calibration_key
 from rankwise.stages.routed import note_experts
-from rankwise.stages.work import Work, calibration_key
+from rankwise.stages.work import Work
 from rankwise.statistics import HIDDEN_GB, Statistic, Store, Totals, collecting, save_totals, shards
 from rankwise.statistics.files import load_totals
 

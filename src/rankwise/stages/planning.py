@@ -19,8 +19,9 @@ from rankwise.reports import KeptPredictions, SearchSummary, SearchTimes, Valida
 from rankwise.sizes import Plan
 from rankwise.stages.crews import at_work
 from rankwise.stages.judged import Judging, judging
+from rankwise.stages.keys import calibration_key, chosen_key
 from rankwise.stages.outlooks import Outlooks
-from rankwise.stages.work import Work, calibration_key, chosen_key
+from rankwise.stages.work import Work
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from rankwise.models import Coupling, Site, find_sites, share_inputs, shrink, us
 from rankwise.runs import Stage
 from rankwise.sizes import DENSE, Plan
 from rankwise.stages.at_site import naming, weight_and_statistics
+from rankwise.stages.keys import calibration_key, chosen_key
 from rankwise.stages.measuring import collect_requests
-from rankwise.stages.work import Work, calibration_key, chosen_key, problem_of
+from rankwise.stages.work import Work, problem_of
 from rankwise.statistics import SiteStatistics, Store
 
 _STAYS, _CONSUMERS = "stays.json", "consumers.safetensors"

@@ -29,9 +29,10 @@ from rankwise.repair import (
 from rankwise.reports import RepairStep
 from rankwise.runs import Folder
 from rankwise.sizes import Plan
+from rankwise.stages.keys import chosen_key
 from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.planning import objective_key, select_samples
-from rankwise.stages.work import Work, chosen_key, sequence_length
+from rankwise.stages.work import Work, sequence_length
 from rankwise.statistics import SiteStatistics, Store
 
 _FACTORS = "factors.safetensors"

@@ -15,7 +15,8 @@ from rankwise.layers.stream_form import check_form
 from rankwise.methods import SliceGPT
 from rankwise.models import BlockRunner, PreNorm, find_sites, share_inputs
 from rankwise.sizes import Allowance, StreamSizes
-from rankwise.stages.work import Work, calibration_key
+from rankwise.stages.keys import calibration_key
+from rankwise.stages.work import Work
 
 _FILE = "directions.safetensors"
 

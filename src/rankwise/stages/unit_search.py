@@ -25,6 +25,7 @@ from rankwise.progress import Reporter
 from rankwise.runs import SCRATCH, Run
 from rankwise.sizes import Plan
 from rankwise.stages.fitting import fit_sites
+from rankwise.stages.keys import chosen_key
 from rankwise.stages.measuring import collect_statistics
 from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.planning import choose_cuts, content_of, objective_key, summary_of
@@ -38,7 +39,7 @@ from rankwise.stages.pruning import (
     seen_parts,
     without_units,
 )
-from rankwise.stages.work import Searched, Work, chosen_key
+from rankwise.stages.work import Searched, Work
 
 _FAILED = Outcome(math.inf, math.inf, math.nan)
 

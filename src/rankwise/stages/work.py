@@ -1,4 +1,4 @@
-"""The start of every run: texts, sites, and what the results of stages depend on."""
+"""The start of every run: texts, sites, and what is chosen from."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from rankwise.allocation import Allocation, Looks, Problem, Spectral, UnitChoice
 from rankwise.checkpoints import LoadedModel, fingerprint
 from rankwise.data import Sequences, choose, load_sequences, parse_source, spread_first
-from rankwise.device import computed_type
 from rankwise.errors import DataError, ModelError
 from rankwise.evaluation import Objective
 from rankwise.layers import VocabularyParts
@@ -35,9 +33,6 @@ from rankwise.stages.chosen import left_out, note_left_out
 from rankwise.stages.memory import Need
 from rankwise.stages.seeing import require_widths_kept, say_what_stays, sharing_sites
 from rankwise.stages.vocabulary import bytes_of_vocabulary, chosen_vocabulary
-
-_STAGE_FORMAT = 8
-"""Raised when the contents or the arithmetic of a stage change, so that old stages are not taken for new ones."""
 
 _DEFAULT_LENGTH = 512
 
@@ -378,32 +373,3 @@ def _rest_bytes(loaded: LoadedModel, sites: list[Site], biased: list[Site], voca
     for site in sites:
         total += _PARTS_OF_A_SITE * (len(site.name) + _HEADER)
     return total + sum(site.m * loaded.stored_dtypes[f"{site.name}.weight"].itemsize for site in biased)
-
-
-def model_key(work: Work) -> dict[str, Any]:
-    return {
-        "format": _STAGE_FORMAT,
-        "model": work.smaller or work.fingerprint,
-        "precision": str(computed_type(work.loaded.model)),
-        "device": work.loaded.model.device.type,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def chosen_key(work: Work) -> dict[str, Any]:
-    """What cuts depend on beside model, method and budget: sites that are left out, and, where the size of the whole is
-    asked for, what all else takes of it.
-    """
-    found: dict[str, Any] = {"left_out": sorted(work.left_out)} if work.left_out else {}
-    if work.problem.allowance.budget.size is not None:
-        found["allowed"] = work.problem.allowance.bits
-    return found
-
-
-def calibration_key(work: Work) -> dict[str, Any]:
-    read, settings = work.texts.calibration, work.recipe.calibration
-    calibration: dict[str, Any] = {"ids": read.fingerprint, "batch_size": settings.batch_size}
-    if work.gradient_sequences < len(read.ids):
-        calibration["gradient_sequences"] = work.gradient_sequences
-    return {**model_key(work), "calibration": calibration, "seed": work.recipe.seed}
