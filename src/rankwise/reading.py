@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -280,6 +281,10 @@ def _check_keys(value: Any) -> None:
         waiting.extend(each.values() if isinstance(each, dict) else each)
 
 
+_BRANCH = re.compile(r"constrained-\w+|literal\[.*\]")
+"""What pydantic calls the kinds that a value may be of, and puts behind its place."""
+
+
 def first_problem(problem: ValidationError, before: tuple[str, ...] = ()) -> tuple[dict[str, Any], str, str]:
     """Of pydantic's list of problems the one to tell, its place with dots, and its message.
 
@@ -289,5 +294,11 @@ def first_problem(problem: ValidationError, before: tuple[str, ...] = ()) -> tup
     """
     errors = problem.errors(include_url=False)
     error: dict[str, Any] = dict(min(errors, key=lambda each: each["type"] not in before))
+    *at, last = error["loc"] or ("",)
+    if _BRANCH.fullmatch(str(last)):
+        # A value that may be of several kinds: each has a problem of its own, and none is a key.
+        others = [each["msg"] for each in errors if each["loc"][:-1] == tuple(at) and each["loc"] != error["loc"]]
+        error["msg"] += "".join(f", or {other.removeprefix('Input should be ')}" for other in others)
+        error["loc"] = tuple(at)
     place = ".".join(one_line(part, 80) if part != "" else "''" for part in error["loc"])
     return error, place, one_line(error["msg"].removeprefix("Value error, "), 400)

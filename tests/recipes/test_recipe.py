@@ -142,3 +142,12 @@ def test_gradients_are_taken_at_few_sequences_where_nothing_is_said_on_a_cpu(
     calibration: dict[str, Any], device: str, at: int
 ) -> None:
     assert recipe_from({"model": "m", "calibration": calibration}).calibration.gradients_at(32, device) == at
+
+
+@pytest.mark.parametrize("key", ["sequences", "gradient_sequences"])
+@pytest.mark.parametrize("value", [0, "few"])
+def test_a_value_of_several_kinds_is_named_by_its_key_and_all_that_it_may_be(key: str, value: Any) -> None:
+    with pytest.raises(RecipeError) as found:
+        recipe_from({"model": "m", "calibration": {key: value}}, origin="here")
+    assert found.value.where == f"here: calibration.{key}"
+    assert found.value.problem.endswith(f", or 'auto' (given: {value!r}).")
