@@ -34,6 +34,8 @@ WITH_RANKS = (
 LINES = {
     "two_sided": ("ours, low rank", "C3", "o"),
     "pruned": ("ours, units and ranks", "C3", "X"),
+    "two_sided+subspace": ("ours, low rank, trained", "C3", "*"),
+    "two_sided/bayesian:spectral": ("ours, low rank, searched", "C3", "d"),
     "mixed": ("ours, mixed", "C3", "D"),
     "quantize": ("ours, Q alone", "C1", "s"),
     "caldera": ("ours, Q + L R", "C1", "^"),
@@ -43,9 +45,11 @@ LINES = {
     "svd_llm/uniform": ("SVD-LLM", "C7", "x"),
     "afm/manual": ("LoRD", "C7", "+"),
     "bolaco/uniform": ("Bolaco, uniform", "C9", "P"),
+    "bolaco/bayesian:5x1": ("Bolaco, searched", "C9", "X"),
     "bolaco/bayesian:5x1+subspace": ("Bolaco, searched, trained", "C9", "*"),
     "flap": ("FLAP", "C5", "<"),
     "llm_pruner": ("LLM-Pruner", "C5", ">"),
+    "llm_pruner+lora": ("LLM-Pruner, trained", "C5", "*"),
     "slicegpt": ("SliceGPT", "C5", "P"),
     "llama.cpp": ("llama.cpp", "C0", "o"),
     "HQQ": ("HQQ", "C2", "o"),
@@ -123,7 +127,7 @@ def draw(figures: list[Figure], text: str, path: Path) -> None:
     axes = drawing.subplots()
     dense, *rows = figures
     best = dense["perplexity"][text]
-    top, above = 8 * best, []
+    top, bottom, above = 8 * best, best, []
     for name, (label, colour, marker) in LINES.items():
         points = sorted(
             (row["megabytes"], row["perplexity"][text])
@@ -134,11 +138,12 @@ def draw(figures: list[Figure], text: str, path: Path) -> None:
             above.append(label)
         elif points:
             line = "none" if name in ("llama.cpp", "HQQ", "torchao", "GPTQ") else "-"
+            bottom = min(bottom, *(value for _, value in points))
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, ms=5, lw=1, label=label)
     axes.axhline(best, color="black", linewidth=0.8)
     axes.annotate(f"dense, {dense['megabytes']:.0f} MB", (0.5, best), xycoords=("axes fraction", "data"), va="bottom")
     axes.set_yscale("log")
-    axes.set_ylim(best * 0.95, top)
+    axes.set_ylim(bottom * 0.95, top)
     if above:
         axes.annotate(f"above this scale: {', '.join(above)}", (0.99, 0.97), xycoords="axes fraction", ha="right")
     ticks = [best * factor for factor in (1, 1.25, 1.5, 2, 3, 4, 6, 8)]

@@ -84,7 +84,11 @@ TABLES = {
     ("README.md", "compare"): Shown(
         {
             "the original": {"way": "dense"},
-            "ours, low rank, 0.8 of the weights": {"way": "two_sided", "asked": 0.8},
+            "ours, low rank, trained, 0.8 of the weights": {"way": "two_sided+subspace", "asked": 0.8},
+            "ours, low rank, searched": {"way": "two_sided/bayesian:spectral", "asked": 0.8},
+            "ours, low rank, as it comes": {"way": "two_sided", "asked": 0.8},
+            "LLM-Pruner, trained (LoRA)": {"way": "llm_pruner+lora", "asked": 0.8},
+            "Bolaco, ranks searched": {"way": "bolaco/bayesian:5x1", "asked": 0.8},
             "Bolaco, ranks searched, then trained": {"way": "bolaco/bayesian:5x1+subspace", "asked": 0.8},
             "LoRD": {"way": "afm/manual", "asked": 0.8},
             "SVD-LLM (W)": {"way": "svd_llm/uniform", "asked": 0.8},
