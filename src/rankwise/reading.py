@@ -26,7 +26,9 @@ LARGEST_YAML = 1 << 20
 _MOST_NODES = 20_000
 """Values in a YAML text, each reference to another one counted as all that it stands for."""
 
-_LONGEST_NUMBER = 4000
+_LONGEST_NUMBER = 100
+"""Digits of a whole number; what is computed of a few of them is still a float."""
+
 _LONGEST_NAME = 255
 _LONGEST_PATH = 4095
 _LARGEST_WHOLE = 1 << 63
@@ -134,7 +136,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _whole(digits: str) -> int:
     if len(digits) > _LONGEST_NUMBER:
-        raise UnreadableError("a number has thousands of digits")
+        raise UnreadableError(f"a number has more than {_LONGEST_NUMBER} digits")
     return int(digits)
 
 
