@@ -27,6 +27,8 @@ class Layout(NamedTuple):
         transposed: whether the weights of `first` and those of `down` are kept `[in, out]`.
         concatenated: of a parameter that holds both, whether gate comes before up; else their rows take turns.
         said: whether the module's class says all this; else it is read off names and shapes.
+        identities: experts beyond these that give back what they are given; the parameter of `first` has unused room
+            for their weights.
     """
 
     experts: int
@@ -38,6 +40,7 @@ class Layout(NamedTuple):
     transposed: tuple
     concatenated: bool
     said: bool
+    identities: int = 0
 
     def weights(self) -> tuple:
         """Name of each parameter with weights, and whether these are transposed."""
@@ -112,8 +115,9 @@ class UnfusedExperts(nn.Module):
         Args:
             hidden_states: the tokens.
             routing: which experts each token goes to, integers of shape `[tokens, k]`, and with what weight, floating
-                and of the same shape, in either order. An index that is no expert's is passed over. None of both where
-                the tokens are there once for each expert, `[experts tokens, H]`, zero for those that it is not to see.
+                and of the same shape, in either order. An index that is no expert's is passed over, or is one of those
+                that give back what they are given. None of both where the tokens are there once for each expert,
+                `[experts tokens, H]`, zero for those that it is not to see.
             named: the same by name, as some blocks hand them on.
         """
         given = [*routing, *named.values()]
@@ -126,9 +130,12 @@ class UnfusedExperts(nn.Module):
         slots = index.reshape(-1).argsort(stable=True)
         counts = torch.bincount(index.reshape(-1).clamp(max=self.num_experts), minlength=self.num_experts + 1).tolist()
         found = []
-        for number, mine in enumerate(slots.split(counts)[: self.num_experts]):
+        *routed, others = slots.split(counts)
+        for number, mine in enumerate(routed):
             if len(mine):
                 found.append(self._modules[str(number)](x[mine // top], self._activate))  # type: ignore[misc]
+        if self.layout.identities and len(others):
+            found.append(x[others // top])
         if not found:
             return torch.zeros_like(hidden_states)
         outputs = torch.cat(found)
@@ -178,6 +185,8 @@ def views_of(fused: Any, layout: Layout) -> list[dict[str, tuple[Tensor, Tensor 
     for name, transposed in layout.weights():
         whole = fused.get_parameter(name).detach()
         biases = fused.get_parameter(f"{name}_bias").detach() if layout.has_bias else [None] * layout.experts
+        if whole.ndim == 3:
+            whole = whole[: layout.experts]
         for views, kept, bias in zip(found, whole.view(layout.experts, -1, whole.shape[-1]), biases, strict=True):
             weight = kept.T if transposed else kept
             for part, rows in layout.parts(name, len(weight)).items():
@@ -189,9 +198,9 @@ def layout_of(module: Any) -> Layout | None:
     """How a module keeps fused experts; None where it is none, or of no layout that can be taken apart.
 
     A module with parameters or buffers of its own beside the projections is none. Those whose class says how it keeps
-    them are known by that; Llama 4's and DBRX's by the names and shapes of their parameters.
+    them are known by that; those of Llama 4, DBRX and LongCat-Flash by the names and shapes of their parameters.
     """
-    count = getattr(module, "num_experts", None)
+    count = _count(module)
     if not isinstance(count, int) or count < 1 or dict(module.named_buffers(recurse=False)):
         return None
     layout: Layout | None
@@ -202,6 +211,10 @@ def layout_of(module: Any) -> Layout | None:
     else:
         layout = _in_rows(module)
     return layout if layout is not None and _fits(module, layout) else None
+
+
+def _count(module: Any) -> Any:
+    return getattr(module, "num_experts", getattr(module, "num_routed_experts", None))
 
 
 def _said(module: Any) -> Layout:
@@ -224,7 +237,7 @@ def _unsaid(module: Any) -> Layout:
     first, down = module.gate_up_proj, module.down_proj
     transposed = first.ndim == down.ndim == 3 and first.shape[1] == down.shape[2]
     return Layout(
-        module.num_experts,
+        _count(module),
         ("gate_up_proj",),
         "down_proj",
         "act_fn",
@@ -233,6 +246,7 @@ def _unsaid(module: Any) -> Layout:
         (transposed, transposed),
         True,
         False,
+        (module.zero_expert_num or 0) if hasattr(module, "identity_expert") else 0,
     )
 
 
@@ -259,6 +273,10 @@ def _fits(module: Any, layout: Layout) -> bool:
     sides = []
     for name, transposed in layout.weights():
         whole = own[name]
+        if layout.identities and name in layout.first:
+            if len(whole) != layout.experts + layout.identities:
+                return False
+            whole = whole[: layout.experts]
         if len(whole) % layout.experts or (whole.ndim == 3) != (len(whole) == layout.experts) or whole.ndim > 3:
             return False
         shape = (whole.shape[-2] if whole.ndim == 3 else len(whole) // layout.experts, whole.shape[-1])
@@ -310,6 +328,8 @@ def fuse(model: nn.Module) -> list:
             parts = list(layout.parts(name))
             weight = torch.stack([_joined(layout, [each[part].weight for part in parts]) for each in layers])
             weight = weight.mT.contiguous() if transposed else weight
+            if layout.identities and name in layout.first:
+                weight = torch.cat([weight, weight.new_zeros(layout.identities, *weight.shape[1:])])
             owner, _, leaf = name.rpartition(".")
             kept = fused.get_submodule(owner)
             # In a module inside lie matrices, the rows of all experts one below another.

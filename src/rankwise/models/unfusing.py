@@ -81,12 +81,12 @@ def _tokens(module: Any, layout: Layout) -> tuple[torch.Tensor, ...]:
     source = torch.Generator().manual_seed(0)
     weight = module.get_parameter(layout.down)
     width = weight.shape[-1] if layout.transposed[1] else weight.shape[-2]
-    top = min(2, layout.experts)
-    index = torch.rand(_TOKENS, layout.experts, generator=source).topk(top).indices
+    top, count = min(2, layout.experts), layout.experts + layout.identities
+    index = torch.rand(_TOKENS, count, generator=source).topk(top).indices
     x = torch.randn(_TOKENS, width, generator=source)
     share = torch.rand(_TOKENS, top, generator=source)
     if len(inspect.signature(module.forward).parameters) == 1:
-        taken = torch.zeros(_TOKENS, layout.experts).scatter(1, index, share)
+        taken = torch.zeros(_TOKENS, count).scatter(1, index, share)
         return ((taken.T[:, :, None] * x).flatten(0, 1).to(weight),)
     # Where the rows of all experts are one matrix, a batch of sequences is read as it is.
     x = x if weight.ndim == 3 else x[None]
