@@ -78,6 +78,7 @@ def try_family(family: str, folder: Path) -> dict[str, Any]:
         blocks = decoder_blocks(loaded.model)[1]
         matrices = sum(p.numel() for p in blocks.parameters() if p.ndim >= 2)
         covered = sum(site.parameters for site in sites) / matrices
+        left = what_stays(blocks, {site.weight(loaded.model).data_ptr() for site in sites}, matrices)
         compress(
             recipe_from({**values, "model": str(folder / "float32"), "method": "bolaco", "output": str(folder / "one")})
         )
@@ -90,7 +91,17 @@ def try_family(family: str, folder: Path) -> dict[str, Any]:
         return {"outcome": "refused", "why": problem.problem[:300]}
     except Exception as problem:
         return {"outcome": "foreign", "why": f"{type(problem).__name__}: {problem}".splitlines()[0][:300]}
-    return {"outcome": "fine", "sites": len(sites), "covered": covered}
+    return {"outcome": "fine", "sites": len(sites), "covered": covered, "left": left}
+
+
+def what_stays(blocks: Any, taken: set[int], matrices: int) -> dict[str, float]:
+    """The names of what is no site, numbers left out, and their share of the decoder's matrices; the largest three."""
+    shares: Counter[str] = Counter()
+    for name, parameter in blocks.named_parameters():
+        if parameter.ndim >= 2 and parameter.data_ptr() not in taken:
+            words = [word for word in name.removesuffix(".weight").split(".") if not word.isdigit()]
+            shares[".".join(words[-2:])] += parameter.numel()
+    return {name: count / matrices for name, count in shares.most_common(3) if count >= 0.01 * matrices}
 
 
 def in_a_process(family: str) -> dict[str, Any]:
@@ -167,7 +178,7 @@ def page(found: dict[str, dict[str, Any]], version: str) -> str:
         [
             family,
             f"{100 * row['covered']:.0f}%" if "covered" in row else "-",
-            "" if row["outcome"] == "fine" else _why(row),
+            _stays(row) if row["outcome"] == "fine" else _why(row),
         ]
         for family, row in built.items()
     ]
@@ -192,6 +203,13 @@ that make something else of their weights than W x + b. Models that read images 
 
 _NEARLY_ALL = 0.985
 """Share from which on a page says 'all but routers and the like'."""
+
+
+def _stays(row: dict[str, Any]) -> str:
+    """What keeps a family from being covered, where that is known."""
+    if row["covered"] > _NEARLY_ALL:
+        return ""
+    return ", ".join(f"`{name}` {share:.0%}" for name, share in row.get("left", {}).items())
 
 
 def _why(row: dict[str, Any]) -> str:

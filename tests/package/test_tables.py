@@ -122,7 +122,11 @@ TABLES = {
             *("FLAP", "FLAP, linear", "SliceGPT", "SliceGPT, one rotation", "LLM-Pruner", "LLM-Pruner, linear"),
             *("LLM-Pruner + LoRA", "Bolaco, uniform", "Bolaco, 5x1", "two_sided", "pruned", "pruned, searched"),
         ),
-        {f"keep {keep}": ({"model": "stories260k", "asked": keep}, ["perplexity"]) for keep in (0.8, 0.6, 0.4)},
+        {
+            f"{model} {keep}": ({"model": model, "asked": keep}, ["perplexity"])
+            for model in ("stories260k", "wiki-llama-8m")
+            for keep in (0.8, 0.6, 0.4)
+        },
     ),
     ("docs/methods/mixed.md", "mixed"): Shown(
         named("row", "Q alone", "Q + L R", "mixed"),
