@@ -299,8 +299,8 @@ MUTANTS = (
     Mutant(
         "pooling takes all sequences for one group",
         "statistics/groups.py",
-        "frozenset(group_ends(sequences, min(groups, sequences)))",
-        "frozenset(group_ends(sequences, 1))",
+        "group_ends(sequences, group_count(groups, sequences, length))",
+        "group_ends(sequences, 1)",
         (OWN_METRIC,),
     ),
     Mutant(

@@ -14,7 +14,7 @@ from rankwise.reports import Report
 
 @pytest.mark.parametrize(
     ("sequences", "device", "count"),
-    [("auto", "cpu", 32), ("auto", "cuda", 256), (7, "cpu", 7), (7, "cuda", 7), (None, "cpu", None)],
+    [("auto", "cpu", 24), ("auto", "cuda", 256), (7, "cpu", 7), (7, "cuda", 7), (None, "cpu", None)],
 )
 def test_how_many_sequences_are_read(sequences: object, device: str, count: int | None) -> None:
     assert Calibration(sequences=sequences).counted(device) == count  # type: ignore[arg-type]
@@ -25,7 +25,7 @@ def test_defaults_are_said_and_nothing_else() -> None:
     assert [line.split(",")[0] for line in said] == [
         "size: --keep 0.8",
         "calibration: the documentation that Python carries",
-        "calibration: 32 sequences",
+        "calibration: 24 sequences",
     ]
     told = {"source": "text:x", "sequences": 8}
     assert defaults_in_words(recipe_from({"model": "m", "device": "cpu", "calibration": told}), sized=True) == []
@@ -53,6 +53,6 @@ def test_a_run_says_them_first(rankwise: Run, tiny: Path, tmp_path: Path) -> Non
     assert status == 0, error
     lines = error.splitlines()
     assert lines[0] == "size: --keep 0.8, as none is given"
-    assert lines[2].startswith("calibration: 32 sequences, gradients at 8 of them, as usual on a CPU")
-    assert Report.load(tmp_path / "out/rankwise_report.json").calibration.sequences == 32
+    assert lines[2].startswith("calibration: 24 sequences, gradients at 6 of them, as usual on a CPU")
+    assert Report.load(tmp_path / "out/rankwise_report.json").calibration.sequences == 24
     assert rankwise("compress", tiny, "-o", tmp_path / "out", *words, "--quiet")[2] == ""

@@ -46,6 +46,7 @@ def test_full_rank_is_exact_and_error_is_the_tail_of_the_energy(
     assert found.right.shape == (k, n)
     torch.testing.assert_close(found.left @ found.right, weight, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(found.encoder @ weight, found.right, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found.encode(weight[:, 0]), found.right[:, 0], atol=1e-6, rtol=1e-6)
     weigh = curvature if both else torch.eye(m, dtype=torch.float64)
     before = float("inf")
     for r in range(1, k + 1):

@@ -130,7 +130,7 @@ def test_unreadable_recipes_say_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("calibration", "device", "at"),
     [
-        ({}, "cpu", 8),
+        ({}, "cpu", 6),
         ({}, "cuda", 32),
         ({"sequences": 32}, "cpu", 32),
         ({"gradient_sequences": 5}, "cpu", 5),

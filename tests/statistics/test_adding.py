@@ -252,7 +252,8 @@ def test_totals_may_merge_by_something_else_than_addition(tmp_path: Path) -> Non
 
 
 def test_statistics_made_of_the_same_sums_are_summed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = {asked: collected(asked)[asked] for asked in (Moments(), InputMoments(), PooledCovariance())}
+    every = Moments(groups=32), InputMoments(groups=32), PooledCovariance(groups=32)
+    alone = {asked: collected(asked)[asked] for asked in every}
     adds: list[int] = []
     real = MomentSums.add
     monkeypatch.setattr(MomentSums, "add", lambda sums, x, inputs: (adds.append(len(x)), real(sums, x, inputs))[1])

@@ -13,7 +13,7 @@ from conftest import tiny_llama
 from rankwise.models import find_sites, share_inputs
 from rankwise.statistics import collect, shards
 from rankwise.statistics.curvature import Curvature
-from rankwise.statistics.groups import group_ends
+from rankwise.statistics.groups import BY_TOKENS, GROUP_TOKENS, group_count, group_ends
 from rankwise.statistics.input_moments import InputMoments
 from rankwise.statistics.moments import Moments
 from rankwise.statistics.pooled_covariance import PooledCovariance
@@ -23,7 +23,7 @@ from rankwise.statistics.pooled_covariance import PooledCovariance
 def test_shards_hold_every_sequence_once_and_cut_no_batch_and_no_group(
     sequences: int, batch: int, groups: int, wanted: int
 ) -> None:
-    found = shards(sequences, batch, [Moments(groups=groups)], wanted)
+    found = shards(sequences, 16, batch, [Moments(groups=groups)], wanted)
     assert [first for first, _ in found] == [0, *(stop for _, stop in found[:-1])]
     assert found[-1][1] == sequences
     assert 1 <= len(found) <= wanted
@@ -33,16 +33,33 @@ def test_shards_hold_every_sequence_once_and_cut_no_batch_and_no_group(
         assert first in (0, *group_ends(sequences, min(groups, sequences)))
 
 
+@pytest.mark.parametrize(
+    ("groups", "sequences", "length", "expected"),
+    [
+        (5, 64, 512, 5),
+        (32, 8, 512, 8),
+        (BY_TOKENS, 64, 512, 64 * 512 // GROUP_TOKENS),
+        (BY_TOKENS, 1024, 512, 32),
+        (BY_TOKENS, 64, 8, 4),
+        (BY_TOKENS, 3, 8, 3),
+    ],
+)
+def test_groups_are_counted_by_tokens_where_no_number_is_given(
+    groups: int, sequences: int, length: int, expected: int
+) -> None:
+    assert group_count(groups, sequences, length) == expected
+
+
 def test_places_are_used() -> None:
-    assert shards(64, 4, [Moments(groups=16)], 4) == [(0, 16), (16, 32), (32, 48), (48, 64)]
-    assert shards(48, 8, [Moments()], 2) == [(0, 24), (24, 48)]
+    assert shards(64, 16, 4, [Moments(groups=16)], 4) == [(0, 16), (16, 32), (32, 48), (48, 64)]
+    assert shards(48, 16, 8, [Moments()], 2) == [(0, 24), (24, 48)]
 
 
 def test_shards_have_equal_work_where_gradients_are_taken_at_few_sequences() -> None:
-    asked = [Moments(), Curvature(groups=8, labels="sampled")]
+    asked = [Moments(groups=32), Curvature(groups=8, labels="sampled")]
     # 32 forward passes, and 8 sequences that take three more: 28 of 56.
-    assert shards(32, 1, asked, 2, gradient_sequences=8) == [(0, 7), (7, 32)]
-    assert shards(32, 1, asked, 2) == [(0, 16), (16, 32)]
+    assert shards(32, 16, 1, asked, 2, gradient_sequences=8) == [(0, 7), (7, 32)]
+    assert shards(32, 16, 1, asked, 2) == [(0, 16), (16, 32)]
 
 
 @pytest.mark.parametrize("gradient_sequences", [None, 7])
@@ -56,10 +73,11 @@ def test_sums_of_shards_are_those_of_one_pass(
     model = tiny_llama()
     ids = torch.randint(3, 2000, (24, 16), generator=torch.Generator().manual_seed(1))
     sites = share_inputs(model, find_sites(model), ids[:1])
-    asked = [Moments(groups=12), InputMoments(), PooledCovariance(groups=6), Curvature(groups=12, labels="sampled")]
+    curvature = Curvature(groups=12, labels="sampled")
+    asked = [Moments(groups=12), InputMoments(groups=12), PooledCovariance(groups=6), curvature]
     how: dict[str, Any] = {"batch_size": 2, "seed": 3, "gradient_sequences": gradient_sequences}
     whole = collect(model, sites, ids, asked, **how)
-    parts = shards(len(ids), 2, asked, 3, gradient_sequences)
+    parts = shards(len(ids), 16, 2, asked, 3, gradient_sequences)
     assert len(parts) == 3
     found = [collect(model, sites, ids[a:b], asked, first=a, of=len(ids), **how) for a, b in parts]
     for statistic, by_stream in whole.items():

@@ -14,7 +14,7 @@ from rankwise.checkpoints.output import (
     reserved,
     writing,
 )
-from rankwise.checkpoints.reload import check_reload
+from rankwise.checkpoints.reload import check_reload, expect_reload
 from rankwise.checkpoints.save import is_plain, save_dense, save_low_rank
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "check_output",
     "check_reload",
     "empty_model",
+    "expect_reload",
     "fingerprint",
     "front_matter",
     "is_plain",

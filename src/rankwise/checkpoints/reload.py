@@ -75,6 +75,11 @@ def _elsewhere(attempt: int = 0) -> _Elsewhere:
     return found if found.runs else _elsewhere(attempt + 1)
 
 
+def expect_reload() -> None:
+    """Start the process that `check_reload` asks, which imports for some seconds before it can answer."""
+    _elsewhere()
+
+
 @torch.inference_mode()
 def check_reload(folder: Path, model: Any, ids: Tensor, trust_remote_code: bool) -> bool:
     """Load a checkpoint in a process without rankwise and compare it with the model it was written from.

@@ -58,7 +58,7 @@ def compress(
     """
     # Imported here so that `import rankwise` stays light.
     from rankwise import stages
-    from rankwise.checkpoints import check_output, load_model, reserved
+    from rankwise.checkpoints import check_output, expect_reload, load_model, reserved
     from rankwise.device import named_device
     from rankwise.evaluation import measure_cost
     from rankwise.progress import Reporter
@@ -107,6 +107,8 @@ def compress(
         for step in recipe.repair.steps:
             with reporter.stage(f"repair {step}"):
                 stages.repair_step(work, repairing, step)
+        if output is not None:
+            expect_reload()
         with reporter.stage("storage"):
             facts = stages.store_sites(work, chosen.plan, facts)
             stages.store_vocabulary(loaded, work.vocabulary)

@@ -25,13 +25,25 @@ class Decomposition:
         left: L, shape `[m, k]`.
         right: R, shape `[k, n]`.
         energy: shape `[k]`, descending.
-        encoder: E with R = E W, shape `[k, m]`.
+        directions: U, orthonormal columns, shape `[m, k]`: R = U^T P^T W.
+        metric: P; None for the identity.
     """
 
     left: Tensor
     right: Tensor
     energy: Tensor
-    encoder: Tensor
+    directions: Tensor
+    metric: OutputMetric | None = None
+
+    @property
+    def encoder(self) -> Tensor:
+        """E with R = E W, shape `[k, m]`."""
+        return (self.directions if self.metric is None else self.metric.spread(self.directions)).T
+
+    def encode(self, outputs: Tensor) -> Tensor:
+        """E y for a vector y of outputs, shape `[m]`, without the whole of E: shape `[k]`."""
+        weighed = outputs if self.metric is None else self.metric.weigh(outputs[:, None])[:, 0]
+        return self.directions.T @ weighed
 
 
 def balancing(left: Tensor, right: Tensor) -> Tensor:
@@ -125,5 +137,4 @@ def decompose(
     if blind:
         energy = torch.zeros_like(energy)
     left = directions if metric is None else metric.undo(directions)
-    encoder = directions.T if metric is None else metric.spread(directions).T
-    return Decomposition(left, directions.T @ weighed, energy, encoder)
+    return Decomposition(left, directions.T @ weighed, energy, directions, metric)

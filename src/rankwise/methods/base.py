@@ -213,7 +213,7 @@ def make_basis(found: Decomposition, mean_output: Tensor | None = None, damping:
     left, right = found.left * scale, found.right / scale[:, None]
     if mean_output is None:
         return Basis(left, right, found.energy, damping=damping)
-    return Basis(left, right, found.energy, mean_output, found.encoder @ mean_output / scale, damping)
+    return Basis(left, right, found.energy, mean_output, found.encode(mean_output) / scale, damping)
 
 
 def tail_losses(energy: Tensor) -> Tensor:

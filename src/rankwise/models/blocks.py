@@ -302,43 +302,38 @@ class BlockRunner:
             owned = [id(p) for block in self.blocks for p in block.parameters()]
             if len(owned) != len(set(owned)) or self.dtype.itemsize > 4:
                 return False
-            self.check()
-            return self._agrees_above()
+            return self._agrees_above(*self._tried())
         except Exception:  # whatever a model of an unforeseen shape raises: it is then run whole
             return False
 
     @torch.no_grad()
-    def _agrees_above(self) -> bool:
-        seen: list[Tensor] = []
-        size = min(self.batch_size, len(self.ids), 2)
-        ids = self.ids[:size].to(self.device)
-        handle = self.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(first_of(out)))
-        try:
-            with self._computing():
-                whole = self.model.base_model(input_ids=ids, use_cache=False)[0]
-        finally:
-            handle.remove()
-        with self._computing(), self.above(seen[0]):
-            found = self.model.base_model(input_ids=ids, use_cache=False)[0]
+    def _agrees_above(self, ids: Tensor, last: Tensor, whole: Tensor) -> bool:
+        """Whether what comes above the last block makes of its output what the model gives for these tokens."""
+        with self._computing(), self.above(last):
+            found = self.model.base_model(input_ids=ids.to(self.device), use_cache=False)[0]
         return bool((found - whole).norm() <= _AGREEMENT * whole.norm())
 
-    @torch.no_grad()
     def check(self) -> None:
         """Raise unless the blocks, one after another, give what the model gives.
 
         Raises:
             ModelError: for an architecture whose blocks exchange more than hidden states.
         """
+        self._tried()
+
+    @torch.no_grad()
+    def _tried(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens of `check`, and what the model's last block and the model itself give for them."""
         size = min(self.batch_size, len(self.ids), 2)
         # What blocks are handed beside hidden states must not depend on the tokens: learned from one text, checked on
         # another.
         self.learn(size)
         others = self.ids[:size].flip(-1)
         seen: list[Tensor] = []
-        handle = self.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(first_of(out).float()))
+        handle = self.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(first_of(out)))
         try:
             with self._computing():
-                self.model.base_model(input_ids=others.to(self.device), use_cache=False)
+                whole = self.model.base_model(input_ids=others.to(self.device), use_cache=False)[0]
         finally:
             handle.remove()
         try:
@@ -347,7 +342,8 @@ class BlockRunner:
                 raise ValueError(f"hidden states of {list(hidden.shape)} for {list(others.shape)} tokens")
             for index in range(len(self.blocks)):
                 hidden = self.run(index, hidden)
-            difference = float((hidden - seen[0]).norm() / seen[0].norm())
+            last = seen[0].float()
+            difference = float((hidden - last).norm() / last.norm())
         except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as problem:
             raise ModelError(
                 f"The blocks of {type(self.model).__name__} cannot be run by themselves ({problem}).",
@@ -361,3 +357,4 @@ class BlockRunner:
                 where="repair",
                 remedy="leave refit and blocks out of --repair; subspace, factors and lora train the whole model",
             )
+        return others, seen[0], whole

@@ -36,8 +36,8 @@ class _Node(BaseModel):
 _HEAD_KEEP = 0.5
 """Fraction of its numbers that a low-rank head keeps where neither it nor the budget says one."""
 
-_SEQUENCES, _SEQUENCES_ON_CPU = 256, 32
-_GRADIENT_SEQUENCES_ON_CPU = 8
+_SEQUENCES, _SEQUENCES_ON_CPU = 256, 24
+_GRADIENT_SEQUENCES_ON_CPU = 6
 
 
 class _Text(_Node):
@@ -61,11 +61,11 @@ class Calibration(_Text):
 
     Attributes:
         source: see `rankwise.data.sources` for the grammar.
-        sequences: how many; None for all. `auto` is 256, and 32 where a CPU computes.
+        sequences: how many; None for all. `auto` is 256, and 24 where a CPU computes.
         length: tokens a sequence; None means the smaller of 512 and the model's context, and for a `tokens:` source of
             shape `[sequences, tokens]` its own.
         gradient_sequences: at how many of them, the first, gradients are taken, which take several times as long as
-            inputs; None for all. `auto` is all, and 8 where a CPU computes and `sequences` is `auto`
+            inputs; None for all. `auto` is all, and 6 where a CPU computes and `sequences` is `auto`
             (`benchmarks/results/text.md`).
         sample: `random` draws sequences by the recipe's seed, `first` takes them from the start.
         batch_size: sequences a batch.

@@ -144,10 +144,10 @@ def _of_shards(
 def _made_shards(work: Work, missing: Missing, common: Mapping[str, Any]) -> list[Stage]:
     """A finished stage for every shard."""
     assert work.crew is not None
-    total = len(work.texts.calibration.ids)
+    total, length = work.texts.calibration.ids.shape
     settings = [statistic.settings() for statistic in missing]
     settled = work.recipe.calibration.batch_size, missing, work.crew.workers, work.gradient_sequences
-    parts = shards(total, *settled)
+    parts = shards(total, length, *settled)
     made = [work.stage("shard", {**common, "statistics": settings, "sequences": part}) for part in parts]
     left = [(part, stage) for part, stage in zip(parts, made, strict=True) if not stage.taken_over()]
     asked = requests_of(work)

@@ -20,7 +20,6 @@ from rankwise.progress import Reporter
 from rankwise.statistics.streams import Stream
 
 Labels = Literal["text", "sampled"]
-DEFAULT_GROUPS = 32
 
 
 @dataclass(frozen=True)
@@ -153,8 +152,8 @@ class Statistic(ABC, Generic[T, V]):
     Attributes:
         name: what it is called on disk.
         totals: what it is kept as.
-        groups: groups of sequences at whose ends sums move from float32 to totals in float64; never more than there
-            are sequences. None moves them after every batch.
+        groups: groups of sequences at whose ends sums move from float32 to totals in float64, as for `group_count`.
+            None moves them after every batch.
         labels: None for a forward pass. Otherwise a backward pass is made, from the loss at the `text`'s next tokens,
             or at tokens `sampled` from the model itself.
     """

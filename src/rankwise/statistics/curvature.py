@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rankwise.models import Site
 from rankwise.progress import Reporter
-from rankwise.statistics.base import DEFAULT_GROUPS, Labels, Place, StartSums, Statistic, Sums, Totals
+from rankwise.statistics.base import Labels, Place, StartSums, Statistic, Sums, Totals
+from rankwise.statistics.groups import BY_TOKENS
 from rankwise.statistics.moment_sums import gram_panel
 from rankwise.statistics.streams import Stream, gradient_streams
 from rankwise.statistics.symmetric import panels
@@ -119,7 +120,7 @@ class Curvature(Statistic[CurvatureTotals, Tensor]):
 
     Attributes:
         labels: where the loss gradient g is taken.
-        groups: groups of sequences that are summed in float32.
+        groups: groups of sequences that are summed in float32, as for `group_count`.
         memory_gb: what the curvature of all sites together may take, in 10^9 bytes. Where full matrices do not fit,
             the largest diagonal blocks that do are kept.
     """
@@ -128,7 +129,7 @@ class Curvature(Statistic[CurvatureTotals, Tensor]):
     totals = CurvatureTotals
 
     labels: Labels = "text"
-    groups: int = DEFAULT_GROUPS
+    groups: int = BY_TOKENS
     memory_gb: float = DEFAULT_CURVATURE_GB
 
     def streams(self, sites: Sequence[Site]) -> list[Stream]:

@@ -7,6 +7,26 @@ from itertools import pairwise
 
 from torch import Tensor
 
+BY_TOKENS = 0
+"""A number of groups that stands for as many as have `GROUP_TOKENS` tokens each, within the two limits below."""
+
+GROUP_TOKENS = 2048
+FEWEST_GROUPS, MOST_GROUPS = 4, 32
+
+
+def group_count(groups: int, sequences: int, length: int) -> int:
+    """Groups that sequences fall into: so many as were asked for, never more than there are sequences.
+
+    Args:
+        groups: asked for, or `BY_TOKENS`. The end of a group moves float32 sums to float64, which takes several passes
+            over each matrix; its length bounds what float32 loses.
+        sequences: how many there are.
+        length: tokens of each.
+    """
+    if groups == BY_TOKENS:
+        groups = max(FEWEST_GROUPS, min(MOST_GROUPS, sequences * length // GROUP_TOKENS))
+    return min(groups, sequences)
+
 
 def group_ends(sequences: int, groups: int) -> list[int]:
     """Ends of `groups` contiguous groups, as equal as possible, that together hold every sequence."""
@@ -18,11 +38,13 @@ class Grouping:
 
     Args:
         sequences: how many there are.
-        groups: how many groups, never more than sequences. None makes every batch a group.
+        groups: how many groups, as for `group_count`. None makes every batch a group.
+        length: tokens of each sequence.
     """
 
-    def __init__(self, sequences: int, groups: int | None) -> None:
-        self._ends = None if groups is None else frozenset(group_ends(sequences, min(groups, sequences)))
+    def __init__(self, sequences: int, groups: int | None, length: int) -> None:
+        ends = None if groups is None else group_ends(sequences, group_count(groups, sequences, length))
+        self._ends = None if ends is None else frozenset(ends)
         self._segments: list[tuple[int, int, bool]] = []
 
     def begin(self, start: int, stop: int) -> None:

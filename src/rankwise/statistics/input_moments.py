@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from rankwise.models import Site
 from rankwise.progress import Reporter
-from rankwise.statistics.base import DEFAULT_GROUPS, Place, StartSums, Statistic
+from rankwise.statistics.base import Place, StartSums, Statistic
+from rankwise.statistics.groups import BY_TOKENS
 from rankwise.statistics.moment_sums import MomentSums, MomentTotals
 from rankwise.statistics.streams import Stream, input_streams
 
@@ -17,13 +18,13 @@ class InputMoments(Statistic[MomentTotals, MomentTotals]):
     """Count, mean and scatter of the input over all tokens; a method sees these, `[n]` and `[n, n]`.
 
     Attributes:
-        groups: groups of sequences that are summed in float32.
+        groups: groups of sequences that are summed in float32, as for `group_count`.
     """
 
     name = "input_moments"
     totals = MomentTotals
 
-    groups: int = DEFAULT_GROUPS
+    groups: int = BY_TOKENS
 
     def streams(self, sites: Sequence[Site]) -> list[Stream]:
         return input_streams(sites)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from rankwise.models import Site
 from rankwise.progress import Reporter
-from rankwise.statistics.base import DEFAULT_GROUPS, Place, StartSums, Statistic
+from rankwise.statistics.base import Place, StartSums, Statistic
+from rankwise.statistics.groups import BY_TOKENS
 from rankwise.statistics.moment_sums import MomentSums, MomentTotals
 from rankwise.statistics.response import Response, respond
 from rankwise.statistics.streams import Stream, smaller_streams
@@ -46,13 +47,13 @@ class Moments(Statistic[MomentTotals, SeenMoments]):
     """Count, mean and scatter over all tokens; a method sees `SeenMoments`.
 
     Attributes:
-        groups: groups of sequences that are summed in float32.
+        groups: groups of sequences that are summed in float32, as for `group_count`.
     """
 
     name = "moments"
     totals = MomentTotals
 
-    groups: int = DEFAULT_GROUPS
+    groups: int = BY_TOKENS
 
     def streams(self, sites: Sequence[Site]) -> list[Stream]:
         return smaller_streams(sites)

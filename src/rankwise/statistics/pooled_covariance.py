@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rankwise.models import Site
 from rankwise.progress import Reporter
-from rankwise.statistics.base import DEFAULT_GROUPS, Place, StartSums, Statistic, Totals
+from rankwise.statistics.base import Place, StartSums, Statistic, Totals
 from rankwise.statistics.moment_sums import MomentSums, MomentTotals
 from rankwise.statistics.response import Response, respond
 from rankwise.statistics.streams import Stream, smaller_streams
@@ -76,7 +76,7 @@ class PooledCovariance(Statistic[PooledTotals, Response]):
     name = "pooled_covariance"
     totals = PooledTotals
 
-    groups: int = DEFAULT_GROUPS
+    groups: int = 32
 
     def streams(self, sites: Sequence[Site]) -> list[Stream]:
         return smaller_streams(sites)

@@ -6,19 +6,25 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from rankwise.statistics.base import Statistic
-from rankwise.statistics.groups import group_ends
+from rankwise.statistics.groups import group_count, group_ends
 
 _GRADIENTS = 3
 """What gradients of a sequence take beside its forward pass, in such passes: again, backward, and the head."""
 
 
 def shards(
-    sequences: int, batch_size: int, statistics: Sequence[Statistic], wanted: int, gradient_sequences: int | None = None
+    sequences: int,
+    length: int,
+    batch_size: int,
+    statistics: Sequence[Statistic],
+    wanted: int,
+    gradient_sequences: int | None = None,
 ) -> list[tuple[int, int]]:
     """Split sequences where batches and groups of sequences end, so that each is the same in a shard as in one pass.
 
     Args:
         sequences: how many there are.
+        length: tokens of each.
         batch_size: sequences a batch.
         statistics: what is summed, in groups of sequences each.
         wanted: shards, if there are places for as many.
@@ -32,7 +38,7 @@ def shards(
     for statistic in statistics:
         if statistic.groups is not None:
             count = sequences if statistic.labels is None else gradient_sequences
-            ends = group_ends(count, min(statistic.groups, count))
+            ends = group_ends(count, group_count(statistic.groups, count, length))
             places &= {*ends, *range(count, sequences)}
 
     def work(place: int) -> int:

@@ -81,6 +81,7 @@ class Collector:
         statistics: what is collected.
         sites: at which sites.
         sequences: calibration sequences there are.
+        length: tokens of each.
         device: where the model is.
         keeping: where totals are kept until they are complete.
         reporter: told what the user should know.
@@ -91,13 +92,14 @@ class Collector:
         statistics: Sequence[Statistic],
         sites: Sequence[Site],
         sequences: int,
+        length: int,
         device: torch.device,
         keeping: torch.device,
         reporter: Reporter,
     ) -> None:
         self.device, self._keeping = device, keeping
         self.kept: Collected = {statistic: {} for statistic in statistics}
-        self._groupings = {s.groups: Grouping(sequences, s.groups) for s in statistics}
+        self._groupings = {s.groups: Grouping(sequences, s.groups, length) for s in statistics}
         self._alike: dict[tuple[Stream, int | None, StartSums], list[Statistic]] = {}
         for statistic in statistics:
             streams = statistic.streams(sites)
