@@ -47,7 +47,7 @@ LLAMA_7B = {
 }
 
 CASES: dict[str, dict[str, Any]] = {
-    "smollm2": {"modes": ("whole", "blocks", "disk"), "sequences": 64},
+    "smollm2": {"modes": ("whole", "blocks", "disk"), "sequences": 16},
     "llama-1b": {"modes": ("disk",), "sequences": 8, "batch": 2, "shape": LLAMA_1B},
     "llama-1b-4": {
         "modes": ("disk",),

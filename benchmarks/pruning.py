@@ -132,8 +132,8 @@ of `bayesian:spectral`, judged on text that is neither calibrated on nor scored.
 """
 TEXTS = {
     "stories260k": "calibration 192 stories, scored on the others",
-    "wiki-llama-8m": "calibration 128 x 256 tokens of mix.calibration, 100 x 256 tokens of wikitext2.test scored; FLAP, "
-    "SliceGPT, LLM-Pruner and uniform ranks made on an NVIDIA H100, the others on the machine above",
+    "wiki-llama-8m": "calibration 128 x 256 tokens of mix.calibration, 100 x 256 tokens of wikitext2.test scored; "
+    "FLAP, SliceGPT, LLM-Pruner and uniform ranks made on an NVIDIA H100, the others on the machine above",
 }
 
 
