@@ -32,6 +32,7 @@ from rankwise.recipes import recipe_from
 from rankwise.runs.on_ray import RayCrew
 from rankwise.stages.memory import needs, shapes_of
 from rankwise.statistics import SiteStatistics, Store, collect, save_totals
+from rankwise.statistics.shards import shards
 
 LENGTH, BATCH = 256, 4
 STAGES = ("load", "statistics", "outlooks", "plan", "fits")
@@ -204,8 +205,9 @@ def extrapolated(found: dict[str, Any]) -> list[list[str]]:
         units = sum(unit(site.m, site.n) for site in sites)
         forward = 2 * sum(site.parameters for site in sites) + 2 * config["vocab_size"] * config["hidden_size"]
         trials = TRIALS * VALIDATED * 512 * forward
-        for workers in (1, 8, 64):
-            hours = [passes / speed / workers, units * each / workers, trials / speed / workers]
+        for workers in (1, 8, 32):
+            parts = len(shards(SEQUENCES, 512, 1, TwoSided().requests(), workers))
+            hours = [passes / speed / parts, units * each / workers, trials / speed / min(workers, TRIALS)]
             rows.append(
                 [
                     name,
@@ -271,7 +273,8 @@ def write(folder: Path) -> None:
     ]
     body += (
         f"\n\n## Extrapolated\n\nHours at these speeds (SmolLM2's passes, the decomposition of 2048 x 2048), work "
-        f"shared evenly: {SEQUENCES} calibration sequences of 512 tokens, {TRIALS} trials over {VALIDATED} more. "
+        f"shared evenly over the shards that there can be, full curvature: {SEQUENCES} calibration sequences of 512 "
+        f"tokens, {TRIALS} trials over {VALIDATED} more. "
         "Memory is what `plan-memory` says of `--memory disk`.\n\n"
         + markdown_table(header, extrapolated(found["costs"]))
     )

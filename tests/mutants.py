@@ -299,8 +299,8 @@ MUTANTS = (
     Mutant(
         "pooling takes all sequences for one group",
         "statistics/groups.py",
-        "group_ends(sequences, group_count(groups, sequences, length))",
-        "group_ends(sequences, 1)",
+        "frozenset(group_ends(sequences, groups, length))",
+        "frozenset([sequences])",
         (OWN_METRIC,),
     ),
     Mutant(

@@ -92,6 +92,7 @@ def test_every_expert_becomes_plain_layers_and_goes_back(name: str) -> None:
     found = unfuse_experts(model)
     assert found.left == ()
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    assert not any("router" in site.name for site in find_sites(model))
     experts = [site for site in find_sites(model) if site.pool]
     assert [site.role for site in experts] == ["gate", "up", "down"] * 8
     assert len({site.pool for site in experts}) == 6

@@ -216,7 +216,7 @@ def test_a_statistic_of_one_class_is_collected_stored_read_and_resumed(
             collected(*both, reporter=Dies(killed_after), **options)
         reporter = Reporter(show=False)
         resumed = collected(*both, reporter=reporter, **options)
-        ends = range(sequences) if groups is None else group_ends(sequences, min(groups, sequences))
+        ends = range(sequences) if groups is None else group_ends(sequences, groups, 1)
         left = [batch * batch_size for batch in range(1, killed_after + 1) if batch * batch_size in ends]
         notes = [f"continuing after {left[-1]} of {sequences} sequences"] if left else []
         assert [note.partition(": ")[2] for note in reporter.notes] == notes

@@ -13,7 +13,7 @@ from conftest import tiny_llama
 from rankwise.models import find_sites, share_inputs
 from rankwise.statistics import collect, shards
 from rankwise.statistics.curvature import Curvature
-from rankwise.statistics.groups import BY_TOKENS, GROUP_TOKENS, group_count, group_ends
+from rankwise.statistics.groups import BY_TOKENS, FEWEST_GROUPS, GROUP_TOKENS, MOST_GROUPS, group_ends
 from rankwise.statistics.input_moments import InputMoments
 from rankwise.statistics.moments import Moments
 from rankwise.statistics.pooled_covariance import PooledCovariance
@@ -30,29 +30,37 @@ def test_shards_hold_every_sequence_once_and_cut_no_batch_and_no_group(
     for first, stop in found:
         assert first < stop
         assert first % batch == 0
-        assert first in (0, *group_ends(sequences, min(groups, sequences)))
+        assert first in (0, *group_ends(sequences, groups, 16))
 
 
 @pytest.mark.parametrize(
     ("groups", "sequences", "length", "expected"),
     [
-        (5, 64, 512, 5),
-        (32, 8, 512, 8),
-        (BY_TOKENS, 64, 512, 64 * 512 // GROUP_TOKENS),
-        (BY_TOKENS, 1024, 512, 32),
-        (BY_TOKENS, 64, 8, 4),
-        (BY_TOKENS, 3, 8, 3),
+        (5, 64, 512, [12, 25, 38, 51, 64]),
+        (32, 3, 512, [1, 2, 3]),
+        (BY_TOKENS, 24, 512, [4, 8, 12, 16, 20, 24]),
+        (BY_TOKENS, 6, 512, [2, 4, 6]),
+        (BY_TOKENS, 22, 300, [4, 8, 12, 16, 20, 22]),
+        (BY_TOKENS, 1024, 512, [*range(32, 1025, 32)]),
+        (BY_TOKENS, 1000, 2048, [*range(32, 1000, 32), 1000]),
+        (BY_TOKENS, 2, 8, [1, 2]),
     ],
 )
-def test_groups_are_counted_by_tokens_where_no_number_is_given(
-    groups: int, sequences: int, length: int, expected: int
-) -> None:
-    assert group_count(groups, sequences, length) == expected
+def test_groups_end_by_number_or_by_tokens(groups: int, sequences: int, length: int, expected: list[int]) -> None:
+    assert group_ends(sequences, groups, length) == expected
+
+
+@given(st.integers(1, 3000), st.integers(1, 4096))
+def test_groups_by_tokens_are_few_long_or_the_fewest(sequences: int, length: int) -> None:
+    ends = group_ends(sequences, BY_TOKENS, length)
+    assert ends[-1] == sequences
+    assert len(ends) <= MOST_GROUPS
+    assert ends[0] * length >= GROUP_TOKENS or len(ends) <= 2 * FEWEST_GROUPS
 
 
 def test_places_are_used() -> None:
     assert shards(64, 16, 4, [Moments(groups=16)], 4) == [(0, 16), (16, 32), (32, 48), (48, 64)]
-    assert shards(48, 16, 8, [Moments()], 2) == [(0, 24), (24, 48)]
+    assert shards(48, 512, 8, [Moments()], 2) == [(0, 24), (24, 48)]
 
 
 def test_shards_have_equal_work_where_gradients_are_taken_at_few_sequences() -> None:
@@ -73,8 +81,8 @@ def test_sums_of_shards_are_those_of_one_pass(
     model = tiny_llama()
     ids = torch.randint(3, 2000, (24, 16), generator=torch.Generator().manual_seed(1))
     sites = share_inputs(model, find_sites(model), ids[:1])
-    curvature = Curvature(groups=12, labels="sampled")
-    asked = [Moments(groups=12), InputMoments(groups=12), PooledCovariance(groups=6), curvature]
+    monkeypatch.setattr("rankwise.statistics.groups.GROUP_TOKENS", 32)
+    asked = [Moments(), InputMoments(groups=12), PooledCovariance(groups=6), Curvature(labels="sampled")]
     how: dict[str, Any] = {"batch_size": 2, "seed": 3, "gradient_sequences": gradient_sequences}
     whole = collect(model, sites, ids, asked, **how)
     parts = shards(len(ids), 16, 2, asked, 3, gradient_sequences)

@@ -80,7 +80,7 @@ def test_float32_sums_give_both_halves_of_the_gram_matrix(d: int) -> None:
 @given(sequences=st.integers(1, 200), groups=st.integers(1, 40))
 def test_groups_are_equal_to_within_one_and_drop_no_sequence(sequences: int, groups: int) -> None:
     groups = min(groups, sequences)
-    ends = group_ends(sequences, groups)
+    ends = group_ends(sequences, groups, 1)
     lengths = [b - a for a, b in zip([0, *ends[:-1]], ends, strict=True)]
     assert sum(lengths) == sequences
     assert max(lengths) - min(lengths) <= 1
@@ -160,7 +160,7 @@ def test_pooled_covariance_averages_groups_that_hold_every_sequence(
     setup = Setup()
     site = setup.site("0.mlp.down_proj")
     y = setup.outputs(site)
-    ends = group_ends(len(y), groups)
+    ends = group_ends(len(y), groups, 1)
     parts = [y[a:b].flatten(0, 1) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
     expected = sum(torch.cov(part.T) for part in parts) / groups
     asked = PooledCovariance(groups=groups)

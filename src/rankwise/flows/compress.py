@@ -107,7 +107,9 @@ def compress(
         for step in recipe.repair.steps:
             with reporter.stage(f"repair {step}"):
                 stages.repair_step(work, repairing, step)
-        if output is not None:
+        timed = recipe.evaluation is not None and recipe.evaluation.speed
+        if output is not None and not timed:
+            # It imports meanwhile, which would slow down what is timed.
             expect_reload()
         with reporter.stage("storage"):
             facts = stages.store_sites(work, chosen.plan, facts)

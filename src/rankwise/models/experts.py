@@ -246,7 +246,7 @@ def _unsaid(module: Any) -> Layout:
         (transposed, transposed),
         True,
         False,
-        (module.zero_expert_num or 0) if hasattr(module, "identity_expert") else 0,
+        (getattr(module, "zero_expert_num", 0) or 0) if hasattr(module, "identity_expert") else 0,
     )
 
 
@@ -256,7 +256,7 @@ def _in_rows(module: Any) -> Layout | None:
         if child._parameters.keys() == {"w1", "v1", "w2"}:
             first = (f"{name}.w1", f"{name}.v1")
             activation = f"{name}.activation_fn"
-            return Layout(module.num_experts, first, f"{name}.w2", activation, True, False, (False, True), False, False)
+            return Layout(_count(module), first, f"{name}.w2", activation, True, False, (False, True), False, False)
     return None
 
 

@@ -221,7 +221,7 @@ def _experts_in(block: nn.Module) -> dict[str, int]:
     found = {}
     for path, module in block.named_modules():
         if isinstance(module, UnfusedExperts):
-            found[path] = module.num_experts
+            found[path] = module.num_experts + module.layout.identities
         elif isinstance(module, nn.ModuleList) and path.rpartition(".")[2] == "experts":
             found[path] = len(module)
         elif any(p.ndim == 3 for p in module.parameters(recurse=False)):

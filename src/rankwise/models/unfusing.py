@@ -81,7 +81,8 @@ def _tokens(module: Any, layout: Layout) -> tuple[torch.Tensor, ...]:
     source = torch.Generator().manual_seed(0)
     weight = module.get_parameter(layout.down)
     width = weight.shape[-1] if layout.transposed[1] else weight.shape[-2]
-    top, count = min(2, layout.experts), layout.experts + layout.identities
+    count = layout.experts + layout.identities
+    top = min(2, count)
     index = torch.rand(_TOKENS, count, generator=source).topk(top).indices
     x = torch.randn(_TOKENS, width, generator=source)
     share = torch.rand(_TOKENS, top, generator=source)

@@ -72,7 +72,8 @@ def fit_head(weight: Tensor, seen: HeadMoments, rank: int, row_damping: float = 
         moment.addmm_((rows * weighs[part, None]).T, rows)
     found = decompose(torch.eye(len(moment)).to(moment), outputs=moment, metric=metric)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    left = torch.cat([(weight[part].double() @ found.encoder[:rank].T).to(wide) for part in parts])
+    decoder = found.encoder[:rank].T
+    left = torch.cat([(weight[part].double() @ decoder).to(wide) for part in parts])
     whole = float(found.energy.sum())
     lost = float(found.energy[rank:].sum()) / whole if whole else 0.0
     return Factors(left, found.left[:, :rank].T), lost

@@ -130,14 +130,15 @@ def _filed(sums: Sums) -> int:
 def shapes_of(recipe: Recipe) -> Shapes:
     """What a recipe's estimate is made of; errors as for `empty_model`."""
     model = empty_model(recipe.model, recipe.trust_remote_code)
+    # As it is held: what becomes of fused experts are views of it.
+    inside = [sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model)[1]]
+    everything = sum(p.numel() for p in model.parameters())
     unfuse_experts(model)
     sites = find_sites(model)
     # Some forwards look at values, which are not there; then no site shares an input.
     with contextlib.suppress(Exception):
         sites = share_inputs(model, sites, torch.zeros(1, 8, dtype=torch.long, device="meta")) or sites
     _, blocks = decoder_blocks(model)
-    inside = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    everything = sum(p.numel() for p in model.parameters())
     sums: list[int] = [0] * len(blocks)
     largest = 0
     requests = recipe.method.requests()

@@ -152,7 +152,7 @@ class Statistic(ABC, Generic[T, V]):
     Attributes:
         name: what it is called on disk.
         totals: what it is kept as.
-        groups: groups of sequences at whose ends sums move from float32 to totals in float64, as for `group_count`.
+        groups: groups of sequences at whose ends sums move from float32 to totals in float64, as for `group_ends`.
             None moves them after every batch.
         labels: None for a forward pass. Otherwise a backward pass is made, from the loss at the `text`'s next tokens,
             or at tokens `sampled` from the model itself.

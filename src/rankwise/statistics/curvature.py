@@ -120,7 +120,7 @@ class Curvature(Statistic[CurvatureTotals, Tensor]):
 
     Attributes:
         labels: where the loss gradient g is taken.
-        groups: groups of sequences that are summed in float32, as for `group_count`.
+        groups: groups of sequences that are summed in float32, as for `group_ends`.
         memory_gb: what the curvature of all sites together may take, in 10^9 bytes. Where full matrices do not fit,
             the largest diagonal blocks that do are kept.
     """

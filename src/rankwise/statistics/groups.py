@@ -8,29 +8,34 @@ from itertools import pairwise
 from torch import Tensor
 
 BY_TOKENS = 0
-"""A number of groups that stands for as many as have `GROUP_TOKENS` tokens each, within the two limits below."""
+"""A number of groups that stands for groups of about `GROUP_TOKENS` tokens, within the two limits below.
+
+Keys of stages hold this number: raise the format of stages where one of the three changes.
+"""
 
 GROUP_TOKENS = 2048
-FEWEST_GROUPS, MOST_GROUPS = 4, 32
+FEWEST_GROUPS, MOST_GROUPS = 3, 32
 
 
-def group_count(groups: int, sequences: int, length: int) -> int:
-    """Groups that sequences fall into: so many as were asked for, never more than there are sequences.
+def group_ends(sequences: int, groups: int, length: int) -> list[int]:
+    """Ends of contiguous groups that together hold every sequence.
+
+    The end of a group moves float32 sums to float64, which takes several passes over each matrix; its length bounds
+    what float32 loses.
 
     Args:
-        groups: asked for, or `BY_TOKENS`. The end of a group moves float32 sums to float64, which takes several passes
-            over each matrix; its length bounds what float32 loses.
         sequences: how many there are.
+        groups: as many, as equal as possible, but no more than there are sequences. `BY_TOKENS` for groups of 1, 2, 4,
+            ... sequences, which end where batches do.
         length: tokens of each.
     """
-    if groups == BY_TOKENS:
-        groups = max(FEWEST_GROUPS, min(MOST_GROUPS, sequences * length // GROUP_TOKENS))
-    return min(groups, sequences)
-
-
-def group_ends(sequences: int, groups: int) -> list[int]:
-    """Ends of `groups` contiguous groups, as equal as possible, that together hold every sequence."""
-    return [(index + 1) * sequences // groups for index in range(groups)]
+    if groups != BY_TOKENS:
+        groups = min(groups, sequences)
+        return [(index + 1) * sequences // groups for index in range(groups)]
+    size = 1
+    while (size * length < GROUP_TOKENS and sequences >= 2 * size * FEWEST_GROUPS) or sequences > size * MOST_GROUPS:
+        size *= 2
+    return [*range(size, sequences, size), sequences]
 
 
 class Grouping:
@@ -38,13 +43,12 @@ class Grouping:
 
     Args:
         sequences: how many there are.
-        groups: how many groups, as for `group_count`. None makes every batch a group.
+        groups: how many groups, as for `group_ends`. None makes every batch a group.
         length: tokens of each sequence.
     """
 
     def __init__(self, sequences: int, groups: int | None, length: int) -> None:
-        ends = None if groups is None else group_ends(sequences, group_count(groups, sequences, length))
-        self._ends = None if ends is None else frozenset(ends)
+        self._ends = None if groups is None else frozenset(group_ends(sequences, groups, length))
         self._segments: list[tuple[int, int, bool]] = []
 
     def begin(self, start: int, stop: int) -> None:

@@ -18,7 +18,7 @@ class InputMoments(Statistic[MomentTotals, MomentTotals]):
     """Count, mean and scatter of the input over all tokens; a method sees these, `[n]` and `[n, n]`.
 
     Attributes:
-        groups: groups of sequences that are summed in float32, as for `group_count`.
+        groups: groups of sequences that are summed in float32, as for `group_ends`.
     """
 
     name = "input_moments"

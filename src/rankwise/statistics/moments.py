@@ -47,7 +47,7 @@ class Moments(Statistic[MomentTotals, SeenMoments]):
     """Count, mean and scatter over all tokens; a method sees `SeenMoments`.
 
     Attributes:
-        groups: groups of sequences that are summed in float32, as for `group_count`.
+        groups: groups of sequences that are summed in float32, as for `group_ends`.
     """
 
     name = "moments"

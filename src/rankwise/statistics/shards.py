@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from rankwise.statistics.base import Statistic
-from rankwise.statistics.groups import group_count, group_ends
+from rankwise.statistics.groups import group_ends
 
 _GRADIENTS = 3
 """What gradients of a sequence take beside its forward pass, in such passes: again, backward, and the head."""
@@ -38,7 +38,7 @@ def shards(
     for statistic in statistics:
         if statistic.groups is not None:
             count = sequences if statistic.labels is None else gradient_sequences
-            ends = group_ends(count, group_count(statistic.groups, count, length))
+            ends = group_ends(count, statistic.groups, length)
             places &= {*ends, *range(count, sequences)}
 
     def work(place: int) -> int:
