@@ -1,9 +1,11 @@
-"""Methods that take units or directions out beside those of low rank, at equal numbers kept, on two small models.
+"""Methods that take units or directions out beside those of low rank, at equal numbers kept.
 
-On SmolLM2-135M they are rows of `compare.py`.
+On SmolLM2-135M (`make real-model`) most are rows of `compare.py`; here `pruned` and `two_sided` are measured, with the
+text that a CPU reads by default.
 
 python benchmarks/pruning.py stories260k
 python benchmarks/pruning.py wiki-llama-8m
+python benchmarks/pruning.py smollm2-135m --rows "two_sided;pruned"
 python benchmarks/pruning.py write
 
 Needs the shared models. Finished rows stay in --run-dir, and the same command goes on after a stop; `write`
@@ -24,6 +26,7 @@ from safetensors.torch import save_file
 
 from common import RESULTS, ROOT, markdown_table, shared_directory, write_result
 from methods import protocols
+from mixed import texts_of
 from rankwise import compress
 from rankwise.checkpoints import load_model
 from rankwise.data import load_sequences, parse_source
@@ -31,8 +34,10 @@ from rankwise.evaluation import perplexity
 from rankwise.flows.finetune import finetune
 from rankwise.progress import Reporter
 from rankwise.recipes import finetune_from, recipe_from
+from real_model import MODEL, scored
+from text import FEW
 
-KEEPS = {"stories260k": (0.8, 0.6, 0.4), "wiki-llama-8m": (0.8, 0.6, 0.4)}
+KEEPS = {"stories260k": (0.8, 0.6, 0.4), "wiki-llama-8m": (0.8, 0.6, 0.4), MODEL: (0.8, 0.6)}
 ROWS: dict[str, dict[str, Any]] = {
     "FLAP": {"method": "flap"},
     "FLAP, linear": {"method": {"name": "flap", "compensation": "linear"}},
@@ -69,6 +74,8 @@ def settings_of(model: str, shared: Path) -> dict[str, Any]:
 def measured(model: str, name: str, keep: float, shared: Path, folder: Path) -> dict[str, Any]:
     """One cell: the size that was reached and perplexity before and after."""
     started, row = time.monotonic(), dict(ROWS[name])
+    if model == MODEL:
+        return {"model": model, "row": name, "asked": keep, **_on_the_real_model(row, keep, shared, folder)}
     tuned, validated = row.pop("tuned", False), row.pop("validated", False)
     values = {**settings_of(model, shared), **row, "budget": {"keep": keep, "rank_multiple": 1}}
     if validated and model == "stories260k":
@@ -94,6 +101,23 @@ def measured(model: str, name: str, keep: float, shared: Path, folder: Path) -> 
         "dense": scores.dense.perplexity,
         "perplexity": after,
         "stays": {coupling: len(units) for coupling, units in plan.stays.items()},
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _on_the_real_model(row: dict[str, Any], keep: float, shared: Path, folder: Path) -> dict[str, Any]:
+    """The same with the tokens that a CPU reads by default, scored on the texts of `real_model.py`."""
+    started, (count, gradients) = time.monotonic(), FEW[0]
+    texts = texts_of(MODEL, shared)
+    source = f"text:{shared}/data/mix.calibration.txt"
+    found = scored(shared, folder / f"run-{MODEL}", source, count, texts, gradients, budget={"keep": keep}, **row)
+    dense = json.loads((RESULTS / "real_model.json").read_text())["figures"]
+    return {
+        "kept": found["kept"],
+        "text": "wikitext2.test.txt",
+        "dense": next(each for each in dense if each["row"] == "dense")["perplexity"]["wikitext2.test"],
+        "perplexity": found["perplexity"]["wikitext2.test"],
+        "perplexity_mixed": found["perplexity"]["mix.heldout"],
         "seconds": time.monotonic() - started,
     }
 
@@ -134,7 +158,14 @@ TEXTS = {
     "stories260k": "calibration 192 stories, scored on the others",
     "wiki-llama-8m": "calibration 128 x 256 tokens of mix.calibration, 100 x 256 tokens of wikitext2.test scored; "
     "FLAP, SliceGPT, LLM-Pruner and uniform ranks made on an NVIDIA H100, the others on the machine above",
+    MODEL: "calibration 48 x 256 tokens of mix.calibration, gradients at 12 of these sequences, 32 x 256 tokens of "
+    "wikitext2.test scored, and of mix.heldout",
 }
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    scores = [f"{cell[key]:.2f}" for key in ("perplexity", "perplexity_mixed") if key in cell]
+    return f"{' / '.join(scores)} ({cell['kept']:.3f})"
 
 
 def write(folder: Path) -> None:
@@ -152,7 +183,7 @@ def write(folder: Path) -> None:
         for name in ROWS:
             found = {cell["asked"]: cell for cell in own if cell["row"] == name}
             if found:
-                texts = [f"{found[k]['perplexity']:.2f} ({found[k]['kept']:.3f})" if k in found else "-" for k in keeps]
+                texts = [_cell(found[k]) if k in found else "-" for k in keeps]
                 lines.append([name, *texts])
         body += f"{model}, {TEXTS[model]}: dense {own[0]['dense']:.2f}; kept in brackets\n\n"
         body += markdown_table(["method", *(f"keep {keep}" for keep in keeps)], lines) + "\n\n"
