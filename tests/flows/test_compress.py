@@ -149,6 +149,23 @@ def test_a_disk_that_fills_up_among_the_stages_is_said_and_continued(
     assert len(calls) == 6 + 9  # five of fourteen outlooks were not done again
 
 
+@pytest.mark.parametrize(("asked", "expected"), [(None, ["started"]), (False, ["started"]), (True, [])])
+def test_the_process_that_reloads_begins_early_but_not_beside_what_is_timed(
+    asked: bool | None,
+    expected: list[str],
+    settings: Settings,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr("rankwise.checkpoints.expect_reload", lambda: begun.append("started"))
+    evaluation = {"source": f"text:{text}", "length": 32, "sequences": 4, "speed": asked}
+    more = {} if asked is None else {"evaluation": evaluation}
+    compress(recipe_from(settings(output=str(tmp_path / "out"), **more)))
+    assert begun == expected
+
+
 def test_the_report_tells_times_sizes_and_scores(settings: Settings, text: Path) -> None:
     evaluation = {"source": f"text:{text}", "length": 32, "sequences": 10}
     report = compress(recipe_from(settings(evaluation=evaluation))).report

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from rankwise.data import parse_source
 from rankwise.errors import RankwiseError, nearest
 from rankwise.reading import check_path
 
 _MOST = 1 << 40
+
+
+class Node(BaseModel):
+    """A mapping of a recipe: no keys but its own, finite numbers, never changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
 
 # NumPy, which training seeds too, takes 32 bits.
 Seed = Annotated[int, Field(ge=0, lt=1 << 32)]

@@ -105,9 +105,16 @@ def collecting(
         # A device that holds the sums of one block has room for their totals; of all blocks it may not.
         keeping = device if by_block else CPU
         collectors = {
-            labels: Collector(wanted, sites, count, tokens.shape[1], device, keeping, reporter)
+            labels: Collector(
+                wanted,
+                sites,
+                of if labels is None else gradient_sequences,
+                tokens.shape[1],
+                device,
+                keeping,
+                reporter,
+            )
             for labels, wanted in passes.items()
-            for count in (of if labels is None else gradient_sequences,)
         }
         if by_block:
             walk = ByBlock(runner, sites, snapshot, hidden_gb, known, reporter, first, own)
