@@ -141,7 +141,7 @@ def draw(figures: list[Figure], text: str, path: Path) -> None:
             bottom = min(bottom, *(value for _, value in points))
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, ms=5, lw=1, label=label)
     axes.axhline(best, color="black", linewidth=0.8)
-    axes.annotate(f"dense, {dense['megabytes']:.0f} MB", (0.5, best), xycoords=("axes fraction", "data"), va="bottom")
+    axes.annotate(f"dense, {dense['megabytes']:.0f} MB", (0.01, best), xycoords=("axes fraction", "data"), va="top")
     axes.set_yscale("log")
     axes.set_ylim(bottom * 0.95, top)
     if above:
