@@ -1,4 +1,4 @@
-"""Losses of codes that are estimated from some rows, beside those of making all codes."""
+"""Losses of codes that are estimated without codes, beside those of making all codes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankwise import compress
 from rankwise.errors import RankwiseError
-from rankwise.methods.quantize import SAMPLED_ROWS, Quantize
+from rankwise.methods.quantize import Quantize
 from rankwise.recipes import recipe_from
 from rankwise.statistics.input_moments import InputMoments
 from rankwise.statistics.moment_sums import MomentTotals
@@ -37,8 +37,10 @@ class Seen:
         return self._inputs if isinstance(statistic, InputMoments) else self._curvature
 
 
-@pytest.mark.parametrize("shape", [(64, 96), (256, 96), (192, 320)], ids=str)
-@pytest.mark.parametrize("settings", [{}, {"codebook": "uniform"}, {"row_scales": False}, {"feedback": False}], ids=str)
+@pytest.mark.parametrize("shape", [(64, 96), (256, 96), (192, 320), (128, 100)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"codebook": "uniform"}, {"row_scales": False}, {"feedback": False}, {"group": 32}], ids=str
+)
 def test_estimates_are_near_what_codes_lose(shape: tuple[int, int], settings: dict[str, Any]) -> None:
     source = torch.Generator().manual_seed(sum(shape))
     seen: Any = Seen(*shape, source)
@@ -48,7 +50,7 @@ def test_estimates_are_near_what_codes_lose(shape: tuple[int, int], settings: di
     assert list(found) == list(CHOICES)
     for bits in CHOICES:
         made = float(method.outlook(weight, seen, bits, torch.Generator().manual_seed(1)).basis.energy.sum())
-        assert found[bits] == pytest.approx(made, rel=0.35), bits
+        assert found[bits] == pytest.approx(made, rel=0.25), bits
     assert found[2] > 2 * found[3] > 4 * found[4]
 
 
@@ -69,12 +71,12 @@ def test_what_rounding_takes_off_a_weight_as_a_whole_is_counted() -> None:
 @pytest.mark.parametrize(
     ("rows", "choices", "settings", "scale"),
     [
-        (2 * SAMPLED_ROWS - 1, CHOICES, {}, 1.0),
         (128, (3,), {}, 1.0),
+        (128, CHOICES, {"passes": 1}, 1.0),
         (128, CHOICES, {"hadamard": False}, 1.0),
         (128, CHOICES, {}, 0.0),
     ],
-    ids=["few rows", "no choice", "rows are not alike", "a weight of zeros"],
+    ids=["no choice", "passes", "rows are not alike", "a weight of zeros"],
 )
 def test_nothing_is_estimated_where_it_saves_or_says_nothing(
     rows: int, choices: tuple[int, ...], settings: dict[str, Any], scale: float
@@ -89,11 +91,10 @@ def test_codes_are_made_for_what_the_plan_chose_alone(settings: Callable[..., di
     values = settings(method="quantize", budget={"bits": 3.5, "rank_multiple": 1})
     result = compress(recipe_from(values))
     run = Path(result.report.run_directory)
-    wide = [name for name, (m, _) in result.plan.shapes.items() if m >= 2 * SAMPLED_ROWS]
-    assert len(wide) == 4
     seen = next(run.glob("outlooks-quantize-*"))
     fits = next(run.glob("fits-quantize-*"))
-    for name in wide:
+    assert result.plan.shapes
+    for name in result.plan.shapes:
         assert [path.name for path in seen.glob(f"{name}.*")] == [f"{name}.losses.json"]
         assert len(list(fits.glob(f"{name}.*.safetensors"))) == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,35 @@ def test_results_come_in_order_with_their_files_and_nothing_is_left(tmp_path: Pa
     with pytest.raises(RankwiseError, match="No"):
         list(Here(held, tmp_path).results([Job("test_executor:fails")]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.txt", "1.txt", "2.txt"]
+
+
+def waits(held: dict[str, Any], out: Path, *, number: int) -> int:
+    """Ends only when its neighbour has begun, so that two are at work at once."""
+    held["met"].wait(timeout=30)
+    with held["lock"]:
+        held["most"] = max(held["most"], len(list(out.parent.iterdir())))
+    (out / "file").write_text(str(number))
+    return number
+
+
+def test_jobs_side_by_side_give_their_results_in_order(tmp_path: Path) -> None:
+    held = {"met": threading.Barrier(2), "lock": threading.Lock(), "most": 0}
+    with Here(held, tmp_path, at_once=2) as crew:
+        jobs = (Job("test_executor:waits", {"number": number}) for number in range(6))
+        found = [(done.value, Path(done.files["file"]).read_text()) for done in crew.results(jobs)]
+    assert found == [(number, str(number)) for number in range(6)]
+    assert held["most"] == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_side_by_side_ends_the_others_and_leaves_nothing(tmp_path: Path) -> None:
+    held: list[int] = []
+    jobs = iter([Job("test_executor:fails"), *(Job("test_executor:double", {"number": each}) for each in range(9))])
+    with pytest.raises(RankwiseError, match="No"):
+        list(Here(held, tmp_path, at_once=2).results(jobs))
+    assert len(held) <= 1
+    assert len(list(jobs)) == 8
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_killed_jobs_left_is_no_stage_and_is_cleared(tmp_path: Path) -> None:

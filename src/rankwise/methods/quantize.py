@@ -12,13 +12,10 @@ from torch import Tensor
 from rankwise.factors import Factors, Fit
 from rankwise.methods.base import Looking
 from rankwise.methods.quantizing import CURVATURE, QuantizingMethod, drawn_rotation, on, rounded, weighed_by_blocks
-from rankwise.quantizers import Hessian, Packed, Rotation, weighed_error
+from rankwise.quantizers import Hessian, Packed, Rotation, Rounding, answer, weighed_error
 from rankwise.sizes import Cut
 from rankwise.statistics import SiteStatistics
 from rankwise.statistics.input_moments import InputMoments
-
-SAMPLED_ROWS = 32
-"""Rows of a weight that are rounded to estimate what rounding all of them loses (benchmarks/results/estimates.md)."""
 
 
 class Quantize(QuantizingMethod):
@@ -40,45 +37,39 @@ class Quantize(QuantizingMethod):
     def estimates(
         self, weight: Tensor, statistics: SiteStatistics, choices: Sequence[int], source: torch.Generator
     ) -> Mapping[int, float]:
-        """What Q loses, by rounding some rows of the rotated weight in place of all.
+        """What Q is expected to lose by what is known of codebook and metrics; nothing is rounded.
 
-        A random rotation leaves rows that are alike but for their length. An error is a share rho of the row itself and
-        a rest across it. With s_i^2 the mean square of row i, e_j the rest at a rounded row j weighed by M = E[x x^T],
-        and tr(F) / m what a rotated output weighs on the average,
+        Rotated at random, W looks like Gaussian numbers, and its error E like noise of variance b s^2, s^2 the mean
+        square of W, and a share a of W. Without feedback, with F and M = E[x x^T] the metrics of both sides,
 
-            tr(F E M E^T) ~ tr(F) / m  sum_i s_i^2  mean_j e_j / s_j^2  +  rho^2 tr(F W M W^T)
+            tr(F E M E^T) ~ b s^2 tr(F) tr(M) + a^2 tr(F W M W^T)
+
+        and with feedback as `quantizers.expected` has it.
         """
-        # A method made of this one rounds in its own way.
+        # A method made of this one rounds in its own way, and passes change what is left.
         own = type(self).alone is not Quantize.alone or type(self).outlook is not QuantizingMethod.outlook
-        if own or not self.hadamard or len(choices) < 2 or len(weight) < 2 * SAMPLED_ROWS:
+        if own or not self.hadamard or self.passes or len(choices) < 2:
             return {}
         seen = statistics.of(InputMoments()).second_moment().to(weight)
         curvature = statistics.of(CURVATURE).to(weight)
-        hessian = Hessian.of(seen, self.damping)
-        rotation = drawn_rotation(self, weight, source)
-        target, metric, measured = rotation.weight(weight), rotation.hessian(hessian.matrix), rotation.hessian(seen)
-        squares = target.square().mean(1)
-        rows = torch.linspace(0, len(target) - 1, SAMPLED_ROWS, device=weight.device).round().long()
-        rows = rows[squares[rows] > 0]
-        of_output = float(curvature.diagonal(dim1=1, dim2=2).sum()) / len(target)
-        whole = float((weighed_by_blocks(curvature, weight) * (weight @ seen)).sum())
-        if not len(rows) or not whole > 0:
-            return {}
-        part = target[rows]
-        width = self.codes(choices[0]).tile[1]
-        feedback = Hessian(metric, hessian.damping).feedback(width) if self.feedback else None
+        felt = weighed_by_blocks(curvature, weight)
+        trace, n = float(curvature.diagonal(dim1=1, dim2=2).sum()), weight.shape[1]
         found: dict[int, float] = {}
-        for q_bits in choices:
-            codebook = self.codes(q_bits)
-            # A matrix without scales of its rows has one for all of it.
-            scale = codebook.scales(target, feedback=self.feedback)
-            of_rows = scale[rows] if len(scale) == len(target) else scale
-            error = part - rounded(self, codebook, part, metric, feedback, of_rows).dense()
-            along = float(((error @ measured) * part).sum() / ((part @ measured) * part).sum())
-            across = error - along * part
-            share = (((across @ measured) * across).sum(1) / squares[rows]).mean()
-            found[q_bits] = of_output * float(share * squares.sum()) + along**2 * whole
-        return found
+        if self.feedback:
+            hessian, rotation = Hessian.of(seen, self.damping), drawn_rotation(self, weight, source)
+            turned = Hessian(rotation.hessian(hessian.matrix), hessian.damping)
+            # Sums of many numbers, of which a few digits count.
+            plain, weighed = (rotation.inputs(each).float() for each in (weight, felt))
+            rounding = Rounding.of(turned, plain, weighed, self.codes(choices[0]).tile[1])
+            for q_bits in choices:
+                found[q_bits] = rounding.loss(answer(self.codes(q_bits), n, feedback=True), trace)
+        else:
+            white, whole = float(weight.square().mean() * seen.diagonal().sum()), float((felt * (weight @ seen)).sum())
+            for q_bits in choices:
+                along, beside = answer(self.codes(q_bits), n, feedback=False).at(1.0)
+                found[q_bits] = beside * trace * white + along**2 * whole
+        # Not where nothing is felt, or too little for float32 to say how much.
+        return found if min(found.values()) > 0 else {}
 
     def fit(
         self, weight: Tensor, statistics: SiteStatistics, cut: Cut, source: torch.Generator, looking: Looking

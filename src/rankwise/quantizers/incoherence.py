@@ -34,8 +34,11 @@ class Rotation:
         """U W V^T for W of shape `[m, n]`."""
         if self.minus_in is None or self.minus_out is None:
             return weight
-        turned = rotate(weight * _signs(self.minus_in, weight))
-        return rotate(turned.T * _signs(self.minus_out, weight)).T
+        return rotate(self.inputs(weight).T * _signs(self.minus_out, weight)).T
+
+    def inputs(self, weight: Tensor) -> Tensor:
+        """W V^T for W of shape `[m, n]`."""
+        return weight if self.minus_in is None else rotate(weight * _signs(self.minus_in, weight))
 
     def hessian(self, hessian: Tensor) -> Tensor:
         """V H V^T for H of shape `[n, n]`."""

@@ -53,19 +53,23 @@ class Hessian:
             damping = 10 * max(damping, 1e-10)
         raise ValueError("the second moment of the inputs is not positive semi-definite")
 
-    def feedback(self, width: int) -> Tensor:
-        """U, strictly block upper triangular with blocks of this width, for H padded to whole blocks: `[n', n']`."""
+    def factor(self, width: int) -> Tensor:
+        """C, upper triangular with H = C C^T, for H padded to whole blocks of this width: `[n', n']`."""
         n = len(self.matrix)
         wide = padded(self.matrix, width)
         wide = torch.cat([wide, wide.new_zeros(wide.shape[1] - n, wide.shape[1])])
         wide.diagonal()[n:] = self.matrix.diagonal().mean()
         # Reversed, a lower factor becomes an upper one.
-        upper = torch.linalg.cholesky(wide.flip(0, 1)).flip(0, 1)
-        count = len(wide) // width
+        return torch.linalg.cholesky(wide.flip(0, 1)).flip(0, 1)
+
+    def feedback(self, width: int) -> Tensor:
+        """U, strictly block upper triangular with blocks of this width, for H padded to whole blocks: `[n', n']`."""
+        upper = self.factor(width)
+        count = len(upper) // width
         blocks = upper.unflatten(1, (count, width)).transpose(0, 1)
         diagonal = blocks.unflatten(1, (count, width)).diagonal(dim1=0, dim2=1).permute(2, 0, 1)
         unit = torch.linalg.solve_triangular(diagonal, blocks, upper=True, left=False)
-        return unit.transpose(0, 1).flatten(1) - torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+        return unit.transpose(0, 1).flatten(1) - torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
 
 
 def ldlq(weight: Tensor, feedback: Tensor, codebook: Codebook, scale: Tensor) -> Packed:

@@ -10,8 +10,12 @@ import importlib
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -105,21 +109,51 @@ class Crew(ABC):
 
 
 class Here(Crew):
-    """This process, one job at a time.
+    """This process, one job at a time, or some at once.
 
     Args:
         held: what functions of jobs are called with; closed at the end where it can be.
         directory: of the run, where files are written for the moment.
+        at_once: how many jobs are done at a time, each in a thread: for jobs that are many short steps, none of which
+            has use for more than a core, and that change nothing of what is held.
     """
 
-    def __init__(self, held: Any, directory: Path) -> None:
-        self._held, self._directory = held, directory
+    def __init__(self, held: Any, directory: Path, at_once: int = 1) -> None:
+        self._held, self._directory, self._at_once = held, directory, at_once
 
     def results(self, jobs: Iterable[Job], ahead: int | None = None) -> Iterator[Done]:
+        if self._at_once > 1:
+            yield from self._side_by_side(iter(jobs))
+            return
         for job in jobs:
-            with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self._directory) as name:
-                value = function_named(job.function)(self._held, Path(name), **job.arguments)
-                yield Done(value, written(Path(name)))
+            with self._folder() as name:
+                yield self._do(job, Path(name))
+
+    def _side_by_side(self, jobs: Iterator[Job]) -> Iterator[Done]:
+        with ThreadPoolExecutor(self._at_once) as threads, ExitStack() as folders:
+            begun: deque[tuple[ExitStack, Future[Done]]] = deque()
+
+            def begin(count: int) -> None:
+                for job in islice(jobs, count):
+                    own = folders.enter_context(ExitStack())
+                    begun.append((own, threads.submit(self._do, job, Path(own.enter_context(self._folder())))))
+
+            try:
+                begin(self._at_once)
+                while begun:
+                    own, future = begun.popleft()
+                    yield future.result()
+                    own.close()
+                    begin(1)
+            finally:
+                # What has not begun never does; what runs is waited for, its folder still there.
+                threads.shutdown(cancel_futures=True)
+
+    def _folder(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self._directory)
+
+    def _do(self, job: Job, folder: Path) -> Done:
+        return Done(function_named(job.function)(self._held, folder, **job.arguments), written(folder))
 
     def close(self) -> None:
         close = getattr(self._held, "close", None)

@@ -7,18 +7,32 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from rankwise.runs import Crew, Here, clear_scratch
 from rankwise.stages.jobs import Hand
 from rankwise.stages.work import Work
 
+_FEW_WEIGHTS = 1 << 21
+"""Of the largest site, so that several are worked on at once: larger ones keep all cores busy, and take memory."""
+
 
 @contextmanager
-def at_work(work: Work) -> Iterator[Crew]:
-    """Who does the jobs of a run, for as long as the block runs."""
+def at_work(work: Work, *, rounding: bool = False) -> Iterator[Crew]:
+    """Who does the jobs of a run, for as long as the block runs.
+
+    Args:
+        work: the run.
+        rounding: whether the jobs round sites to codes, each by itself: that is many short steps, so that on a CPU
+            small sites are rounded side by side.
+    """
     if work.crew is not None:
         yield work.crew
         return
-    with Here(Hand(work), work.run.directory) as crew:
+    small = max((site.parameters for site in work.sites), default=0) <= _FEW_WEIGHTS
+    plain = work.loaded.model.device.type == "cpu" and work.memory == "whole"
+    at_once = torch.get_num_threads() if rounding and small and plain else 1
+    with Here(Hand(work), work.run.directory, at_once) as crew:
         yield crew
 
 

@@ -89,7 +89,7 @@ class _Fits:
             return
         done = len(wanted) - len(jobs)
         counting = self._work.reporter.counting("fitting", total=len(wanted), done=done)
-        with counting as advance, at_work(self._work) as crew:
+        with counting as advance, at_work(self._work, rounding=True) as crew:
             for job, made in zip(jobs, crew.results(jobs, 4 * crew.workers), strict=True):
                 # What the fit says first: the codes alone would not be taken for whole.
                 for name in sorted(made.files, reverse=True):

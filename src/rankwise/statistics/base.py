@@ -116,16 +116,20 @@ X = TypeVar("X")
 
 
 class Latest:
-    """Keeps the last thing made: sites that share a stream come one after another, and share it."""
+    """Keeps the last thing made: sites that share a stream come one after another, and share it.
+
+    Threads may share it, too; each gets what belongs to its label.
+    """
 
     def __init__(self) -> None:
         self._kept: tuple[Hashable, Any] | None = None
 
     def get(self, label: Hashable, make: Callable[[], X]) -> X:
         """What `make` gives; the same object when the call before had the same label."""
-        if self._kept is None or self._kept[0] != label:
-            self._kept = label, make()
-        value: X = self._kept[1]
+        kept = self._kept
+        if kept is None or kept[0] != label:
+            kept = self._kept = label, make()
+        value: X = kept[1]
         return value
 
 

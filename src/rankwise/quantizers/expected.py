@@ -1,0 +1,189 @@
+"""What LDLQ is expected to lose, from the Hessian and the codebook alone: no weight is rounded.
+
+A rotated weight looks like Gaussian numbers, so what a codebook misses of a block is known before it is rounded: a
+share of the target and noise beside it, both functions of how large targets are. Feedback makes targets larger, by
+what earlier blocks missed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rankwise.quantizers.codebooks import Codebook, padded
+from rankwise.quantizers.ldlq import Hessian
+
+_SAMPLES = 1 << 15
+"""Gaussian numbers that are rounded, at least, to learn how a codebook answers."""
+
+_STEPS = 10
+_DOUBLINGS = 3
+"""Variances of targets that are tried: as many steps, up to 2^3 times what the scales were fitted to."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a codebook answers to Gaussian targets of more variance than its scales were fitted to.
+
+    Attributes:
+        sizes: variances of targets, ascending from 1; all is relative to what scales were fitted to.
+        along: share of the target itself that is missed, of each.
+        beside: variance of what is missed beside that share.
+    """
+
+    sizes: list[float]
+    along: list[float]
+    beside: list[float]
+
+    def at(self, size: float) -> tuple[float, float]:
+        """`along` and `beside`, between the sizes that were tried; beyond the last, as they grew before it."""
+        right = min(max(bisect_left(self.sizes, size), 1), len(self.sizes) - 1)
+        low, high = self.sizes[right - 1], self.sizes[right]
+        part = (size - low) / (high - low)
+        along, beside = (values[right - 1] + part * (values[right] - values[right - 1]) for values in self._answers)
+        return along, beside
+
+    @property
+    def _answers(self) -> tuple[list[float], list[float]]:
+        return self.along, self.beside
+
+
+_KNOWN: dict[tuple[object, ...], Answer] = {}
+
+
+def answer(codebook: Codebook, columns: int, feedback: bool) -> Answer:
+    """How a codebook answers, by rounding Gaussian rows of so many columns; the same at every call.
+
+    Args:
+        codebook: with its scales by row, group or matrix.
+        columns: of the weight, which tell how scales are fitted.
+        feedback: whether errors are fed back.
+    """
+    key = (codebook.name, codebook.bits, codebook.group, codebook.by_row, columns, feedback)
+    if key not in _KNOWN:
+        draw = torch.Generator().manual_seed(0)
+        wide = columns + -columns % codebook.tile[1]
+        rows = torch.randn(-(-_SAMPLES // wide), wide, generator=draw)
+        scale = codebook.scales(rows, feedback=feedback)
+        sizes = [2.0 ** (_DOUBLINGS * step / (_STEPS - 1)) for step in range(_STEPS)]
+        along, beside = [], []
+        for size in sizes:
+            target = rows * size**0.5
+            missed = target - codebook.quantize(target, scale).dense()
+            share = float((missed * target).sum() / target.square().sum())
+            along.append(share)
+            beside.append(float((missed - share * target).square().mean()))
+        _KNOWN[key] = Answer(sizes, along, beside)
+    return _KNOWN[key]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A weight that could be rounded by LDLQ, its inputs rotated at random.
+
+    With H = (I + U) D (I + U)^T block k is rounded at w_k + sum over j < k of E_j U_jk. Where A is diagonal with the
+    share of the target that is missed, and Z the noise beside it,
+
+        E = (W A + Z) T,   T = (I + U (I - A))^-1,   T H T^T = G D G^T,   G = T (I + U)
+
+    Attributes:
+        weight: W, the rotated inputs padded to whole blocks, shape `[m, n']`.
+        felt: F W for the metric F of the outputs, likewise.
+        feedback: U, shape `[n', n']`.
+        roots: C_k with D_k = C_k C_k^T, shape `[blocks, width, width]`.
+        damping: what was added to the diagonal of H.
+        columns: n, those that count.
+    """
+
+    weight: Tensor
+    felt: Tensor
+    feedback: Tensor
+    roots: Tensor
+    damping: float
+    columns: int
+
+    @classmethod
+    def of(cls, hessian: Hessian, weight: Tensor, felt: Tensor, width: int) -> Rounding:
+        """From the rotated H, `[n, n]`, and W and F W of shape `[m, n]`; all is computed in the dtype of W."""
+        factor = hessian.factor(width).to(weight)
+        count = len(factor) // width
+        roots = factor.unflatten(0, (count, width)).unflatten(2, (count, width)).diagonal(dim1=0, dim2=2)
+        roots = roots.permute(2, 0, 1)
+        blocks = factor.unflatten(1, (count, width)).transpose(0, 1)
+        unit = torch.linalg.solve_triangular(roots, blocks, upper=True, left=False).transpose(0, 1).flatten(1)
+        added = hessian.damping * float(hessian.matrix.diagonal().mean()) / (1 + hessian.damping)
+        identity = torch.eye(len(unit)).to(unit)
+        return cls(padded(weight, width), padded(felt, width), unit - identity, roots, added, weight.shape[1])
+
+    @property
+    def width(self) -> int:
+        return self.roots.shape[1]
+
+    def backward(self, along: Tensor) -> Tensor:
+        """T for the share of every block that is missed of its target, shape `[blocks]`."""
+        identity = torch.eye(len(self.feedback)).to(self.feedback)
+        kept = 1 - self._wide(along)
+        return torch.linalg.solve_triangular(identity + self.feedback * kept, identity, upper=True)
+
+    @cached_property
+    def _plain(self) -> tuple[Tensor, Tensor]:
+        """T and W T where nothing of a target is missed."""
+        backward = self.backward(self.roots.new_zeros(len(self.roots)))
+        return backward, self.weight @ backward
+
+    def answers(self, known: Answer) -> tuple[Tensor, Tensor]:
+        """The share that is missed of every block's target and the variance of its noise, relative to that of W.
+
+        The variance of a target is that of W and of what earlier blocks missed of W, as it is, and of their noise.
+        """
+        backward, product = self._plain
+        first, _ = known.at(1.0)
+        square = self.weight.square().sum() / (len(self.weight) * self.columns)
+        target = self.weight + first * (self.weight - product)
+        # T U = I - T, where nothing of a target is missed.
+        moved = (torch.eye(len(backward)).to(backward) - backward).square()
+        sizes = self._by_block(target.square().mean(0) / square).double().cpu() / self.width
+        growth = self._by_block(self._by_block(moved).T).T.double().cpu() / self.width
+        along, beside = torch.zeros_like(sizes), torch.zeros_like(sizes)
+        for block in range(len(sizes)):
+            along[block], beside[block] = known.at(float(sizes[block]))
+            sizes[block + 1 :] += beside[block] * growth[block, block + 1 :]
+        return along.to(self.weight), beside.to(self.weight)
+
+    def loss(self, known: Answer, trace: float) -> float:
+        """tr(F E M E^T), expected.
+
+        Args:
+            known: how the codebook answers.
+            trace: of F.
+        """
+        along, beside = self.answers(known)
+        backward, shares = self.backward(along), self._wide(along)
+        # T U (I - A) = I - T.
+        forward = backward + (torch.eye(len(backward)).to(backward) - backward) / (1 - shares)
+        cost = self._by_root(forward).square().sum(1) - self.damping * backward.square().sum(1)
+        # What stands in for columns that are not there costs nothing.
+        cost[self.columns :] = 0
+        square = float(self.weight.square().sum()) / self.columns
+        noise = trace / len(self.weight) * square * float((cost * self._wide(beside)).sum())
+        parts = []
+        for each in (self.weight * shares, self.felt * shares):
+            missed = each @ backward
+            parts.append((missed, self._by_root(missed + (each - missed) / (1 - shares))))
+        (plain, weighed), (felt, felt_weighed) = parts
+        return noise + float((weighed * felt_weighed).sum() - self.damping * (plain * felt).sum())
+
+    def _wide(self, by_block: Tensor) -> Tensor:
+        return by_block.repeat_interleave(self.width)
+
+    def _by_block(self, values: Tensor) -> Tensor:
+        """Sums over the columns of every block, the last dimension."""
+        return values.unflatten(-1, (-1, self.width)).sum(-1)
+
+    def _by_root(self, values: Tensor) -> Tensor:
+        """Columns of every block times its C_k."""
+        return (values.unflatten(1, (-1, self.width)).transpose(0, 1) @ self.roots).transpose(0, 1).flatten(1)
