@@ -66,7 +66,7 @@ def test_what_becomes_of_the_vocabulary_is_counted(wide: Path) -> None:
     def need(**keys: Any) -> Any:
         recipe = recipe_from({"model": str(wide), "calibration": {"sequences": 8}, "device": "cpu", **keys})
         # Nothing else is large enough to hide it.
-        return needs(replace(shapes_of(recipe), sites=[make_site("0.q", 4, 4)], sums=[0, 0], largest_sum=0, batch=1))
+        return needs(replace(shapes_of(recipe), sites=[make_site("0.q", 4, 4)], sums=[0, 0], batch=1))
 
     plain, coded, factored = need(), need(embeddings="8bit"), need(head="low-rank:0.5")
     scales = 128_256 * 2

@@ -84,8 +84,7 @@ class Shapes:
         width: of hidden states.
         stored: bytes of a number in the checkpoint.
         computed: bytes of a number while it computes.
-        sums: by block, bytes that its statistics sum in.
-        largest_sum: bytes of the largest sum.
+        sums: by block, bytes that its statistics take while they are summed, forward or on the way back.
         totals: bytes of all statistics in files.
         sequences: calibration sequences.
         length: tokens of each.
@@ -103,7 +102,6 @@ class Shapes:
     stored: int
     computed: int
     sums: Sequence[int]
-    largest_sum: int
     totals: int
     sequences: int
     length: int
@@ -139,21 +137,24 @@ def shapes_of(recipe: Recipe) -> Shapes:
     with contextlib.suppress(Exception):
         sites = share_inputs(model, sites, torch.zeros(1, 8, dtype=torch.long, device="meta")) or sites
     _, blocks = decoder_blocks(model)
-    sums: list[int] = [0] * len(blocks)
-    largest = 0
     requests = recipe.method.requests()
     if recipe.allocation.looks >= Looks.LOSSES:
         requests += recipe.method.plan_requests()
     block_of = {site.name: site.block for site in sites}
     calibration = recipe.calibration
     count = calibration.counted(named_device(recipe.device).type) or _SEQUENCES
-    made: dict[Any, tuple[int, int]] = {}
     measured = watched(sites, left_out(sites, recipe.include, recipe.exclude))
+    forward: dict[Any, _Size] = {}
+    back: dict[Any, _Size] = {}
     for statistic in requests:
-        made |= _sizes(statistic, measured, count)
-    for (*_, first), (size, _) in made.items():
-        sums[block_of[first]] += size
-        largest = max(largest, size)
+        (forward if statistic.labels is None else back).update(_sizes(statistic, measured, count))
+    sums = [0] * len(blocks)
+    for way in (forward, back):
+        by_block: dict[int, list[_Size]] = {}
+        for (*_, first), size in way.items():
+            by_block.setdefault(block_of[first], []).append(size)
+        for block, sizes in by_block.items():
+            sums[block] = max(sums[block], _summing(sizes))
     backward = any(statistic.labels is not None for statistic in requests)
     stored = (getattr(model.config, "dtype", None) or torch.float32).itemsize
     device = named_device(recipe.device)
@@ -174,8 +175,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
         stored=stored,
         computed=4 if widens else stored,
         sums=sums,
-        largest_sum=largest,
-        totals=sum(filed for _, filed in made.values()),
+        totals=sum(size.filed for size in (forward | back).values()),
         sequences=count,
         length=calibration.length or min(_LENGTH, context),
         batch=calibration.batch_size,
@@ -197,13 +197,30 @@ def _vocabulary(recipe: Recipe, model: Any, stored: int) -> Vocabulary:
     return Vocabulary(before - sum(after.values()), len(model.get_output_embeddings().weight), parts.rank or 0)
 
 
-def _sizes(statistic: Statistic, sites: Sequence[Site], sequences: int) -> Mapping[Any, tuple[int, int]]:
-    """Bytes of each stream's sums in float32, and in a file: by module, side, and the first site that it serves."""
+@dataclass(frozen=True)
+class _Size:
+    """Of the sums of one stream: bytes in float32, bytes of their file, and whether they are added in place."""
+
+    summed: int
+    filed: int
+    in_place: bool
+
+
+def _summing(sizes: Sequence[_Size]) -> int:
+    """Bytes that sums of a block take: in float32, their totals in float64, and what adding one of them makes."""
+    adding = (size.summed if size.in_place else 4 * size.summed for size in sizes)
+    return 3 * sum(size.summed for size in sizes) + max(adding)
+
+
+def _sizes(statistic: Statistic, sites: Sequence[Site], sequences: int) -> Mapping[Any, _Size]:
+    """What sums of each stream take: by module, side, and the first site that it serves."""
     streams = statistic.streams(sites)
     start = statistic.sums(streams, sequences, Reporter(show=False))
     nowhere = torch.device("meta")
     begun = {(s.module, s.side, s.sites[0]): start(s.d, nowhere) for s in streams}
-    return {key: (_summed(sums), _filed(sums)) for key, sums in begun.items()}
+    return {
+        key: _Size(_summed(sums), _filed(sums), type(sums).add_to is not Sums.add_to) for key, sums in begun.items()
+    }
 
 
 def needs(shapes: Shapes) -> dict[str, Need]:
@@ -226,8 +243,7 @@ def _need(s: Shapes, mode: str) -> Need:
         by_block.setdefault(site.block, []).append(site)
     passing = max(sum(site.m + site.n for site in sites) for sites in by_block.values())
     activations = s.computed * tokens * (passing + 6 * s.width if s.gradients else s.width * 6)
-    # Summed in float32, kept in float64; while a group's sum is added there is one more of it.
-    sums = 3 * max(s.sums) + 4 * s.largest_sum
+    sums = max(s.sums)
     logits = _LOGITS_AT_ONCE * 4 * LOGITS
     looking = max(_looking(site) for site in s.sites)
     made = int(s.keep * sum(site.parameters for site in s.sites)) * 4 if mode == "whole" and not widened else 0
