@@ -24,6 +24,13 @@ def psd_factor(matrix: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt()
 
 
+def plus_diagonal(matrix: Tensor, added: Tensor | float) -> Tensor:
+    """A copy with so much added to the diagonal, shape `[..., n, n]`; no identity of that size is made."""
+    found = matrix.clone()
+    found.diagonal(dim1=-2, dim2=-1).add_(added)
+    return found
+
+
 @dataclass(frozen=True)
 class InputMetric:
     """M, a positive semi-definite metric on a layer's inputs. Sites that share an input share its root.
@@ -76,10 +83,9 @@ class OutputMetric:
         mean = blocks.diagonal(dim1=1, dim2=2).mean()
         if not torch.isfinite(mean) or mean <= 0:
             raise ValueError("the output metric is zero or not finite")
-        identity = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
         most = max(damping, _LARGEST_DAMPING)
         while damping <= most:
-            factor, failed = torch.linalg.cholesky_ex(blocks + damping * mean * identity)
+            factor, failed = torch.linalg.cholesky_ex(plus_diagonal(blocks, damping * mean))
             if not failed.any():
                 return cls(factor, damping, float(damping * mean))
             damping = 10 * max(damping, 1e-12)

@@ -13,14 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rankwise.linalg.metrics import plus_diagonal
+
 
 def damped(covariance: Tensor, damping: float) -> Tensor:
     """A covariance `[n, n]` with so much of its mean diagonal added; the identity where it is zero."""
     mean = covariance.diagonal().mean()
     ridge = damping * mean if float(mean) > 0 else torch.ones_like(mean)
-    found = covariance.clone()
-    found.diagonal().add_(ridge)
-    return found
+    return plus_diagonal(covariance, ridge)
 
 
 def removal_order(weight: Tensor, covariance: Tensor, size: int, steps: int = 64) -> Tensor:

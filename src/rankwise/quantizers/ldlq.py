@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rankwise.linalg import plus_diagonal
 from rankwise.quantizers.codebooks import Codebook, Packed, padded
 from rankwise.quantizers.codes import wide_scale
 
@@ -40,16 +41,15 @@ class Hessian:
             ValueError: when H is not finite, or not positive semi-definite.
         """
         mean = matrix.diagonal().mean()
-        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
         if not torch.isfinite(matrix).all():
             raise ValueError("the second moment of the inputs is not finite")
         if not matrix.any():
-            return cls(identity, 0.0, fallback=True)
+            return cls(torch.eye(len(matrix)).to(matrix), 0.0, fallback=True)
         most = max(damping, _LARGEST_DAMPING)
         while damping <= most:
-            damped = matrix + damping * mean * identity
-            if not torch.linalg.cholesky_ex(damped)[1]:
-                return cls(damped, damping)
+            found = plus_diagonal(matrix, damping * mean)
+            if not torch.linalg.cholesky_ex(found)[1]:
+                return cls(found, damping)
             damping = 10 * max(damping, 1e-10)
         raise ValueError("the second moment of the inputs is not positive semi-definite")
 
