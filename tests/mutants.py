@@ -150,11 +150,18 @@ MUTANTS = (
         ("methods/test_caldera.py",),
     ),
     Mutant(
-        "the loss of some rows is taken for that of all",
-        "methods/quantize.py",
-        "float(share * squares.sum())",
-        "float(share * squares[rows].sum())",
-        ("methods/test_estimates.py",),
+        "feedback makes no target larger than the weight is",
+        "quantizers/expected.py",
+        "sizes[block + 1 :] += beside[block] * growth[block, block + 1 :]",
+        "sizes[block + 1 :] += 0 * growth[block, block + 1 :]",
+        ("quantizers/test_expected.py",),
+    ),
+    Mutant(
+        "what stands in for columns that are not there is counted as rounded",
+        "quantizers/expected.py",
+        "cost[self.columns :] = 0",
+        "cost[len(cost) :] = 0",
+        ("quantizers/test_expected.py",),
     ),
     Mutant(
         "products of attention are not counted among a model's operations",

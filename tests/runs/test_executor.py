@@ -51,6 +51,7 @@ def waits(held: dict[str, Any], out: Path, *, number: int) -> int:
 def test_jobs_side_by_side_give_their_results_in_order(tmp_path: Path) -> None:
     held = {"met": threading.Barrier(2), "lock": threading.Lock(), "most": 0}
     with Here(held, tmp_path, at_once=2) as crew:
+        assert crew.workers == 2
         jobs = (Job("test_executor:waits", {"number": number}) for number in range(6))
         found = [(done.value, Path(done.files["file"]).read_text()) for done in crew.results(jobs)]
     assert found == [(number, str(number)) for number in range(6)]

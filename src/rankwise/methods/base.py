@@ -49,6 +49,7 @@ class Method(BaseModel, ABC):
         one_unit: whether losses of different sites are in one unit, so that size can be traded between sites by them.
         default_keep: kept fraction where no size is given; None where the settings may say it all.
         keeps_factors: whether what it makes is L R in numbers, which repairs know how to mend.
+        rounds: whether weights become codes, by many short steps; then `fit` may be called in several threads at once.
         prunes: whether it makes the model smaller before its weights are looked at: units go, or directions.
         by_site: whether it can leave out a site and still do its work at the others.
     """
@@ -59,6 +60,7 @@ class Method(BaseModel, ABC):
     default_keep: ClassVar[float | None] = 0.8
     keeps_factors: ClassVar[bool] = True
     prunes: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
     by_site: ClassVar[bool] = True
 
     name: str

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from math import isfinite
 from typing import Annotated, Literal
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from rankwise.factors import Factors, Fit
 from rankwise.methods.base import Looking
 from rankwise.methods.quantizing import CURVATURE, QuantizingMethod, drawn_rotation, on, rounded, weighed_by_blocks
-from rankwise.quantizers import Hessian, Packed, Rotation, Rounding, answer, weighed_error
+from rankwise.quantizers import Hessian, Packed, Rotation, Rounding, gaussian_answer, weighed_error
 from rankwise.sizes import Cut
 from rankwise.statistics import SiteStatistics
 from rankwise.statistics.input_moments import InputMoments
@@ -40,11 +42,10 @@ class Quantize(QuantizingMethod):
         """What Q is expected to lose by what is known of codebook and metrics; nothing is rounded.
 
         Rotated at random, W looks like Gaussian numbers, and its error E like noise of variance b s^2, s^2 the mean
-        square of W, and a share a of W. Without feedback, with F and M = E[x x^T] the metrics of both sides,
+        square of W, and a share a of W. With F and M = E[x x^T] the metrics of both sides, what is lost is what
+        `quantizers.expected` says, and without feedback
 
             tr(F E M E^T) ~ b s^2 tr(F) tr(M) + a^2 tr(F W M W^T)
-
-        and with feedback as `quantizers.expected` has it.
         """
         # A method made of this one rounds in its own way, and passes change what is left.
         own = type(self).alone is not Quantize.alone or type(self).outlook is not QuantizingMethod.outlook
@@ -57,19 +58,22 @@ class Quantize(QuantizingMethod):
         found: dict[int, float] = {}
         if self.feedback:
             hessian, rotation = Hessian.of(seen, self.damping), drawn_rotation(self, weight, source)
+            if hessian.fallback:
+                return {}
             turned = Hessian(rotation.hessian(hessian.matrix), hessian.damping)
             # Sums of many numbers, of which a few digits count.
             plain, weighed = (rotation.inputs(each).float() for each in (weight, felt))
             rounding = Rounding.of(turned, plain, weighed, self.codes(choices[0]).tile[1])
             for q_bits in choices:
-                found[q_bits] = rounding.loss(answer(self.codes(q_bits), n, feedback=True), trace)
+                found[q_bits] = rounding.loss(gaussian_answer(self.codes(q_bits), n, feedback=True), trace)
         else:
             white, whole = float(weight.square().mean() * seen.diagonal().sum()), float((felt * (weight @ seen)).sum())
             for q_bits in choices:
-                along, beside = answer(self.codes(q_bits), n, feedback=False).at(1.0)
+                along, beside = gaussian_answer(self.codes(q_bits), n, feedback=False).at(1.0)
                 found[q_bits] = beside * trace * white + along**2 * whole
-        # Not where nothing is felt, or too little for float32 to say how much.
-        return found if min(found.values()) > 0 else {}
+        # Not where nothing is felt, or where what is expected makes no sense, as of a weight of few numbers.
+        losses = [found[q_bits] for q_bits in sorted(found)]
+        return found if isfinite(losses[0]) and all(more > less for more, less in pairwise([*losses, 0.0])) else {}
 
     def fit(
         self, weight: Tensor, statistics: SiteStatistics, cut: Cut, source: torch.Generator, looking: Looking

@@ -71,6 +71,7 @@ class QuantizingMethod(Method):
     one_unit: ClassVar[bool] = True
     default_keep: ClassVar[float | None] = None
     keeps_factors: ClassVar[bool] = False
+    rounds: ClassVar[bool] = True
 
     codebook: KnownCodebook = "e8p"
     q_bits: Annotated[int, Field(ge=0, le=8)] | None = None

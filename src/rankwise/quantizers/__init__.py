@@ -11,7 +11,7 @@ from rankwise.quantizers.codebooks import (
     is_codebook,
     stored_codebook,
 )
-from rankwise.quantizers.expected import Rounding, answer
+from rankwise.quantizers.expected import Rounding, gaussian_answer
 from rankwise.quantizers.incoherence import Rotation, packed_signs
 from rankwise.quantizers.ldlq import Hessian, improve, ldlq
 from rankwise.quantizers.lplr import LowRank, low_rank, weighed_error
@@ -25,10 +25,10 @@ __all__ = [
     "Packed",
     "Rotation",
     "Rounding",
-    "answer",
     "codebook_class",
     "codebook_named",
     "full_codebook_name",
+    "gaussian_answer",
     "improve",
     "is_codebook",
     "ldlq",

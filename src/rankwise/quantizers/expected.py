@@ -8,54 +8,53 @@ what earlier blocks missed.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import log
 
 import torch
 from torch import Tensor
 
+from rankwise.linalg import plus_diagonal
 from rankwise.quantizers.codebooks import Codebook, padded
 from rankwise.quantizers.ldlq import Hessian
 
 _SAMPLES = 1 << 15
 """Gaussian numbers that are rounded, at least, to learn how a codebook answers."""
 
-_STEPS = 10
-_DOUBLINGS = 3
-"""Variances of targets that are tried: as many steps, up to 2^3 times what the scales were fitted to."""
+_SIZES = tuple(2.0 ** (step / 3) for step in range(-3, 13))
+"""Variances of targets that are tried, against what the scales were fitted to."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """How a codebook answers to Gaussian targets of more variance than its scales were fitted to.
+    """How a codebook answers to Gaussian targets of another variance than its scales were fitted to.
 
     Attributes:
-        sizes: variances of targets, ascending from 1; all is relative to what scales were fitted to.
-        along: share of the target itself that is missed, of each.
-        beside: variance of what is missed beside that share.
+        along: share of the target itself that is missed, for each of `_SIZES`.
+        beside: variance of what is missed beside that share, relative to what the scales were fitted to.
     """
 
-    sizes: list[float]
-    along: list[float]
-    beside: list[float]
+    along: Sequence[float]
+    beside: Sequence[float]
 
     def at(self, size: float) -> tuple[float, float]:
-        """`along` and `beside`, between the sizes that were tried; beyond the last, as they grew before it."""
-        right = min(max(bisect_left(self.sizes, size), 1), len(self.sizes) - 1)
-        low, high = self.sizes[right - 1], self.sizes[right]
-        part = (size - low) / (high - low)
-        along, beside = (values[right - 1] + part * (values[right] - values[right - 1]) for values in self._answers)
+        """`along` and `beside` at a variance, between those that were tried; beyond them as at the last."""
+        size = min(max(size, _SIZES[0]), _SIZES[-1])
+        right = max(bisect_left(_SIZES, size), 1)
+        low, high = log(_SIZES[right - 1]), log(_SIZES[right])
+        part = (log(size) - low) / (high - low)
+        along = (1 - part) * self.along[right - 1] + part * self.along[right]
+        # A variance grows by factors: between two it is no less than zero.
+        beside = self.beside[right - 1] ** (1 - part) * self.beside[right] ** part
         return along, beside
-
-    @property
-    def _answers(self) -> tuple[list[float], list[float]]:
-        return self.along, self.beside
 
 
 _KNOWN: dict[tuple[object, ...], Answer] = {}
 
 
-def answer(codebook: Codebook, columns: int, feedback: bool) -> Answer:
+def gaussian_answer(codebook: Codebook, columns: int, feedback: bool) -> Answer:
     """How a codebook answers, by rounding Gaussian rows of so many columns; the same at every call.
 
     Args:
@@ -65,19 +64,20 @@ def answer(codebook: Codebook, columns: int, feedback: bool) -> Answer:
     """
     key = (codebook.name, codebook.bits, codebook.group, codebook.by_row, columns, feedback)
     if key not in _KNOWN:
-        draw = torch.Generator().manual_seed(0)
+        draw = torch.Generator("cpu").manual_seed(0)
         wide = columns + -columns % codebook.tile[1]
-        rows = torch.randn(-(-_SAMPLES // wide), wide, generator=draw)
-        scale = codebook.scales(rows, feedback=feedback)
-        sizes = [2.0 ** (_DOUBLINGS * step / (_STEPS - 1)) for step in range(_STEPS)]
+        rows = torch.randn(-(-_SAMPLES // wide), wide, generator=draw, device="cpu")
+        rows[:, columns:] = 0
+        scale = codebook.scales(rows[:, :columns], feedback=feedback)
         along, beside = [], []
-        for size in sizes:
+        for size in _SIZES:
             target = rows * size**0.5
             missed = target - codebook.quantize(target, scale).dense()
+            target, missed = target[:, :columns], missed[:, :columns]
             share = float((missed * target).sum() / target.square().sum())
             along.append(share)
             beside.append(float((missed - share * target).square().mean()))
-        _KNOWN[key] = Answer(sizes, along, beside)
+        _KNOWN[key] = Answer(along, beside)
     return _KNOWN[key]
 
 
@@ -109,15 +109,8 @@ class Rounding:
     @classmethod
     def of(cls, hessian: Hessian, weight: Tensor, felt: Tensor, width: int) -> Rounding:
         """From the rotated H, `[n, n]`, and W and F W of shape `[m, n]`; all is computed in the dtype of W."""
-        factor = hessian.factor(width).to(weight)
-        count = len(factor) // width
-        roots = factor.unflatten(0, (count, width)).unflatten(2, (count, width)).diagonal(dim1=0, dim2=2)
-        roots = roots.permute(2, 0, 1)
-        blocks = factor.unflatten(1, (count, width)).transpose(0, 1)
-        unit = torch.linalg.solve_triangular(roots, blocks, upper=True, left=False).transpose(0, 1).flatten(1)
-        added = hessian.damping * float(hessian.matrix.diagonal().mean()) / (1 + hessian.damping)
-        identity = torch.eye(len(unit)).to(unit)
-        return cls(padded(weight, width), padded(felt, width), unit - identity, roots, added, weight.shape[1])
+        unit, roots = (part.to(weight) for part in hessian.split(width))
+        return cls(padded(weight, width), padded(felt, width), unit, roots, hessian.added, weight.shape[1])
 
     @property
     def width(self) -> int:
@@ -125,9 +118,9 @@ class Rounding:
 
     def backward(self, along: Tensor) -> Tensor:
         """T for the share of every block that is missed of its target, shape `[blocks]`."""
-        identity = torch.eye(len(self.feedback)).to(self.feedback)
-        kept = 1 - self._wide(along)
-        return torch.linalg.solve_triangular(identity + self.feedback * kept, identity, upper=True)
+        chain = plus_diagonal(self.feedback * (1 - self._wide(along)), 1.0)
+        identity = torch.eye(len(chain), dtype=chain.dtype, device=chain.device)
+        return torch.linalg.solve_triangular(chain, identity, upper=True)
 
     @cached_property
     def _plain(self) -> tuple[Tensor, Tensor]:
@@ -164,7 +157,7 @@ class Rounding:
         along, beside = self.answers(known)
         backward, shares = self.backward(along), self._wide(along)
         # T U (I - A) = I - T.
-        forward = backward + (torch.eye(len(backward)).to(backward) - backward) / (1 - shares)
+        forward = backward + plus_diagonal(-backward, 1.0) / (1 - shares)
         cost = self._by_root(forward).square().sum(1) - self.damping * backward.square().sum(1)
         # What stands in for columns that are not there costs nothing.
         cost[self.columns :] = 0

@@ -39,7 +39,8 @@ class _Tables:
         from_three: how many entries are 3/2 or more, shape `[8]`.
         from_five: how many are 5/2.
         number: number of a pattern by its entries read as digits 0, 1 and 2; -1 for none.
-        powers: 3^0 to 3^7, float32, shape `[1, 8]`.
+        powers: 3^0 to 3^3 for the first four digits, and for the last four, float32, shape `[2, 8]`: their sums are
+            exact in every precision that products of float32 may be taken in.
         long: patterns of the last kind, shape `[29, 8]`.
         long_odd: whether those need an odd number of minus signs.
         sign_bits: 2^8 to 2^14, and 0 for the last, whose sign follows, float32, shape `[1, 8]`.
@@ -76,7 +77,7 @@ def _tables(device: torch.device) -> _Tables:
         (kinds >= 1.5).sum(-1),
         (kinds >= 2.5).sum(-1),
         number,
-        powers.float()[None],
+        torch.block_diag(powers[: LATTICE // 2], powers[: LATTICE // 2]).float(),
         patterns[_SHORT:],
         e8p_odd(patterns[_SHORT:]),
         torch.tensor([[*(2.0**bit for bit in range(8, 15)), 0.0]], device="cpu"),
@@ -110,7 +111,8 @@ def _numbers(keys: Tensor, ordered: Tensor, kind: Tensor, tables: _Tables) -> Te
     tops = torch.cat([torch.full_like(ordered[:1], _LARGEST), ordered])
     three, five = (tops.gather(0, counts[kind][None]) for counts in (tables.from_three, tables.from_five))
     digits = (keys >= three).float() + (keys >= five).float()
-    return tables.number[(tables.powers @ digits).long().squeeze(0)]
+    low, high = (tables.powers @ digits).long()
+    return tables.number[low + 3 ** (LATTICE // 2) * high]
 
 
 def _nearest_shifted(y: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,11 @@ class Hessian:
     damping: float
     fallback: bool = False
 
+    @property
+    def added(self) -> float:
+        """What was added to every entry of the diagonal."""
+        return self.damping * float(self.matrix.diagonal().mean()) / (1 + self.damping)
+
     @classmethod
     def of(cls, matrix: Tensor, damping: float) -> Hessian:
         """Damp H until it has a Cholesky factor.
@@ -53,23 +58,26 @@ class Hessian:
             damping = 10 * max(damping, 1e-10)
         raise ValueError("the second moment of the inputs is not positive semi-definite")
 
-    def factor(self, width: int) -> Tensor:
-        """C, upper triangular with H = C C^T, for H padded to whole blocks of this width: `[n', n']`."""
+    def split(self, width: int) -> tuple[Tensor, Tensor]:
+        """U, strictly block upper triangular with blocks of this width, for H padded to whole blocks: `[n', n']`; and
+        C_k with D_k = C_k C_k^T, shape `[blocks, width, width]`.
+        """
         n = len(self.matrix)
         wide = padded(self.matrix, width)
         wide = torch.cat([wide, wide.new_zeros(wide.shape[1] - n, wide.shape[1])])
         wide.diagonal()[n:] = self.matrix.diagonal().mean()
         # Reversed, a lower factor becomes an upper one.
-        return torch.linalg.cholesky(wide.flip(0, 1)).flip(0, 1)
-
-    def feedback(self, width: int) -> Tensor:
-        """U, strictly block upper triangular with blocks of this width, for H padded to whole blocks: `[n', n']`."""
-        upper = self.factor(width)
+        upper = torch.linalg.cholesky(wide.flip(0, 1)).flip(0, 1)
         count = len(upper) // width
         blocks = upper.unflatten(1, (count, width)).transpose(0, 1)
-        diagonal = blocks.unflatten(1, (count, width)).diagonal(dim1=0, dim2=1).permute(2, 0, 1)
-        unit = torch.linalg.solve_triangular(diagonal, blocks, upper=True, left=False)
-        return unit.transpose(0, 1).flatten(1) - torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+        roots = blocks.unflatten(1, (count, width)).diagonal(dim1=0, dim2=1).permute(2, 0, 1)
+        unit = torch.linalg.solve_triangular(roots, blocks, upper=True, left=False).transpose(0, 1).flatten(1)
+        unit.diagonal().sub_(1)
+        return unit, roots
+
+    def feedback(self, width: int) -> Tensor:
+        """U, as `split` gives it."""
+        return self.split(width)[0]
 
 
 def ldlq(weight: Tensor, feedback: Tensor, codebook: Codebook, scale: Tensor) -> Packed:

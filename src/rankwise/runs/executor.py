@@ -119,18 +119,18 @@ class Here(Crew):
     """
 
     def __init__(self, held: Any, directory: Path, at_once: int = 1) -> None:
-        self._held, self._directory, self._at_once = held, directory, at_once
+        self._held, self._directory, self.workers = held, directory, at_once
 
     def results(self, jobs: Iterable[Job], ahead: int | None = None) -> Iterator[Done]:
-        if self._at_once > 1:
-            yield from self._side_by_side(iter(jobs))
+        if self.workers > 1:
+            yield from self._side_by_side(iter(jobs), max(ahead or 0, self.workers))
             return
         for job in jobs:
             with self._folder() as name:
                 yield self._do(job, Path(name))
 
-    def _side_by_side(self, jobs: Iterator[Job]) -> Iterator[Done]:
-        with ThreadPoolExecutor(self._at_once) as threads, ExitStack() as folders:
+    def _side_by_side(self, jobs: Iterator[Job], ahead: int) -> Iterator[Done]:
+        with ThreadPoolExecutor(self.workers) as threads, ExitStack() as folders:
             begun: deque[tuple[ExitStack, Future[Done]]] = deque()
 
             def begin(count: int) -> None:
@@ -139,7 +139,7 @@ class Here(Crew):
                     begun.append((own, threads.submit(self._do, job, Path(own.enter_context(self._folder())))))
 
             try:
-                begin(self._at_once)
+                begin(ahead)
                 while begun:
                     own, future = begun.popleft()
                     yield future.result()

@@ -7,14 +7,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from rankwise.runs import Crew, Here, clear_scratch
 from rankwise.stages.jobs import Hand
+from rankwise.stages.memory import rounded_at_once
 from rankwise.stages.work import Work
-
-_FEW_WEIGHTS = 1 << 21
-"""Of the largest site, so that several are worked on at once: larger ones keep all cores busy, and take memory."""
 
 
 @contextmanager
@@ -23,15 +19,13 @@ def at_work(work: Work, *, rounding: bool = False) -> Iterator[Crew]:
 
     Args:
         work: the run.
-        rounding: whether the jobs round sites to codes, each by itself: that is many short steps, so that on a CPU
-            small sites are rounded side by side.
+        rounding: whether the jobs round sites to codes, see `rounded_at_once`.
     """
     if work.crew is not None:
         yield work.crew
         return
-    small = max((site.parameters for site in work.sites), default=0) <= _FEW_WEIGHTS
-    plain = work.loaded.model.device.type == "cpu" and work.memory == "whole"
-    at_once = torch.get_num_threads() if rounding and small and plain else 1
+    on_gpu = work.loaded.model.device.type != "cpu"
+    at_once = rounded_at_once(work.recipe.method, work.sites, on_gpu, work.memory) if rounding else 1
     with Here(Hand(work), work.run.directory, at_once) as crew:
         yield crew
 

@@ -16,6 +16,7 @@ from rankwise.checkpoints import empty_model
 from rankwise.device import named_device
 from rankwise.errors import ModelError, RankwiseError
 from rankwise.layers import vocabulary_parts
+from rankwise.methods import Method
 from rankwise.models import LOGITS, Site, decoder_blocks, find_sites, share_inputs, text_config, unfuse_experts
 from rankwise.progress import Reporter
 from rankwise.recipes import Recipe
@@ -93,6 +94,8 @@ class Shapes:
         keep: of the sites' bits, how many are kept.
         vocabulary: what becomes of embeddings and head.
         on_gpu: whether it computes on a GPU.
+        codes: whether weights are rounded to codes.
+        rounded: how many are at once where the model is whole.
     """
 
     sites: Sequence[Site]
@@ -110,6 +113,8 @@ class Shapes:
     keep: float
     on_gpu: bool
     vocabulary: Vocabulary
+    codes: bool
+    rounded: int
 
 
 def _summed(sums: Sums) -> int:
@@ -182,6 +187,8 @@ def shapes_of(recipe: Recipe) -> Shapes:
         gradients=calibration.gradients_at(count, device.type) if backward else 0,
         keep=keep,
         on_gpu=device.type != "cpu",
+        codes=recipe.method.rounds,
+        rounded=rounded_at_once(recipe.method, sites, device.type != "cpu", "whole"),
         vocabulary=_vocabulary(recipe, model, stored),
     )
 
@@ -245,7 +252,7 @@ def _need(s: Shapes, mode: str) -> Need:
     activations = s.computed * tokens * (passing + 6 * s.width if s.gradients else s.width * 6)
     sums = max(s.sums)
     logits = _LOGITS_AT_ONCE * 4 * LOGITS
-    looking = max(_looking(site) for site in s.sites)
+    looking = max(_looking(site, s.codes) for site in s.sites) * (s.rounded if mode == "whole" else 1)
     made = int(s.keep * sum(site.parameters for site in s.sites)) * 4 if mode == "whole" and not widened else 0
     stages = {
         "statistics": activations + in_memory + max(sums, logits if s.gradients else 0),
@@ -260,10 +267,31 @@ def _need(s: Shapes, mode: str) -> Need:
     return Need(mode, max(host, int(_LIBRARIES)), device, _disk(s, mode, hidden - in_memory), worst)
 
 
-def _looking(site: Site) -> int:
-    """Bytes that the decomposition of one weight takes: in float64, its side's eigenproblem and copies of it."""
+def _looking(site: Site, codes: bool) -> int:
+    """Bytes that the decomposition of one weight takes: in float64, its side's eigenproblem and copies of it; and where
+    it becomes codes, H, what it is turned into, and its factor.
+    """
     k = min(site.m, site.n)
-    return 8 * (5 * k * k + 6 * site.m * site.n)
+    return 8 * ((8 * site.n * site.n if codes else 0) + 5 * k * k + 6 * site.m * site.n)
+
+
+_SMALL = 1 << 21
+_NARROW = 4096
+_MOST_AT_ONCE = 8
+"""Weights and the longer side of the largest site for several to be rounded at once, and how many: larger ones keep all
+cores busy by themselves, and take memory."""
+
+
+def rounded_at_once(method: Method, sites: Sequence[Site], on_gpu: bool, mode: str) -> int:
+    """How many sites are rounded to codes at a time.
+
+    On a CPU that is many short steps, none of which has use for more than a core, so that small sites are rounded side
+    by side where the model is whole.
+    """
+    small = all(site.parameters <= _SMALL and max(site.m, site.n) <= _NARROW for site in sites)
+    if not method.rounds or on_gpu or mode != "whole" or not small:
+        return 1
+    return min(torch.get_num_threads(), _MOST_AT_ONCE)
 
 
 def _fitting_head(made: Vocabulary, width: int) -> int:
