@@ -83,7 +83,9 @@ def main() -> None:
         rows.append([model, "all", "", "", "", f"{estimated / made:.2f} of the time"])
     body = "Estimated over measured loss of Q alone, by site; every ninth site of SmolLM2-135M.\n\n"
     body += markdown_table(["model", "bits", "sites", "mean ratio", "mean distance from 1", "largest"], rows)
-    write_result("estimates", "Losses of codes estimated without rounding", "python benchmarks/estimates.py", body, figures)
+    write_result(
+        "estimates", "Losses of codes estimated without rounding", "python benchmarks/estimates.py", body, figures
+    )
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ python benchmarks/memory_modes.py [CASE ...]
 
 Cases: `smollm2` (the real model, every mode), `llama-1b`, `llama-1b-4` and `llama-7b-2` (shapes of these models with
 random weights in bfloat16, the latter two with four and with two blocks). Each run is a process of its own; a stage's
-memory is what no file stands behind, sampled twenty times a second. Models and stages take up to 30 GB of disk under
-the system's temporary folder.
+memory is what no file stands behind, sampled twenty times a second; what is expected is what `plan-memory` says now.
+Models and stages take up to 30 GB of disk under the system's temporary folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from common import RESULTS, ROOT, ended, forked, markdown_table, write_result
 from rankwise import compress
-from rankwise.recipes import recipe_from
+from rankwise.recipes import Recipe, recipe_from
+from rankwise.stages.memory import needs, shapes_of
 from rankwise.statistics.curvature import DEFAULT_CURVATURE_GB
 
 LLAMA_1B = {
@@ -61,6 +62,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 LENGTH = 512
+REAL = ROOT / "real-models" / "smollm2-135m"
+
+
+def config_of(shape: dict[str, Any]) -> LlamaConfig:
+    """The config of these shapes, its weights in bfloat16."""
+    return LlamaConfig(**shape, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, dtype=torch.bfloat16)
 
 
 def make(folder: Path, shape: dict[str, Any]) -> Path:
@@ -68,23 +75,17 @@ def make(folder: Path, shape: dict[str, Any]) -> Path:
 
     def work() -> None:
         torch.manual_seed(0)
-        config = LlamaConfig(**shape, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)
         torch.set_default_dtype(torch.bfloat16)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        LlamaForCausalLM(config_of(shape)).save_pretrained(folder)
 
     if ended(forked(work), 3600):
         sys.exit(f"no model could be made at {folder}")
     return folder
 
 
-def run(case: str, mode: str, model: Path, folder: Path) -> dict[str, Any]:
-    """Compress in a process of its own; what its report says."""
+def asked(case: str, mode: str, model: Path, folder: Path) -> Recipe:
+    """The run of a case, with token ids from a file in a folder that gets the result, too."""
     settings = CASES[case]
-    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-    draw = torch.Generator().manual_seed(0)
-    save_file(
-        {"ids": torch.randint(3, vocabulary, (settings["sequences"] + 4, LENGTH), generator=draw)}, folder / "ids"
-    )
     source = f"tokens:{folder / 'ids'}"
     values = {
         "model": str(model),
@@ -95,12 +96,33 @@ def run(case: str, mode: str, model: Path, folder: Path) -> dict[str, Any]:
         "calibration": {
             "source": source,
             "sequences": settings["sequences"],
+            "length": LENGTH,
             "sample": "first",
             "batch_size": settings.get("batch", 8),
         },
         "evaluation": {"source": source, "sequences": 4, "skip": settings["sequences"]},
     }
-    status = ended(forked(lambda: compress(recipe_from(values), run_directory=folder / f"stages-{mode}")), 7200)
+    return recipe_from(values)
+
+
+def expected(case: str, mode: str) -> float:
+    """GB that `plan-memory` says a case takes, from its config alone."""
+    shape = CASES[case].get("shape")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if shape:
+            config_of(shape).save_pretrained(folder)
+        return needs(shapes_of(asked(case, mode, folder if shape else REAL, folder)))[mode].host / 1e9
+
+
+def run(case: str, mode: str, model: Path, folder: Path) -> dict[str, Any]:
+    """Compress in a process of its own; what its report says."""
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, vocabulary, (CASES[case]["sequences"] + 4, LENGTH), generator=draw)
+    save_file({"ids": ids}, folder / "ids")
+    recipe = asked(case, mode, model, folder)
+    status = ended(forked(lambda: compress(recipe, run_directory=folder / f"stages-{mode}")), 7200)
     if status:
         sys.exit(f"{case} with --memory {mode} ends with {status}")
     report = json.loads((folder / mode / "rankwise_report.json").read_text())
@@ -110,7 +132,14 @@ def run(case: str, mode: str, model: Path, folder: Path) -> dict[str, Any]:
     }
     weights = hashlib.sha256((folder / mode / "model.safetensors").read_bytes()).hexdigest()
     plan = hashlib.sha256((folder / mode / "plan.json").read_bytes()).hexdigest()
-    return {"case": case, "mode": mode, "stages": stages, "weights": weights, "plan": plan, "memory": report["memory"]}
+    return {
+        "case": case,
+        "mode": mode,
+        "stages": stages,
+        "weights": weights,
+        "plan": plan,
+        "gb": max(stage["gb"] for stage in stages.values()),
+    }
 
 
 def main() -> None:
@@ -122,7 +151,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             shape = CASES[case].get("shape")
-            model = make(folder / "model", shape) if shape else ROOT / "real-models/smollm2-135m"
+            model = make(folder / "model", shape) if shape else REAL
             for mode in CASES[case]["modes"]:
                 figures.append(run(case, mode, model, folder))
                 print(case, mode, figures[-1], flush=True)
@@ -136,7 +165,8 @@ def write(figures: list[dict[str, Any]]) -> None:
         most = max(stages, key=lambda name: stages[name]["gb"])
         times = ", ".join(f"{name} {stage['seconds']:.0f}" for name, stage in stages.items() if stage["seconds"] >= 1)
         row = [each["case"], each["mode"], f"{stages[most]['gb']:.2f} ({most})"]
-        row += [f"{each['memory']['expected_bytes'] / 1e9:.2f}", times, each["weights"][:8]]
+        each["expected_gb"] = expected(each["case"], each["mode"])
+        row += [f"{each['expected_gb']:.2f}", times, each["weights"][:8]]
         rows.append(row)
     header = ["model", "memory", "most GB without a file (in)", "expected", "seconds by stage", "weights"]
     table = markdown_table(header, rows)
