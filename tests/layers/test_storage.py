@@ -76,7 +76,9 @@ def test_one_order_serves_a_whole_gated_layer(leave: tuple[str, ...]) -> None:
     sites = pivot_all(model, leave=leave)
     ids = torch.tensor([IDS])
     before = model(input_ids=ids).logits
-    assert fold_orders(model, sites, ids) == 2
+    settled: list[str] = []
+    assert fold_orders(model, sites, ids, settled.append) == 2
+    assert sorted(settled) == sorted(site.name for site in sites if site.role in ("up", "gate", "down"))
     torch.testing.assert_close(model(input_ids=ids).logits, before, atol=1e-4, rtol=1e-4)
     mlp = model.model.layers[0].mlp
     leader, other = (mlp.gate_proj, mlp.up_proj) if "up" in leave else (mlp.up_proj, mlp.gate_proj)

@@ -6,7 +6,7 @@ pivoted layers `up` and `gate` one keeps the order of its storage, and the other
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from rankwise.models import Site
 
 
 @torch.no_grad()
-def fold_orders(model: Any, sites: Sequence[Site], probe: Tensor) -> int:
+def fold_orders(
+    model: Any, sites: Sequence[Site], probe: Tensor, settle: Callable[[str], None] = lambda _name: None
+) -> int:
     """Spare one of the two reorderings in every gated feed-forward layer.
 
     A model in which the inner channels are not interchangeable (a norm with weights of its own lies between, for one)
@@ -28,6 +30,7 @@ def fold_orders(model: Any, sites: Sequence[Site], probe: Tensor) -> int:
         model: changed in place; layers that compute in its own dtype.
         sites: all sites.
         probe: a short sequence, shape `[1, tokens]`.
+        settle: called with the name of every site that was changed, before the next layer is.
 
     Returns:
         How many layers were changed.
@@ -37,11 +40,13 @@ def fold_orders(model: Any, sites: Sequence[Site], probe: Tensor) -> int:
         if site.role in ("up", "gate", "down"):
             parents.setdefault(site.name.rpartition(".")[0], {})[site.role] = site
     gated = [
-        {role: site.module(model) for role, site in roles.items()} for roles in parents.values() if len(roles) == 3
+        ({role: site.module(model) for role, site in roles.items()}, [site.name for site in roles.values()])
+        for roles in parents.values()
+        if len(roles) == 3
     ]
-    movable = [modules for modules in gated if all(kind_of(module).movable for module in modules.values())]
-    orders = [(_order_of(modules), modules) for modules in movable]
-    if all(order is None for order, _ in orders):
+    movable = [each for each in gated if all(kind_of(module).movable for module in each[0].values())]
+    orders = [(_order_of(modules), modules, names) for modules, names in movable]
+    if all(order is None for order, *_ in orders):
         return 0
     changes: list[tuple[Any, str, Any]] = []
 
@@ -52,13 +57,15 @@ def fold_orders(model: Any, sites: Sequence[Site], probe: Tensor) -> int:
 
     folded = 0
     before = model(input_ids=probe, use_cache=False).logits.float()
-    for order, modules in orders:
+    for order, modules, names in orders:
         if order is None:
             continue
         for role in ("up", "gate"):
             kind_of(modules[role]).move_outputs(modules[role], order, put)
         kind_of(modules["down"]).move_inputs(modules["down"], order, put)
         folded += 1
+        for name in names:
+            settle(name)
     after = model(input_ids=probe, use_cache=False).logits.float()
     tolerance = summing_tolerance(model)
     if float((after - before).norm()) <= tolerance * float(before.norm()):

@@ -174,7 +174,5 @@ def store_layers(
             )
     loaded.to_stored_dtypes()
     loaded.to_compute_dtypes()
-    fold_orders(model, sites, probe.to(model.device))
-    for site in sites:
-        loaded.settle(site.name)
+    fold_orders(model, sites, probe.to(model.device), loaded.settle)
     return found
