@@ -202,6 +202,23 @@ TABLES = {
             "inputs and rows (as it is)": ({"way": "inputs, and rows damped by 1 (as it is)"}, list(TEXTS)),
         },
     ),
+    ("docs/memory.md", "memory_modes"): Shown(
+        {
+            "SmolLM2-135M, `whole`": {"case": "smollm2", "mode": "whole"},
+            "SmolLM2-135M, `blocks`": {"case": "smollm2", "mode": "blocks"},
+            "SmolLM2-135M, `disk`": {"case": "smollm2", "mode": "disk"},
+            "shapes of Llama-3.2-1B, `disk`": {"case": "llama-1b", "mode": "disk"},
+            "two blocks of 7B, `disk`": {"case": "llama-7b-2", "mode": "disk"},
+        },
+        {
+            "GB": ({}, ["gb"]),
+            "GB expected": ({}, ["expected_gb"]),
+            **{
+                f"GB, {stage}": ({}, [f"stages/{stage}/gb"])
+                for stage in ("evaluate dense", "statistics", "outlooks", "storage")
+            },
+        },
+    ),
     ("docs/storage.md", "speed-cpu"): Shown(
         {
             "two factors, keep 0.8": {"variant": "two factors", "keep": 0.8},

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from rankwise.runs import Crew, Here, clear_scratch
 from rankwise.stages.jobs import Hand
 from rankwise.stages.memory import rounded_at_once
@@ -26,8 +28,14 @@ def at_work(work: Work, *, rounding: bool = False) -> Iterator[Crew]:
         return
     on_gpu = work.loaded.model.device.type != "cpu"
     at_once = rounded_at_once(work.recipe.method, work.sites, on_gpu, work.memory) if rounding else 1
+    threads = torch.get_num_threads()
     with Here(Hand(work), work.run.directory, at_once) as crew:
-        yield crew
+        try:
+            # Threads of one step that wait for one another would take the cores from those of the next site.
+            torch.set_num_threads(1 if at_once > 1 else threads)
+            yield crew
+        finally:
+            torch.set_num_threads(threads)
 
 
 def hire(work: Work) -> Work:
