@@ -31,7 +31,7 @@ from rankwise.allocation.spaces import GroupSpace, MultiplierSpace, Space, space
 from rankwise.allocation.surrogate import propose
 from rankwise.errors import BudgetError, NotFiniteError, RecipeError, RunError
 from rankwise.methods import estimated_losses
-from rankwise.models import Site, place_of
+from rankwise.models import Site, places_of
 from rankwise.progress import Reporter
 from rankwise.sizes import DENSE, Cut, Form, Plan
 
@@ -405,5 +405,17 @@ def test_plans_remember_what_they_were_made_for(tmp_path: Path) -> None:
         plan.fitting(sites[:-1], "plan.json")
     with pytest.raises(BudgetError, match="no such site"):
         plan.fitting([*sites, Site("z", "q", 9, 4, 4, False, False, "z")], "plan.json")
-    assert place_of("model.layers.3.self_attn.q_proj") == (3, "q")
-    assert place_of("transformer.h.11.mlp.c_fc") == (11, "c_fc")
+
+
+def test_the_role_of_a_site_is_read_off_its_name_and_those_beside_it() -> None:
+    names = {
+        "model.layers.3.self_attn.q_proj": (3, "q"),
+        "model.layers.3.self_attn.out_proj": (3, "o"),
+        "model.layers.3.self_attn.gate_proj": (3, "gate_proj"),
+        "model.layers.3.mlp.gate_proj": (3, "gate"),
+        "model.layers.3.mlp.input_linear.7": (3, "input_linear"),
+        "model.layers.4.mixer.in_proj": (4, "in_proj"),
+        "model.layers.4.mixer.out_proj": (4, "out_proj"),
+        "transformer.h.11.mlp.c_fc": (11, "c_fc"),
+    }
+    assert places_of(names) == names

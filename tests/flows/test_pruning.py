@@ -20,7 +20,7 @@ from rankwise import compress
 from rankwise.checkpoints import load_model
 from rankwise.data import load_sequences, parse_source
 from rankwise.errors import BudgetError, ModelError, RecipeError
-from rankwise.models import find_sites, place_of
+from rankwise.models import find_sites, places_of
 from rankwise.quickstart import MODEL
 from rankwise.recipes import recipe_from
 from rankwise.sizes import Plan
@@ -254,9 +254,9 @@ def test_repairs_run_on_what_is_left(settings: Settings) -> None:
     result = compress(recipe_from(values))
     assert [step.step for step in result.report.repair] == ["refit", "blocks"]
     # What each role keeps is of the original, ranks counted: together it is what all keep.
-    whole = dict.fromkeys(result.plan.groups, 0)
+    whole, places = dict.fromkeys(result.plan.groups, 0), places_of(result.plan.originals)
     for name, (m, n) in result.plan.originals.items():
-        whole[place_of(name)[1]] += m * n
+        whole[places[name][1]] += m * n
     kept = sum(share * whole[role] for role, share in result.plan.groups.items())
     assert kept / sum(whole.values()) == pytest.approx(result.plan.kept)
     assert not all(cut.dense for cut in result.plan.cuts.values())

@@ -1,11 +1,12 @@
 """The self-contained modelling file of a compressed checkpoint, and the class it defines.
 
 The file holds the source of the layers (`layers/low_rank.py`, `pivoted.py`, `quantized.py`, `replace.py`), of what
-reads codes (`quantizers/codes.py`, `rotation.py`), of experts as plain layers (`models/experts.py`), of blocks of other
-sizes (`models/resizing.py`), of dense layers with a bias (`layers/biased.py`), of blocks whose residual stream was cut
-(`layers/narrow.py`), of embeddings and a head in 8 bits (`layers/vocabulary.py`), of what it needs (`layers/needs.py`),
-and three small subclasses of the base architecture. Loading with `trust_remote_code=True` runs it where rankwise is not
-installed; rankwise itself builds the same text afresh and never runs the file it finds in a directory.
+reads codes (`quantizers/codes.py`, `rotation.py`), of experts and groups as plain layers (`models/experts.py`,
+`grouped.py`), of blocks of other sizes (`models/resizing.py`), of dense layers with a bias (`layers/biased.py`), of
+blocks whose residual stream was cut (`layers/narrow.py`), of embeddings and a head in 8 bits (`layers/vocabulary.py`),
+of what it needs (`layers/needs.py`), and three small subclasses of the base architecture.
+Loading with `trust_remote_code=True` runs it where rankwise is not installed; rankwise itself builds the same text
+afresh and never runs the file it finds in a directory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from rankwise.errors import ModelError
 from rankwise.layers import biased, low_rank, narrow, needs, pivoted, quantized, replace, vocabulary
-from rankwise.models import experts, resizing
+from rankwise.models import experts, grouped, resizing
 from rankwise.quantizers import codes, rotation
 
 MODULE_NAME = "modeling_rankwise"
@@ -56,6 +57,7 @@ class Rankwise{base}(FillsAsOriginal, ResizesNot, {base}):
         resize_blocks(self, config.rankwise.get("blocks", {{}}))
         narrow_stream(self, config.rankwise.get("stream", {{}}))
         unfuse(self, config.rankwise.get("experts", []))
+        ungroup(self, config.rankwise.get("grouped", []))
         replace_linears(self, config.rankwise["layers"], getattr(config, "rankwise_cache_dense", "auto"))
         code_embedding(self, config.rankwise.get("vocabulary", {{}}))
         self.post_init()
@@ -84,6 +86,7 @@ _SOURCES = (
     codes,
     rotation,
     experts,
+    grouped,
     resizing,
     biased,
     narrow,
@@ -231,6 +234,8 @@ def compressed_class(raw_config: dict[str, Any], where: str) -> Any:
         Expert=experts.Expert,
         UnfusedExperts=experts.UnfusedExperts,
         unfuse=experts.unfuse,
+        GroupedLinear=grouped.GroupedLinear,
+        ungroup=grouped.ungroup,
         NarrowNorm=narrow.NarrowNorm,
         narrow_stream=narrow.narrow_stream,
         LAYERS=replace.LAYERS,

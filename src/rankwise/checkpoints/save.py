@@ -24,12 +24,13 @@ from rankwise.layers.needs import (
     WITHOUT_EXPERTS,
     WITHOUT_FACTORS,
     WITHOUT_FORM,
+    WITHOUT_GROUPS,
     WITHOUT_LAYOUTS,
     WITHOUT_LEVELS,
     WITHOUT_VOCABULARY,
 )
 from rankwise.linalg import all_finite
-from rankwise.models import Site, UnfusedExperts, decoder_blocks, fuse, text_config
+from rankwise.models import GroupedLinear, Site, UnfusedExperts, decoder_blocks, fuse, group, text_config
 from rankwise.quantizers.codes import GIVEN
 
 
@@ -64,10 +65,13 @@ def _format_of(
     stream: Mapping[str, Any],
     experts: Mapping[str, UnfusedExperts],
     vocabulary: Mapping[str, Any],
+    grouped: Sequence[str],
 ) -> int:
     """The oldest format that can say it."""
-    if not all(each.layout.said for each in experts.values()):
+    if grouped:
         return FORMAT_VERSION
+    if not all(each.layout.said for each in experts.values()):
+        return WITHOUT_GROUPS
     if "rank" in vocabulary.get("head", {}):
         return WITHOUT_LAYOUTS
     if "form" in stream:
@@ -150,6 +154,7 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
     experts = {
         name.removeprefix(prefix): each for name, each in model.named_modules() if isinstance(each, UnfusedExperts)
     }
+    grouped = [name.removeprefix(prefix) for name, each in model.named_modules() if isinstance(each, GroupedLinear)]
     stream, vocabulary = stream_of(model), vocabulary_entry(model)
     config.update(
         model_type=model_type_for(base_type),
@@ -157,12 +162,13 @@ def save_low_rank(folder: Path, loaded: LoadedModel, sites: Sequence[Site], max_
         auto_map=auto_map(*classes),
         **{
             CHECKPOINT_KEY: {
-                "format": _format_of(layers, blocks, stream, experts, vocabulary),
+                "format": _format_of(layers, blocks, stream, experts, vocabulary, grouped),
                 "needs": {"transformers": f">={MINIMUM_TRANSFORMERS}"},
                 "base_model_type": base_type,
                 "base_architecture": classes[2].__name__,
                 "layers": layers,
                 **({"experts": list(experts)} if experts else {}),
+                **({"grouped": grouped} if grouped else {}),
                 **({"decoder": prefix[:-1]} if prefix[:-1] != classes[2].base_model_prefix else {}),  # type: ignore[attr-defined]
                 **({"blocks": blocks} if blocks else {}),
                 **({"stream": stream} if stream else {}),
@@ -197,7 +203,7 @@ def _no_place(model: Any, where: str) -> ModelError:
 
 
 def densify(loaded: LoadedModel, sites: Sequence[Site]) -> None:
-    """Multiply the factors back, in place, fuse experts, and let the config admit the biases that compression added.
+    """Multiply the factors back, in place, join experts and groups, and let the config admit biases that were added.
 
     Raises:
         ModelError: when the original architecture has no place for an added bias.
@@ -214,6 +220,7 @@ def densify(loaded: LoadedModel, sites: Sequence[Site]) -> None:
             model.set_submodule(site.name, dense)
     try:
         fuse(model)
+        group(model)
     except ValueError as problem:
         raise _no_place(model, str(problem)) from None
     have = {name for name, _ in model.named_parameters()}

@@ -112,13 +112,14 @@ def _check_own(entry: dict[str, Any], path: Path) -> None:
             where=str(path),
             remedy="fetch the model's config.json again",
         )
-    experts = entry.get("experts", [])
-    if not isinstance(experts, list) or not all(isinstance(each, str) for each in experts):
-        raise ModelError(
-            "The config's rankwise entry does not say by name which experts are taken apart.",
-            where=str(path),
-            remedy="fetch the model's config.json again",
-        )
+    for what, key in (("experts", "experts"), ("grouped layers", "grouped")):
+        named = entry.get(key, [])
+        if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
+            raise ModelError(
+                f"The config's rankwise entry does not say by name which {what} are taken apart.",
+                where=str(path),
+                remedy="fetch the model's config.json again",
+            )
     if not _are_blocks(entry.get("blocks", {})):
         raise ModelError(
             "The config's rankwise entry does not say of blocks which sizes they have.",

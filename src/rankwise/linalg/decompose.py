@@ -77,15 +77,18 @@ def _descending(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
-def _tall_directions(weight: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+def _tall_directions(weight: Tensor, inputs: InputMetric | None) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of (W S)(W S)^T for m > n, from the smaller n x n side.
 
     Directions that M never excites have no image under W S. They are completed from W itself, so that all k columns
-    together still span the range of W and full rank stays exact.
+    together still span the range of W and full rank stays exact. What is as tall as W is let go as soon as it can be.
     """
+    root = weight if inputs is None else inputs.times_root(weight)
     energy, vectors = _descending(root.T @ root)
     strong = int((energy > _NEGLIGIBLE * energy[0]).sum())
-    columns = (root @ vectors[:, :strong]) / energy[:strong].sqrt()
+    columns = root @ vectors[:, :strong]
+    del root
+    columns /= energy[:strong].sqrt()
     weak = weight.shape[1] - strong
     if weak:
         residual = weight - columns @ (columns.T @ weight)
@@ -93,9 +96,10 @@ def _tall_directions(weight: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
         _, rest = _descending(residual.T @ residual)
         energy = torch.cat([energy[:strong], torch.zeros_like(energy[strong:])])
         columns = torch.cat([columns, residual @ rest[:, :weak]], dim=1)
-    orthonormal, triangle = torch.linalg.qr(columns)
-    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(orthonormal)
-    return energy, orthonormal * signs
+    reflected, scales = torch.geqrf(columns)
+    del columns
+    signs = torch.where(reflected.diagonal() < 0, -1.0, 1.0).to(reflected)
+    return energy, torch.linalg.householder_product(reflected, scales).mul_(signs)
 
 
 def decompose(
@@ -131,7 +135,7 @@ def decompose(
     elif m <= n:
         energy, directions = _descending(weighed @ weighed.T if inputs is None else inputs.output_moment(weighed))
     else:
-        energy, directions = _tall_directions(weighed, weighed if inputs is None else inputs.times_root(weighed))
+        energy, directions = _tall_directions(weighed, inputs)
     k = min(m, n)
     energy, directions = energy[:k], directions[:, :k]
     if blind:

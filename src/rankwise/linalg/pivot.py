@@ -52,19 +52,20 @@ def independent_rows(left: Tensor, limit: float = LARGEST_ENTRY) -> tuple[Tensor
     """
     rank = left.shape[1]
     # Only the column space counts. An orthonormal basis of it also serves when L itself has columns that vanish.
-    basis, _ = torch.linalg.qr(left)
-    packed, swaps = torch.linalg.lu_factor(basis)
+    packed, swaps = torch.linalg.lu_factor(torch.linalg.householder_product(*torch.geqrf(left)))
     places = list(range(left.shape[0]))
     for row, other in enumerate((swaps - 1).tolist()):
         places[row], places[other] = places[other], places[row]
     upper_part = packed[:rank].tril(-1)
     # basis[order] = [L1; L2] U, so T = L2 L1^{-1}.
     rest = torch.linalg.solve_triangular(upper_part, packed[rank:], upper=False, left=False, unitriangular=True)
+    del packed
     rest = rest.contiguous()
     for _ in range(_MOST_EXCHANGES if rest.numel() else 0):
-        at = rest.abs().argmax()
+        ends = torch.stack([rest.argmax(), rest.argmin()])
         # Read back together: a GPU is waited for once an exchange.
-        place, entry = torch.stack([at.double(), rest.view(-1)[at].double()]).tolist()
+        largest, smallest = torch.stack([ends.double(), rest.view(-1)[ends].double()], 1).tolist()
+        place, entry = largest if largest[1] >= -smallest[1] else smallest
         if not abs(entry) > limit:
             break
         row, column = divmod(int(place), rank)
@@ -78,7 +79,7 @@ def independent_rows(left: Tensor, limit: float = LARGEST_ENTRY) -> tuple[Tensor
     order = torch.tensor(places, device=left.device)
     first, columns = order[:rank].sort()
     last, rows = order[rank:].sort()
-    return torch.cat([first, last]), rest[rows][:, columns]
+    return torch.cat([first, last]), rest[rows[:, None], columns]
 
 
 def pivot(left: Tensor, right: Tensor, limit: float = LARGEST_ENTRY) -> Pivoted:
@@ -90,5 +91,5 @@ def pivot(left: Tensor, right: Tensor, limit: float = LARGEST_ENTRY) -> Pivoted:
         limit: what max |T| is brought under, unless that takes too many exchanges.
     """
     order, rest = independent_rows(left, limit)
-    largest = float(rest.abs().max()) if rest.numel() else 0.0
+    largest = float(torch.stack([rest.max(), -rest.min()]).max()) if rest.numel() else 0.0
     return Pivoted(left[order[: left.shape[1]]] @ right, rest, order, largest)

@@ -83,8 +83,8 @@ class Quantize(QuantizingMethod):
         seen = looking(cut.q_bits)
         # The same rounding, where an outlook has made it already.
         q = self.alone(weight, hessian, rotation, cut.q_bits) if seen is None or seen.q is None else on(seen.q, weight)
-        target, metric = rotation.weight(weight), rotation.hessian(hessian.matrix)
-        whole = weighed_error(target, metric)
-        error = weighed_error(target - q.dense(), metric) / (whole if whole > 0 else 1.0)
+        # The same before the rotation as after it, and H is not turned once more.
+        whole = weighed_error(weight, hessian.matrix)
+        error = weighed_error(weight - rotation.undo(q.dense()), hessian.matrix) / (whole if whole > 0 else 1.0)
         factors = Factors(None, None, statistics.bias, q=q, rotation=rotation)
         return factors, Fit(hessian.damping, errors=(error,), fallback=hessian.fallback or not bool(weight.any()))

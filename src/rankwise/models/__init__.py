@@ -3,6 +3,7 @@
 from rankwise.models.blocks import BlockRunner, allocate
 from rankwise.models.couplings import Coupling, Section, find_couplings
 from rankwise.models.experts import UnfusedExperts, fuse
+from rankwise.models.grouped import GroupedLinear, group
 from rankwise.models.head import LOGITS, Head, Logits
 from rankwise.models.multimodal import (
     beside_language_model,
@@ -13,6 +14,7 @@ from rankwise.models.multimodal import (
 )
 from rankwise.models.original import Original
 from rankwise.models.outside import read_outside
+from rankwise.models.places import places_of
 from rankwise.models.pre_norm import PreNorm
 from rankwise.models.recompute import recomputed
 from rankwise.models.shrinking import shrink, usable_couplings
@@ -22,7 +24,6 @@ from rankwise.models.sites import (
     find_sites,
     fused_expert_parameters,
     other_layers,
-    place_of,
     share_inputs,
     shared_layers,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "LOGITS",
     "BlockRunner",
     "Coupling",
+    "GroupedLinear",
     "Head",
     "Logits",
     "Original",
@@ -50,11 +52,12 @@ __all__ = [
     "find_sites",
     "fuse",
     "fused_expert_parameters",
+    "group",
     "has_own_language_model",
     "into_file",
     "language_model",
     "other_layers",
-    "place_of",
+    "places_of",
     "read_outside",
     "reads_images",
     "recomputed",

@@ -14,18 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from rankwise.errors import ModelError, NotFiniteError
 from rankwise.linalg import all_finite
 from rankwise.models.experts import UnfusedExperts
+from rankwise.models.grouped import GroupedLinear
 from rankwise.models.multimodal import language_model
-
-_ROLES = {
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "o_proj": "o",
-    "out_proj": "o",
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-}
+from rankwise.models.places import places_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +25,7 @@ class Site:
 
     Attributes:
         name: path of its module in the causal language model.
-        role: `q k v o gate up down`, or the module's own name.
+        role: `q k v o gate up down`, or the module's own name, as `places_of` reads it.
         block: index of its decoder block.
         m: outputs.
         n: inputs.
@@ -84,16 +75,6 @@ class Site:
         return self.module(model).bias.detach() if self.has_bias else None
 
 
-def place_of(name: str) -> tuple[int, str]:
-    """Block and role of a site, read off its name: the first number in the path, and the last part.
-
-    A site itself knows both better; this is for plans, which hold names alone.
-    """
-    parts = name.split(".")
-    leaf = parts[-1]
-    return next((int(part) for part in parts if part.isdecimal() and len(part) < 10), 0), _ROLES.get(leaf, leaf)
-
-
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The module list that holds most linear weights: the decoder's blocks, and their path.
 
@@ -120,7 +101,7 @@ def find_sites(model: nn.Module) -> list[Site]:
 
     Embeddings, the head and everything outside the blocks are no sites, nor is what routes tokens to experts, or a
     linear layer whose class makes something else of its weight than W x + b, or whose weight is another layer's too.
-    Experts that are fused in one tensor have none; `unfuse_experts` takes them apart.
+    Experts that are fused in one tensor have none, and grouped layers neither; `unfuse_experts` takes them apart.
 
     Raises:
         ModelError: when the model has no blocks or no linear weight in them.
@@ -140,11 +121,10 @@ def find_sites(model: nn.Module) -> list[Site]:
             else:
                 continue
             name = f"{prefix}.{index}.{path}"
-            leaf = path.rsplit(".", 1)[-1]
             sites.append(
                 Site(
                     name=name,
-                    role=_ROLES.get(leaf, leaf),
+                    role="",
                     block=index,
                     m=m,
                     n=n,
@@ -156,7 +136,8 @@ def find_sites(model: nn.Module) -> list[Site]:
             )
     if not sites:
         raise ModelError("The model's blocks hold no linear layers.", where=type(model).__name__)
-    return sites
+    places = places_of(site.name for site in sites)
+    return [replace(site, role=places[site.name][1]) for site in sites]
 
 
 _AS_A_PRODUCT = 0.02
@@ -222,6 +203,9 @@ def _experts_in(block: nn.Module) -> dict[str, int]:
     for path, module in block.named_modules():
         if isinstance(module, UnfusedExperts):
             found[path] = module.num_experts + module.layout.identities
+        elif isinstance(module, GroupedLinear):
+            if module.routed:
+                found[path] = module.count
         elif isinstance(module, nn.ModuleList) and path.rpartition(".")[2] == "experts":
             found[path] = len(module)
         elif any(p.ndim == 3 for p in module.parameters(recurse=False)):
@@ -235,7 +219,7 @@ def _pool_of(name: str, experts: Sequence[str]) -> str:
     for path in experts:
         number, _, rest = name.removeprefix(f"{path}.").partition(".")
         if name.startswith(f"{path}.") and number.isdecimal():
-            return f"{path}.*.{rest}"
+            return f"{path}.*.{rest}".rstrip(".")
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Taking the fused experts of a model apart, where it is sure that they compute the same afterwards."""
+"""Taking fused experts and grouped layers apart, where it is sure that they compute the same afterwards."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rankwise.models.experts import Layout, UnfusedExperts, layout_of, unfuse
+from rankwise.models.grouped import GroupedLinear, groups_of, is_routed, ungroup
 
 _TOKENS = 8
 _AGREEMENT = 0.02
@@ -19,11 +20,11 @@ _AGREEMENT = 0.02
 
 @dataclass(frozen=True)
 class Unfused:
-    """What became of a model's fused experts.
+    """What became of a model's fused experts and grouped layers.
 
     Attributes:
         parts: name of each parameter that there is now -> name of the fused parameter that it is a view of.
-        left: classes of experts that compute something else than is known here; they stay as they are.
+        left: classes that compute something else than is known here; they stay as they are.
     """
 
     parts: dict[str, str]
@@ -31,7 +32,7 @@ class Unfused:
 
 
 def unfuse_experts(model: nn.Module) -> Unfused:
-    """Make the projections of every expert plain linear layers, whose weights are views of the fused parameters.
+    """Make the projections of every expert and the layers of every group plain linear layers, whose weights are views.
 
     The first module of each class is tried on a few random tokens before, and a class that gives something else when it
     is taken apart is left as it is. Tensors without data (on `meta`) cannot be tried; there the layout alone decides.
@@ -40,14 +41,20 @@ def unfuse_experts(model: nn.Module) -> Unfused:
         model: changed in place.
     """
     fused: dict[str, tuple[Any, Layout]] = {}
+    grouped: dict[str, Any] = {}
     for path, module in model.named_modules():
         layout = layout_of(module)
         if layout is not None:
             fused[path] = (module, layout)
+        elif groups_of(module):
+            grouped[path] = module
     same: dict[type, bool] = {}
     for module, layout in fused.values():
         if type(module) not in same:
             same[type(module)] = _computes_the_same(module, layout)
+    for module in grouped.values():
+        if type(module) not in same:
+            same[type(module)] = _maps_the_same(module)
     paths = [path for path, (module, _) in fused.items() if same[type(module)]]
     unfuse(model, paths)
     parts = {}
@@ -58,6 +65,11 @@ def unfuse_experts(model: nn.Module) -> Unfused:
             for name, _ in model.get_submodule(f"{path}.{number}").named_parameters():
                 layer, _, leaf = name.partition(".")
                 parts[f"{path}.{number}.{name}"] = f"{path}.{holder[layer]}{'_bias' if leaf == 'bias' else ''}"
+    apart = [path for path, module in grouped.items() if same[type(module)]]
+    ungroup(model, apart)
+    for path in apart:
+        for child, _ in model.get_submodule(path).named_children():
+            parts[f"{path}.{child}.weight"] = f"{path}.weight"
     return Unfused(parts, tuple(kind.__name__ for kind, is_same in same.items() if not is_same))
 
 
@@ -72,6 +84,26 @@ def _computes_the_same(module: Any, layout: Layout) -> bool:
         expected = module(*given).float()
         found = UnfusedExperts(_shell(module), layout)(*given).float()
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, StopIteration):
+        return False
+    return found.shape == expected.shape and float((found - expected).norm()) <= _AGREEMENT * float(expected.norm())
+
+
+@torch.no_grad()
+def _maps_the_same(module: Any) -> bool:
+    """The same of a grouped layer."""
+    weight, count = module.weight, groups_of(module)
+    if weight.is_meta:
+        return True
+    source = torch.Generator().manual_seed(0)
+    if is_routed(module):
+        sizes = [number % 3 for number in range(count)]
+        given: tuple[Any, ...] = (torch.randn(sum(sizes), weight.shape[-1], generator=source).to(weight), sizes)
+    else:
+        given = (torch.randn(1, _TOKENS, count, weight.shape[-1], generator=source).to(weight),)
+    try:
+        expected = module(*given).float()
+        found = GroupedLinear(_shell(module), count)(*given).float()
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
         return False
     return found.shape == expected.shape and float((found - expected).norm()) <= _AGREEMENT * float(expected.norm())
 

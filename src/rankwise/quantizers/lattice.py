@@ -1,8 +1,11 @@
 """Nearest codewords of the E8P lattice, found by its structure.
 
-Sorted by size, the coordinates of a vector meet the entries of a pattern in order, so of all patterns with the same
-entries the best is known without trying them: seven kinds of pattern are compared, not 227. A wrong parity of signs
-costs the flip of the smallest coordinate. The 29 patterns that only fill the table are tried where they can win.
+Without a bound on their length the codewords are two shifts of D8 + 1/2, and there the nearest point is every
+coordinate to its nearest entry, one of them to the next where the parity of signs is wrong. Most vectors end at a short
+pattern so, and the others are looked at more closely: sorted by size, the coordinates of a vector meet the entries of a
+pattern in order, so of all patterns with the same entries the best is known without trying them, and seven kinds of
+pattern are compared, not 227. A wrong parity of signs costs the flip of the smallest coordinate. The 29 patterns that
+only fill the table are tried where they can win.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ class _Tables:
         odd: 1 where an odd number of minus signs is needed, shape `[7]`.
         number: number of a pattern by its entries read as digits, shape `[3^8]`; -1 for none.
         powers: 3^0 to 3^7.
+        float_powers: the same, float32.
+        shifts: -1/4 and 1/4, shape `[2, 1, 1]`.
         long: patterns that are no short ones, shape `[29, 8]`.
         long_odd: as `odd`, of those.
         most: what the sorted sizes of a vector can score against a long pattern at most, as weights, shape `[8]`.
@@ -44,6 +49,8 @@ class _Tables:
     odd: Tensor
     number: Tensor
     powers: Tensor
+    float_powers: Tensor
+    shifts: Tensor
     long: Tensor
     long_odd: Tensor
     most: Tensor
@@ -67,6 +74,8 @@ def _tables(device: torch.device) -> _Tables:
         e8p_odd(kinds).long(),
         number,
         powers,
+        powers.float(),
+        torch.tensor([-0.25, 0.25], device="cpu")[:, None, None],
         long,
         e8p_odd(long).long(),
         torch.tensor([1.5] * 5 + [0.5] * 3, device="cpu"),
@@ -116,6 +125,39 @@ def _nearest_shifted(y: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
     return number | (minus.float() @ tables.sign_bits).long(), y.square().sum(-1) - 2 * best
 
 
+def _nearest_unbounded(x: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
+    """The nearest codeword if there were some of any length, to vectors of shape `[count, 8]`.
+
+    Returns:
+        Its number, shape `[count]`; which vectors end at none of the short patterns, where that number means nothing.
+    """
+    y = x + tables.shifts
+    low = y.floor()
+    # Entries are low + 1/2, and their low parts have an even sum.
+    beyond = y - low - 0.5
+    odd = low.sum(-1) % 2
+    most, place = beyond.abs().max(-1)
+    # To move a coordinate to the entry after its nearest costs 1 - 2 |how far it lies beyond the nearest|.
+    up, down = beyond.square().sum(-1) + odd * (1 - 2 * most)
+    place = place[..., None]
+    low.scatter_add_(-1, place, torch.copysign(odd[..., None], beyond.gather(-1, place)))
+    shifted = down < up
+    low = torch.where(shifted[:, None], low[1], low[0])
+    # The squared norm of low + 1/2 is at most 10.
+    longer = ((low * (low + 1)).sum(-1) > 8).nonzero().squeeze(-1)
+    minus = low < 0
+    pattern = ((low + 0.5).abs() - 0.5) @ tables.float_powers
+    number = tables.number[pattern.long().clamp_(0, len(tables.number) - 1)]
+    return number | (minus.float() @ tables.sign_bits + shifted * (1 << 15)).long(), longer
+
+
+def _nearest_bounded(x: Tensor, tables: _Tables) -> Tensor:
+    """The number of the nearest codeword to vectors of shape `[count, 8]`, whatever their length."""
+    number, far = _nearest_shifted((x + tables.shifts).flatten(0, 1), tables)
+    (up, down), (far_up, far_down) = number.split(len(x)), far.split(len(x))
+    return torch.where(far_up <= far_down, up, down | (1 << 15))
+
+
 def nearest_e8p(x: Tensor) -> Tensor:
     """The number of the nearest of the 65,536 codewords to every vector.
 
@@ -128,9 +170,10 @@ def nearest_e8p(x: Tensor) -> Tensor:
     found = []
     tables = _tables(x.device)
     for part in x.float().split(_CHUNK) if len(x) else ():
-        number, far = _nearest_shifted(torch.cat([part - 0.25, part + 0.25]), tables)
-        (up, down), (far_up, far_down) = number.split(len(part)), far.split(len(part))
-        found.append(torch.where(far_up <= far_down, up, down | (1 << 15)))
+        number, longer = _nearest_unbounded(part, tables)
+        if len(longer):
+            number[longer] = _nearest_bounded(part[longer], tables)
+        found.append(number)
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from rankwise.models import place_of
+from rankwise.models import places_of
 from rankwise.reports.escaping import cell, printable
 from rankwise.sizes import Cut, Plan
 
@@ -22,8 +22,9 @@ def kept_grid(plan: Plan) -> tuple[list[int], list[str], Grid]:
     """
     whole: Grid = {}
     kept: Grid = {}
+    places = places_of(plan.shapes)
     for name, (m, n) in plan.shapes.items():
-        place = place_of(name)
+        place = places[name]
         m, n = plan.originals.get(name, (m, n))
         whole[place] = whole.get(place, 0) + m * n
         unit = 1 if plan.coded else plan.form.number_bits
@@ -59,8 +60,9 @@ def plan_table(plan: Plan, some: Sequence[str] | None = None) -> Table:
     blocks, roles, grid = kept_grid(plan)
     roles = roles if some is None else list(some)
     cuts: dict[tuple[int, str], list[Cut]] = {}
+    places = places_of(plan.shapes)
     for name, cut in plan.cuts.items():
-        cuts.setdefault(place_of(name), []).append(cut)
+        cuts.setdefault(places[name], []).append(cut)
     table = Table(show_edge=False, pad_edge=False, title_justify="left")
     table.title = "bits of Q + rank of L R (bits a weight)" if plan.coded else "rank (fraction kept)"
     table.add_column("block", justify="right")

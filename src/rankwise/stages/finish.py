@@ -219,8 +219,9 @@ def write(
                 work.reporter.note("the checkpoint was tried on text alone: no image could be made from the config")
                 report = report.model_copy(update={"notes": tuple(work.reporter.notes)})
             # Multiplied back, the model in memory is what was written, and no longer what was planned. Where experts
-            # are fused again, as in the original, their sites are gone and its size is that of the original.
-            fused = recipe.format == "dense" and any(".experts." in site.name for site in work.sites)
+            # and groups are one again, as in the original, sites are gone and its size is that of the original.
+            there = dict(loaded.model.named_modules())
+            fused = not all(site.name in there for site in work.sites)
             after = costs[0] if fused else measure_cost(loaded.model, work.sites, loaded.stored_dtypes)
             report = report.model_copy(update={"after": after, "bytes_on_disk": bytes_of_weights(folder)})
             report.save(folder / REPORT_FILE)

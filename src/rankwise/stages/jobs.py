@@ -20,7 +20,7 @@ from rankwise.evaluation import Objective
 from rankwise.factors import Factors, Fit
 from rankwise.methods import Looking, Outlook
 from rankwise.models import Site
-from rankwise.progress import Reporter
+from rankwise.progress import Reporter, give_back_memory
 from rankwise.recipes import recipe_from
 from rankwise.runs import SCRATCH, Run
 from rankwise.sizes import Cut
@@ -82,6 +82,7 @@ class Hand:
             NotFiniteError: naming the site.
         """
         work = self.dense()
+        give_back_memory()
 
         def make(device: torch.device) -> Outlook:
             weight, seen = weight_and_statistics(work, self.store, site, device)

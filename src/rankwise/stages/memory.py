@@ -272,7 +272,7 @@ def _looking(site: Site, codes: bool) -> int:
     it becomes codes, H, what it is turned into, and its factor.
     """
     k = min(site.m, site.n)
-    return 8 * ((8 * site.n * site.n if codes else 0) + 5 * k * k + 6 * site.m * site.n)
+    return 8 * ((8 * site.n * site.n if codes else 0) + 5 * k * k + 5 * site.m * site.n)
 
 
 _SMALL = 1 << 21

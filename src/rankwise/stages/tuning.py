@@ -20,7 +20,7 @@ from rankwise.device import computing
 from rankwise.errors import DataError, ModelError, RankwiseError
 from rankwise.evaluation import Perplexity, perplexity
 from rankwise.layers import is_linear, kind_of
-from rankwise.models import Head, Site, place_of
+from rankwise.models import Head, Site, places_of
 from rankwise.progress import Reporter
 from rankwise.recipes import Evaluation, FineTune
 from rankwise.repair import Teacher, Training, mean_loss, steps_of, train
@@ -127,7 +127,7 @@ def sites_of(loaded: LoadedModel, plan: Plan, method: str) -> list[Site]:
     Raises:
         ModelError: when the model is not the one of the plan.
     """
-    found = []
+    found, places = [], places_of(plan.shapes)
     for name, (m, n) in plan.shapes.items():
         try:
             module = loaded.model.get_submodule(name)
@@ -136,7 +136,7 @@ def sites_of(loaded: LoadedModel, plan: Plan, method: str) -> list[Site]:
         same = is_linear(module) and kind_of(module).replaced != plan.cuts[name].dense
         if not same or kind_of(module).shape(module) != (m, n):
             raise ModelError("The model's layers are not those of its plan.", where=f"{loaded.source}: {name}")
-        block, role = place_of(name)
+        block, role = places[name]
         biased = any(key.endswith("bias") for key, _ in module.named_parameters())
         found.append(Site(name, role, block, m, n, kind_of(module).transposed, biased, name))
     if all(cut.dense for cut in plan.cuts.values()) and not (plan.stays and method == "lora"):

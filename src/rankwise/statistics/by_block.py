@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankwise.models import BlockRunner, Head, Site, allocate
-from rankwise.progress import Reporter
+from rankwise.progress import Reporter, give_back_memory
 from rankwise.runs import Folder
 from rankwise.statistics.base import Labels, Statistic, Totals
 from rankwise.statistics.labels import backward, gradients
@@ -142,6 +142,7 @@ class ByBlock:
 
         keep()
         for index in range(height):
+            give_back_memory()
             for part in self._watched(collector, wanted[index], read):
                 hidden[part] = _forward(runner, index, hidden[part])
                 advance(f"calibration, block {index}")
@@ -181,6 +182,7 @@ class ByBlock:
             if gradient is None:
                 gradient = self._at_the_top(labels, between[start], seed, lambda: advance(f"{description}, head"))
             for index in reversed(range(lowest, start)):
+                give_back_memory()
                 for part in self._watched(collector, wanted[index], self.gradient_sequences):
                     given = between[index][part].to(runner.device).requires_grad_()
                     with torch.enable_grad():

@@ -1,0 +1,45 @@
+"""Where a site lies and what it does there, read off its name and those of the layers beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_ROLES = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "out_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
+
+_ELSEWHERE = {"out_proj": ("in_proj",), "gate_proj": ("q_proj", "k_proj", "qkv_proj")}
+"""Beside layers whose names start so a layer is no output of attention (but of a state space) and no gate of an MLP."""
+
+Place = tuple[int, str]
+"""Block and role."""
+
+
+def places_of(names: Iterable[str]) -> dict[str, Place]:
+    """Block and role of every site: the first number in its path, and its last part that is none.
+
+    `out_proj` of a state-space block and `gate_proj` of attention keep their names as roles: they are other things than
+    the `o` of attention and the `gate` of an MLP.
+
+    Args:
+        names: of all sites of a model.
+    """
+    parts = {name: name.split(".") for name in names}
+    beside: dict[str, set[str]] = {}
+    for path in parts.values():
+        beside.setdefault(".".join(path[:-1]), set()).add(path[-1])
+    found = {}
+    for name, path in parts.items():
+        block = next((int(part) for part in path if part.isdecimal() and len(part) < 10), 0)
+        leaf = next((part for part in reversed(path) if not part.isdecimal()), path[-1])
+        others = beside[".".join(path[:-1])]
+        elsewhere = any(other.startswith(start) for start in _ELSEWHERE.get(leaf, ()) for other in others)
+        found[name] = block, leaf if elsewhere else _ROLES.get(leaf, leaf)
+    return found
