@@ -9,7 +9,7 @@ from pydantic import Discriminator, Tag
 from rankwise.errors import RecipeError, nearest
 from rankwise.methods.afm import AFM
 from rankwise.methods.asvd import ASVD
-from rankwise.methods.base import Factorisation, Looking, Method, Outlook, estimated_losses, make_basis
+from rankwise.methods.base import AtSite, Factorisation, Looking, Method, Outlook, estimated_losses, make_basis
 from rankwise.methods.bolaco import Bolaco
 from rankwise.methods.caldera import Caldera
 from rankwise.methods.flap import FLAP
@@ -99,6 +99,7 @@ __all__ = [
     "IN_NUMBERS",
     "METHODS",
     "AnyMethod",
+    "AtSite",
     "Factorisation",
     "Looking",
     "Method",

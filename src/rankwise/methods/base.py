@@ -35,6 +35,25 @@ class Outlook:
     noise: Mapping[int, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class AtSite:
+    """What a fit is given at one site.
+
+    Attributes:
+        weight: W, shape `[m, n]`, float64.
+        statistics: what was collected there.
+        cut: what the plan decided; not dense.
+        source: for what is drawn.
+        looking: the outlooks of this site.
+    """
+
+    weight: Tensor
+    statistics: SiteStatistics
+    cut: Cut
+    source: torch.Generator
+    looking: Looking
+
+
 Looking = Callable[[int], Outlook | None]
 """Bits of Q -> what was seen beside it, perhaps no basis, or None; 0 -> the outlook of W itself, made at need."""
 
@@ -50,6 +69,7 @@ class Method(BaseModel, ABC):
         default_keep: kept fraction where no size is given; None where the settings may say it all.
         keeps_factors: whether what it makes is L R in numbers, which repairs know how to mend.
         rounds: whether weights become codes, by many short steps; then `fit` may be called in several threads at once.
+        together: whether `fit_together` takes less time than as many fits.
         prunes: whether it makes the model smaller before its weights are looked at: units go, or directions.
         by_site: whether it can leave out a site and still do its work at the others.
     """
@@ -61,6 +81,7 @@ class Method(BaseModel, ABC):
     keeps_factors: ClassVar[bool] = True
     prunes: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
+    together: ClassVar[bool] = False
     by_site: ClassVar[bool] = True
 
     name: str
@@ -172,6 +193,14 @@ class Method(BaseModel, ABC):
             source: for what is drawn.
             looking: the outlooks of this site.
         """
+
+    def fit_together(self, given: Sequence[AtSite]) -> list[tuple[Factors, Fit]]:
+        """`fit` at several sites, the same as of each alone; all have as many inputs and get as many bits.
+
+        Args:
+            given: what a fit is given at each.
+        """
+        return [self.fit(at.weight, at.statistics, at.cut, at.source, at.looking) for at in given]
 
 
 class Factorisation(Method):

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from rankwise.factors import Factors, Fit
-from rankwise.methods.base import Looking
+from rankwise.methods.base import AtSite, Looking
 from rankwise.methods.quantizing import CURVATURE, QuantizingMethod, drawn_rotation, on, rounded, weighed_by_blocks
-from rankwise.quantizers import Hessian, Packed, Rotation, Rounding, gaussian_answer, weighed_error
+from rankwise.quantizers import (
+    Codebook,
+    Hessian,
+    Packed,
+    Rotation,
+    Rounding,
+    Target,
+    gaussian_answer,
+    improve,
+    ldlq_together,
+    weighed_error,
+)
 from rankwise.sizes import Cut
 from rankwise.statistics import SiteStatistics
 from rankwise.statistics.input_moments import InputMoments
@@ -22,6 +34,8 @@ from rankwise.statistics.input_moments import InputMoments
 
 class Quantize(QuantizingMethod):
     """W ~ Q: every weight to a codeword, errors fed back along the Hessian."""
+
+    together: ClassVar[bool] = True
 
     name: Literal["quantize"] = "quantize"
     q_bits: Annotated[int, Field(ge=1, le=8)] | None = None
@@ -78,13 +92,54 @@ class Quantize(QuantizingMethod):
     def fit(
         self, weight: Tensor, statistics: SiteStatistics, cut: Cut, source: torch.Generator, looking: Looking
     ) -> tuple[Factors, Fit]:
-        hessian = Hessian.of(statistics.of(InputMoments()).second_moment().to(weight), self.damping)
-        rotation = drawn_rotation(self, weight, source)
-        seen = looking(cut.q_bits)
+        return self.fit_together([AtSite(weight, statistics, cut, source, looking)])[0]
+
+    def fit_together(self, given: Sequence[AtSite]) -> list[tuple[Factors, Fit]]:
+        begun = [_Begun.of(self, at) for at in given]
+        missing = [each for each in begun if each.q is None]
+        if not self.feedback or type(self).alone is not Quantize.alone:
+            for each in missing:
+                each.q = self.alone(each.at.weight, each.hessian, each.rotation, each.at.cut.q_bits)
+        elif missing:
+            codebook = self.codes(missing[0].at.cut.q_bits)
+            turned = [each.turned(codebook) for each in missing]
+            for each, (target, metric), q in zip(
+                missing, turned, ldlq_together([target for target, _ in turned], codebook), strict=True
+            ):
+                each.q = improve(target.weight, metric, q, codebook, self.passes)
+        return [each.done() for each in begun]
+
+
+@dataclass
+class _Begun:
+    """A fit at one site: what it is given, and its codes when there are some."""
+
+    at: AtSite
+    hessian: Hessian
+    rotation: Rotation
+    q: Packed | None
+
+    @classmethod
+    def of(cls, method: Quantize, at: AtSite) -> _Begun:
+        moment = at.statistics.of(InputMoments()).second_moment().to(at.weight)
+        rotation = drawn_rotation(method, at.weight, at.source)
+        seen = at.looking(at.cut.q_bits)
         # The same rounding, where an outlook has made it already.
-        q = self.alone(weight, hessian, rotation, cut.q_bits) if seen is None or seen.q is None else on(seen.q, weight)
+        q = None if seen is None or seen.q is None else on(seen.q, at.weight)
+        return cls(at, Hessian.of(moment, method.damping), rotation, q)
+
+    def turned(self, codebook: Codebook) -> tuple[Target, Tensor]:
+        """The rotated weight as it goes into LDLQ, and the rotated H."""
+        target, metric = self.rotation.weight(self.at.weight), self.rotation.hessian(self.hessian.matrix)
+        feedback = Hessian(metric, self.hessian.damping).feedback(codebook.tile[1])
+        return Target(target, feedback, codebook.scales(target, feedback=True)), metric
+
+    def done(self) -> tuple[Factors, Fit]:
+        assert self.q is not None
+        weight, metric = self.at.weight, self.hessian.matrix
         # The same before the rotation as after it, and H is not turned once more.
-        whole = weighed_error(weight, hessian.matrix)
-        error = weighed_error(weight - rotation.undo(q.dense()), hessian.matrix) / (whole if whole > 0 else 1.0)
-        factors = Factors(None, None, statistics.bias, q=q, rotation=rotation)
-        return factors, Fit(hessian.damping, errors=(error,), fallback=hessian.fallback or not bool(weight.any()))
+        whole = weighed_error(weight, metric)
+        error = weighed_error(weight - self.rotation.undo(self.q.dense()), metric) / (whole if whole > 0 else 1.0)
+        factors = Factors(None, None, self.at.statistics.bias, q=self.q, rotation=self.rotation)
+        fallback = self.hessian.fallback or not bool(weight.any())
+        return factors, Fit(self.hessian.damping, errors=(error,), fallback=fallback)

@@ -13,7 +13,7 @@ from rankwise.quantizers.codebooks import (
 )
 from rankwise.quantizers.expected import Rounding, gaussian_answer
 from rankwise.quantizers.incoherence import Rotation, packed_signs
-from rankwise.quantizers.ldlq import Hessian, improve, ldlq
+from rankwise.quantizers.ldlq import Hessian, Target, improve, ldlq, ldlq_together
 from rankwise.quantizers.lplr import LowRank, low_rank, weighed_error
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Packed",
     "Rotation",
     "Rounding",
+    "Target",
     "codebook_class",
     "codebook_named",
     "full_codebook_name",
@@ -32,6 +33,7 @@ __all__ = [
     "improve",
     "is_codebook",
     "ldlq",
+    "ldlq_together",
     "low_rank",
     "packed_signs",
     "stored_codebook",

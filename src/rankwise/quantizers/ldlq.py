@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +81,21 @@ class Hessian:
         return self.split(width)[0]
 
 
+@dataclass(frozen=True)
+class Target:
+    """A weight to be rounded by LDLQ.
+
+    Attributes:
+        weight: W, shape `[m, n]`.
+        feedback: U of the padded H, from `Hessian.feedback`.
+        scale: as `Packed.scale`.
+    """
+
+    weight: Tensor
+    feedback: Tensor
+    scale: Tensor
+
+
 def ldlq(weight: Tensor, feedback: Tensor, codebook: Codebook, scale: Tensor) -> Packed:
     """Round a weight block by block, each target moved by the errors of the blocks before it.
 
@@ -95,21 +111,66 @@ def ldlq(weight: Tensor, feedback: Tensor, codebook: Codebook, scale: Tensor) ->
     Returns:
         Codes for W.
     """
+    return ldlq_together([Target(weight, feedback, scale)], codebook)[0]
+
+
+def ldlq_together(targets: Sequence[Target], codebook: Codebook) -> list[Packed]:
+    """`ldlq` of several weights with as many inputs, the k-th blocks of all rounded at once.
+
+    The steps are many and short, so that most of their time goes before any number is rounded. What comes out is what
+    comes out of each alone, to the bit.
+
+    Args:
+        targets: weights `[m, n]` of one n, on one device.
+        codebook: what all are rounded to.
+    """
     width = codebook.tile[1]
-    target = padded(weight, width)
-    unit = wide_scale(scale, codebook.group, target.shape[1]).expand(len(target), target.shape[1])
-    errors = torch.zeros_like(target)
+    each = [_Rounded(target, codebook) for target in targets]
+    rows = [len(one.target) for one in each]
+    columns = each[0].target.shape[1]
     codes = []
-    for first in range(0, target.shape[1], _PANEL):
-        last = min(first + _PANEL, target.shape[1])
-        panel = target[:, first:last] + errors[:, :first] @ feedback[:first, first:last]
+    for first in range(0, columns, _PANEL):
+        last = min(first + _PANEL, columns)
+        for one in each:
+            one.enter(first, last)
         for start in range(first, last, width):
-            stop = start + width
-            wanted = panel[:, start - first : stop - first]
-            wanted = wanted + errors[:, first:start] @ feedback[first:start, start:stop]
-            codes.append(codebook.round(wanted / unit[:, start:stop]))
-            errors[:, start:stop] = target[:, start:stop] - codebook.decode(codes[-1]) * unit[:, start:stop]
-    return Packed(torch.cat(codes, 1), scale, weight.shape[1], codebook.stored_name, codebook.group)
+            codes.append(codebook.round(torch.cat([one.wanted(start, start + width) for one in each])))
+            values = codebook.decode(codes[-1]).split(rows)
+            for one, found in zip(each, values, strict=True):
+                one.missed(start, start + width, found)
+    parts = torch.cat(codes, 1).split(rows)
+    return [
+        Packed(part.clone(), target.scale, target.weight.shape[1], codebook.stored_name, codebook.group)
+        for part, target in zip(parts, targets, strict=True)
+    ]
+
+
+class _Rounded:
+    """A weight on its way through LDLQ: what was missed up to here."""
+
+    def __init__(self, given: Target, codebook: Codebook) -> None:
+        self.target, self._feedback = padded(given.weight, codebook.tile[1]), given.feedback
+        columns = self.target.shape[1]
+        self._unit = wide_scale(given.scale, codebook.group, columns).expand(len(self.target), columns)
+        self._errors = torch.zeros_like(self.target)
+        self._panel, self._first = self.target, 0
+
+    def enter(self, first: int, last: int) -> None:
+        """Begin with columns `first` to `last`, moved by what was missed before them."""
+        target, errors, feedback = self.target, self._errors, self._feedback
+        self._panel = target[:, first:last] + errors[:, :first] @ feedback[:first, first:last]
+        self._first = first
+
+    def wanted(self, start: int, stop: int) -> Tensor:
+        """What a block is to be rounded at, scaled."""
+        first, errors, feedback = self._first, self._errors, self._feedback
+        wanted = self._panel[:, start - first : stop - first]
+        wanted = wanted + errors[:, first:start] @ feedback[first:start, start:stop]
+        return wanted / self._unit[:, start:stop]
+
+    def missed(self, start: int, stop: int, values: Tensor) -> None:
+        """Take down what a block's codes stand for, before scaling."""
+        self._errors[:, start:stop] = self.target[:, start:stop] - values * self._unit[:, start:stop]
 
 
 def improve(weight: Tensor, hessian: Tensor, packed: Packed, codebook: Codebook, passes: int) -> Packed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -78,24 +79,31 @@ class _Fits:
 
     def make(self, wanted: Mapping[Site, Cut]) -> None:
         """Make the codes that are not on disk."""
-        jobs = []
+        missing = []
         for site, cut in wanted.items():
             file = _file(site, cut)
             if not (self._folder.has(file) and self._folder.has(f"{file}.json")):
-                asked = {"site": site.name, "cut": [cut.rank, cut.q_bits, cut.lr_bits], "file": file}
-                reads = (*self._outlooks.measured(site), *self._outlooks.looked(site))
-                jobs.append(Job("rankwise.stages.jobs:fit_codes", asked, reads, f"{site.name}, {cut}"))
-        if not jobs:
+                missing.append((site, cut))
+        if not missing:
             return
-        done = len(wanted) - len(jobs)
+        jobs, sizes = [], []
+        for group in _together(self._work, missing):
+            asked = [(site.name, [cut.rank, cut.q_bits, cut.lr_bits], _file(site, cut)) for site, cut in group]
+            reads = [(*self._outlooks.measured(site), *self._outlooks.looked(site)) for site, _ in group]
+            label = f"{group[0][0].name}, {group[0][1]}" + (f", and {len(group) - 1} more" if len(group) > 1 else "")
+            read = tuple(dict.fromkeys(file for files in reads for file in files))
+            jobs.append(Job("rankwise.stages.jobs:fit_codes", {"sites": asked}, read, label))
+            sizes.append(len(group))
+        done = len(wanted) - len(missing)
         counting = self._work.reporter.counting("fitting", total=len(wanted), done=done)
         with counting as advance, at_work(self._work, rounding=True) as crew:
-            for job, made in zip(jobs, crew.results(jobs, 4 * crew.workers), strict=True):
+            for job, size, made in zip(jobs, sizes, crew.results(jobs, 4 * crew.workers), strict=True):
                 # What the fit says first: the codes alone would not be taken for whole.
                 for name in sorted(made.files, reverse=True):
                     with self._folder.writing(name) as path:
                         made.put(name, path)
-                advance(f"fitting: {job.label}")
+                for _ in range(size):
+                    advance(f"fitting: {job.label}")
 
     def of(self, site: Site, cut: Cut) -> tuple[Factors, dict[str, Any]]:
         """The factors of a site and what its fit says of itself."""
@@ -105,6 +113,27 @@ class _Fits:
         bias = site.bias(self._work.loaded.model)
         found = load_factors(self._folder.path / file, self._work.problem.form, cut, bias)
         return found, self._folder.read_json(f"{file}.json")
+
+
+_TOGETHER_BYTES = 2e8
+"""What fits of a group hold at once: their second moments, those rotated, and feedback; weights and errors."""
+
+
+def _together(work: Work, wanted: Sequence[tuple[Site, Cut]]) -> list[list[tuple[Site, Cut]]]:
+    """Sites in groups that are fitted together: of as many inputs and equal bits, near each other, and small."""
+    if not work.recipe.method.together:
+        return [[each] for each in wanted]
+    groups: list[list[tuple[Site, Cut]]] = []
+    last: dict[tuple[int, int | None], tuple[list[tuple[Site, Cut]], float]] = {}
+    for site, cut in wanted:
+        kind, takes = (site.n, cut.q_bits), 8.0 * (3 * site.n * site.n + 6 * site.m * site.n)
+        group, held = last.get(kind, ([], math.inf))
+        if held + takes > _TOGETHER_BYTES:
+            group, held = [], 0.0
+            groups.append(group)
+        group.append((site, cut))
+        last[kind] = group, held + takes
+    return groups
 
 
 def _file(site: Site, cut: Cut) -> str:

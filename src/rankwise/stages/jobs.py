@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from rankwise.device import named_device
 from rankwise.errors import ModelError, NotFiniteError, RankwiseError
 from rankwise.evaluation import Objective
 from rankwise.factors import Factors, Fit
-from rankwise.methods import Looking, Outlook
+from rankwise.methods import AtSite, Looking, Outlook
 from rankwise.models import Site
 from rankwise.progress import Reporter, give_back_memory
 from rankwise.recipes import recipe_from
@@ -266,20 +266,37 @@ def fit_site(hand: Hand, place: Site, cut: Cut) -> tuple[Factors, dict[str, Any]
     return factors, fit.facts()
 
 
-def fit_codes(hand: Hand, out: Path, *, site: str, cut: list[int | None], file: str) -> None:
-    """The codes of a site: its factors, and in a second file what the fit says of itself.
+def fit_codes(hand: Hand, out: Path, *, sites: list[tuple[str, list[int | None], str]]) -> None:
+    """Codes of sites that are fitted together: of each its factors, and in a second file what the fit says of itself.
 
     Args:
         hand: the run.
         out: where they go.
-        site: name.
-        cut: rank, bits of Q, bits of L and R.
-        file: name of the first.
+        sites: of each its name; rank, bits of Q, bits of L and R; name of the first file.
     """
-    rank, q_bits, lr_bits = cut
-    factors, facts = fit_site(hand, hand.site(site), Cut(rank, q_bits or 0, lr_bits))
-    (out / f"{file}.json").write_text(json.dumps(facts))
-    save_factors(out / file, factors)
+    wanted = [(hand.site(name), Cut(rank, q_bits or 0, lr_bits)) for name, (rank, q_bits, lr_bits), _ in sites]
+    for (_, _, file), (factors, facts) in zip(sites, _fit_together(hand, wanted), strict=True):
+        (out / f"{file}.json").write_text(json.dumps(facts))
+        save_factors(out / file, factors)
+
+
+def _fit_together(hand: Hand, wanted: Sequence[tuple[Site, Cut]]) -> list[tuple[Factors, dict[str, Any]]]:
+    """What `fit_site` gives at each."""
+    work, given = hand.dense(), []
+    if len(wanted) == 1:
+        return [fit_site(hand, *wanted[0])]
+    try:
+        for place, cut in wanted:
+            weight, seen = weight_and_statistics(work, hand.store, place, work.loaded.model.device)
+            given.append(AtSite(weight, seen, cut, draw_for(work, place), hand.looking(place)))
+        found = work.recipe.method.fit_together(given)
+        for (place, _), (_, fit) in zip(wanted, found, strict=True):
+            fit.check_finite(place.name)
+        return [(factors, fit.facts()) for factors, fit in found]
+    except (RuntimeError, ValueError, NotFiniteError):
+        # One by one it is told which fails, and what the GPU cannot do the CPU may.
+        given.clear()
+        return [fit_site(hand, place, cut) for place, cut in wanted]
 
 
 def judge_cuts(
