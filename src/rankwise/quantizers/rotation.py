@@ -38,7 +38,8 @@ def hartley_matrix(size: int) -> Tensor:
 def rotation_parts(size: int) -> list:
     """Orthogonal symmetric matrices whose Kronecker product is the rotation of this dimension, float64.
 
-    For `size` = 2^k q with q odd: Hadamard matrices of at most 256 for the 2^k, and a Hartley matrix for q.
+    For `size` = 2^k q with q odd: Hadamard matrices of at most 256 for the 2^k, and a Hartley matrix for q, which is one
+    with the last of those where that is no larger.
     """
     odd = size
     while odd % 2 == 0:
@@ -47,7 +48,12 @@ def rotation_parts(size: int) -> list:
     while power > 1:
         parts.append(hadamard_matrix(min(power, _LARGEST_HADAMARD)))
         power //= min(power, _LARGEST_HADAMARD)
-    return parts + ([hartley_matrix(odd)] if odd > 1 else [])
+    if odd > 1:
+        last = hartley_matrix(odd)
+        if parts and len(parts[-1]) * odd <= _LARGEST_HADAMARD:
+            last = torch.kron(parts.pop(), last)
+        parts.append(last)
+    return parts
 
 
 def rotate(x: Tensor) -> Tensor:
