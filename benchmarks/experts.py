@@ -39,7 +39,7 @@ SEQUENCES = (1, 4, 16)
 SEEDS = (0, 1)
 KEEP = 0.7
 RULES = ("own", "mixed", "pool")
-METHODS = ("two_sided", "svd_llm")
+METHODS = ("two_sided",)
 
 
 def upcycled(dense: Any) -> Any:
@@ -140,7 +140,8 @@ def measure(model: Path, shared: Path, method: str, sequences: int, rule: str, s
         # One allocation for all rules, so that fits alone differ.
         "allocation": "uniform",
         "budget": {"keep": KEEP, "rank_multiple": 1},
-        "calibration": {**calibration, "sequences": sequences, "sample": "random", "seed": seed},
+        "calibration": {**calibration, "sequences": sequences},
+        "seed": seed,
         "evaluation": {**texts["mix.heldout"], "sequences": 48},
     }
     with knowing(rule), tempfile.TemporaryDirectory() as run:

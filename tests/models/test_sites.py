@@ -16,7 +16,7 @@ from transformers import (
 
 from conftest import tiny_llama
 from rankwise.errors import ModelError, NotFiniteError
-from rankwise.models import find_sites, fused_expert_parameters, share_inputs, shared_layers, unfuse_experts
+from rankwise.models import find_sites, share_inputs, shared_layers, stacked_parameters, unfuse_experts
 
 
 def test_llama_sites_roles_shapes_and_shared_inputs() -> None:
@@ -49,8 +49,8 @@ def test_experts_in_fused_tensors_are_counted_as_no_sites() -> None:
     )  # fmt: skip
     model = MixtralForCausalLM(config)
     assert {site.role for site in find_sites(model)} >= {"q", "k", "v", "o"}
-    assert fused_expert_parameters(model) == 2 * 3 * 16 * 32
-    assert fused_expert_parameters(tiny_llama()) == 0
+    assert stacked_parameters(model) == 2 * 3 * 16 * 32
+    assert stacked_parameters(tiny_llama()) == 0
 
 
 def test_a_router_beside_experts_of_an_unknown_layout_is_no_site() -> None:
@@ -62,7 +62,7 @@ def test_a_router_beside_experts_of_an_unknown_layout_is_no_site() -> None:
     model = Llama4ForCausalLM(config)
     model.model.layers[0].feed_forward.experts.scale = nn.Parameter(torch.ones(4))
     assert unfuse_experts(model).parts == {}
-    assert fused_expert_parameters(model) == 4 * 3 * 16 * 32
+    assert stacked_parameters(model) == 4 * 3 * 16 * 32
     names = [site.name.partition("feed_forward.")[2] for site in find_sites(model)]
     assert [name for name in names if name] == [f"shared_expert.{each}_proj" for each in ("gate", "up", "down")]
 

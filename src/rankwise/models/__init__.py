@@ -22,10 +22,10 @@ from rankwise.models.sites import (
     Site,
     decoder_blocks,
     find_sites,
-    fused_expert_parameters,
     other_layers,
     share_inputs,
     shared_layers,
+    stacked_parameters,
 )
 from rankwise.models.streaming import Streaming, empty_in_file, into_file
 from rankwise.models.unfusing import Unfused, unfuse_experts
@@ -51,7 +51,6 @@ __all__ = [
     "find_couplings",
     "find_sites",
     "fuse",
-    "fused_expert_parameters",
     "group",
     "has_own_language_model",
     "into_file",
@@ -64,6 +63,7 @@ __all__ = [
     "share_inputs",
     "shared_layers",
     "shrink",
+    "stacked_parameters",
     "text_config",
     "unfuse_experts",
     "usable_couplings",

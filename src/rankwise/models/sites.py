@@ -237,8 +237,8 @@ def _routes(path: str, module: nn.Module, experts: Mapping[str, int]) -> bool:
     return False
 
 
-def fused_expert_parameters(model: nn.Module) -> int:
-    """Parameters in the blocks that are kept as 3-D tensors (mixtures of experts), which are no sites."""
+def stacked_parameters(model: nn.Module) -> int:
+    """Parameters in the blocks that are kept as 3-D tensors (experts of an unknown layout, heads of a state space)."""
     _, blocks = decoder_blocks(model)
     owners = (module for module in blocks.modules() if not isinstance(module, nn.Conv1d))
     return sum(p.numel() for module in owners for p in module.parameters(recurse=False) if p.ndim == 3)

@@ -38,8 +38,8 @@ def hartley_matrix(size: int) -> Tensor:
 def rotation_parts(size: int) -> list:
     """Orthogonal symmetric matrices whose Kronecker product is the rotation of this dimension, float64.
 
-    For `size` = 2^k q with q odd: Hadamard matrices of at most 256 for the 2^k, and a Hartley matrix for q, which is one
-    with the last of those where that is no larger.
+    For `size` = 2^k q with q odd: Hadamard matrices of at most 256 for the 2^k, and a Hartley matrix for q, joined to
+    the last of those where that is no larger.
     """
     odd = size
     while odd % 2 == 0:

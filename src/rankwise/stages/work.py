@@ -18,10 +18,10 @@ from rankwise.layers import VocabularyParts
 from rankwise.models import (
     Site,
     find_sites,
-    fused_expert_parameters,
     other_layers,
     reads_images,
     shared_layers,
+    stacked_parameters,
     unfuse_experts,
 )
 from rankwise.progress import Reporter
@@ -293,11 +293,11 @@ def begin(
     why = "they make something else of their weights than W x + b"
     _note_dense(reporter, other_layers(loaded.model), why)
     _note_dense(reporter, shared_layers(loaded.model), "several blocks share their weights")
-    fused = fused_expert_parameters(loaded.model)
-    if fused:
+    stacked = stacked_parameters(loaded.model)
+    if stacked:
         reporter.note(
-            f"{fused} parameters of fused experts (3-D tensors) stay dense and are not counted in the budget: their "
-            "layout is none of those that are known"
+            f"{stacked} parameters in stacks of matrices (experts, heads) stay dense and are not counted in the budget, "
+            "because their layout is none of those that are known"
         )
     calibration = texts.calibration
     asked = recipe.calibration.counted(loaded.model.device.type)
