@@ -296,8 +296,8 @@ def begin(
     stacked = stacked_parameters(loaded.model)
     if stacked:
         reporter.note(
-            f"{stacked} parameters in stacks of matrices (experts, heads) stay dense and are not counted in the budget, "
-            "because their layout is none of those that are known"
+            f"{stacked} parameters in stacks of matrices (experts, heads) stay dense and are not counted: "
+            "their layout is none of those that are known"
         )
     calibration = texts.calibration
     asked = recipe.calibration.counted(loaded.model.device.type)
