@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rankwise import compress
 from rankwise.checkpoints import load_model
-from rankwise.layers.needs import FORMAT_VERSION
+from rankwise.layers.needs import WITHOUT_GROUPS
 from rankwise.models import UnfusedExperts, find_sites, fuse, unfuse_experts
 from rankwise.recipes import recipe_from
 
@@ -122,7 +122,7 @@ def test_both_formats_load_and_agree(name: str, tokens: str, tmp_path: Path) -> 
     assert torch.equal(logits(loaded), logits(small.model))
     assert torch.equal(logits(load_model(str(tmp_path / "small"), precision="stored").model), logits(loaded))
     entry = json.loads((tmp_path / "small/config.json").read_text())["rankwise"]
-    assert (entry["format"], len(entry["experts"])) == (FORMAT_VERSION, 2)
+    assert (entry["format"], len(entry["experts"])) == (WITHOUT_GROUPS, 2)
     plain = compress(recipe_from({**values, "format": "dense", "output": str(tmp_path / "plain")}))
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert not any(isinstance(module, UnfusedExperts) for module in dense.modules())

@@ -277,7 +277,7 @@ def test_experts_that_compute_something_else_are_left_alone(
     assert torch.equal(logits(model), expected)
     assert not any(isinstance(module, UnfusedExperts) for module in model.modules())
     small = compress(recipe(tmp_path, tokens, method="svd", allocation="uniform", output=None))
-    assert any("fused experts (3-D tensors) stay dense" in note for note in small.report.notes)
+    assert any("in stacks of matrices (experts, heads) stay dense" in note for note in small.report.notes)
 
 
 def test_a_config_that_names_experts_wrongly_is_refused(rankwise: Any, tokens: str, tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ import torch
 import transformers
 from test_architectures import SMALL, tokens  # noqa: F401
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from rankwise import compress
 from rankwise.checkpoints import load_model
 from rankwise.errors import ModelError
+from rankwise.evaluation.operations import count_operations
 from rankwise.layers.needs import FORMAT_VERSION, WITHOUT_GROUPS, unmet
 from rankwise.models import GroupedLinear, find_sites, group, unfuse_experts
 from rankwise.models.grouped import groups_of, ungroup
@@ -120,16 +122,33 @@ def test_what_only_looks_like_groups_is_left(name: str) -> None:
     paths = [path for path, module in model.named_modules() if groups_of(module)]
     whole: Any = model.get_submodule(paths[0])
     kind = type(whole)
-    whole.__class__ = type("Doubled", (kind,), {"forward": lambda self, *given: 2 * kind.forward(self, *given)})
-    # Of this class a forward of another signature is none that is known.
-    left = unfuse_experts(model)
-    assert type(model.get_submodule(paths[0])) is type(whole)
-    assert not any(part.startswith(f"{paths[0]}.") for part in left.parts)
+
+    def of_experts(self: Any, inputs: Any, expert_size: Any) -> Any:
+        return 2 * kind.forward(self, inputs, expert_size)
+
+    def of_groups(self: Any, x: Any) -> Any:
+        return 2 * kind.forward(self, x)
+
+    whole.__class__ = type("Doubled", (kind,), {"forward": of_experts if name == "JetMoe" else of_groups})
+    assert groups_of(whole)
+    found = unfuse_experts(model)
+    assert found.left == ("Doubled",)
+    assert not any(part.startswith(f"{paths[0]}.") for part in found.parts)
     assert isinstance(model.get_submodule(paths[1]), GroupedLinear)
-    whole.bias = nn.Parameter(torch.zeros(3))
+    whole.extra = nn.Parameter(torch.zeros(3))
     assert not groups_of(whole)
     with pytest.raises(ValueError, match="no linear layers that are known"):
         ungroup(model, [paths[0]])
+
+
+def test_operations_of_experts_count_by_the_tokens_that_come_to_them() -> None:
+    model = build("JetMoe")
+    model.config._attn_implementation = "eager"
+    unfuse_experts(model)
+    counted = count_operations(model, torch.float32, tokens=16)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=IDENTIFIERS[:1], use_cache=False)
+    assert counted.macs == counter.get_total_flops() / 2
 
 
 def test_experts_without_tokens_are_not_run() -> None:

@@ -19,7 +19,7 @@ from rankwise.methods.quantize import Quantize
 from rankwise.quantizers import Hessian, Target, codebook_named, ldlq, ldlq_together
 from rankwise.recipes import recipe_from
 from rankwise.sizes import Cut
-from rankwise.stages import jobs
+from rankwise.stages import jobs, memory
 from rankwise.stages.fitting import _together
 
 Settings = Callable[..., dict[str, Any]]
@@ -75,16 +75,36 @@ def test_a_site_is_fitted_together_with_others_as_alone(choices: dict[str, Any])
     assert [fit.fallback for _, fit in found] == [False, True, False]
 
 
-def test_groups_are_of_one_width_and_bits_and_no_larger_than_memory_allows() -> None:
+def test_groups_are_of_one_width_and_bits_and_no_larger_than_memory_allows(monkeypatch: Any) -> None:
     work = cast(Any, SimpleNamespace(recipe=SimpleNamespace(method=Quantize())))
+    monkeypatch.setattr(memory, "_GROUPS", 1)
     sites = [make_site(f"layers.{number}.q_proj", 64, 32 + 32 * (number % 2)) for number in range(9)]
     wanted = [(site, Cut(0, 3 if number < 2 else 4)) for number, site in enumerate(sites)]
-    groups = _together(work, wanted)
+    groups = _together(work, wanted, 1)
     assert [len(group) for group in groups] == [1, 1, 4, 3]
     assert sorted(each[0].name for group in groups for each in group) == sorted(site.name for site in sites)
     assert all(len({(site.n, cut.q_bits) for site, cut in group}) == 1 for group in groups)
     large = [(make_site(f"layers.{number}.q_proj", 4096, 4096), Cut(0, 4)) for number in range(3)]
-    assert [len(group) for group in _together(work, large)] == [1, 1, 1]
+    assert [len(group) for group in _together(work, large, 1)] == [1, 1, 1]
+    # Nobody waits for one who has all.
+    assert len(_together(work, wanted, 4)) >= 4
+
+
+class Halved(Quantize):
+    """A method of one's own, made of `quantize`."""
+
+    def fit(self, weight: Tensor, *given: Any) -> Any:
+        return super().fit(weight / 2, *given)
+
+
+def test_a_method_that_fits_in_its_own_way_is_asked_for_every_site() -> None:
+    method = Halved()
+    assert Quantize().together
+    assert not method.together
+    given = [AtSite(matrix(4, 16, seed), seen(16, seed), Cut(0, 4), drawn(seed), lambda _: None) for seed in range(2)]
+    for seed, (at, (factors, _)) in enumerate(zip(given, method.fit_together(given), strict=True)):
+        plain, _ = Quantize().fit(at.weight / 2, at.statistics, at.cut, drawn(seed), at.looking)
+        assert torch.equal(factors.reconstruct(), plain.reconstruct())
 
 
 def test_codes_are_those_of_fits_one_by_one(settings: Settings, tmp_path: Path, monkeypatch: Any) -> None:
@@ -100,9 +120,9 @@ def test_codes_are_those_of_fits_one_by_one(settings: Settings, tmp_path: Path, 
     compress(recipe_from({**values, "output": str(tmp_path / "together")}), run_directory=tmp_path / "run")
     assert max(groups) > 1
     groups.clear()
-    monkeypatch.setattr(Quantize, "together", False)
+    monkeypatch.setattr(Quantize, "together", property(lambda _: False))
     compress(recipe_from({**values, "output": str(tmp_path / "alone")}), run_directory=tmp_path / "other run")
-    assert set(groups) == {1}
+    assert not groups
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("together", "alone"))
     assert one == other
     sites = [

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from rankwise.layers import coded_buffers, is_linear, kind_of, vocabulary_entry
-from rankwise.models import decoder_blocks, language_model, text_config
+from rankwise.models import GroupedLinear, decoder_blocks, language_model, text_config
 from rankwise.sizes import Plan
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -150,6 +150,8 @@ def count_operations(
     prefix = decoder_blocks(model)[0] + "."
     path, head = language_model(model)[0], model.get_output_embeddings()
     linear = {n: m for n, m in model.named_modules() if is_linear(m) and not _inside_another(n, model)}
+    grouped = [(n, m) for n, m in model.named_modules() if isinstance(m, GroupedLinear) and m.routed]
+    routed = {f"{name}.{number}" for name, module in grouped for number, _ in module.named_children()}
     parameters = linear_parameters = 0
     per_token = 0.0
     size = 0
@@ -166,7 +168,7 @@ def count_operations(
         parameters += count
         linear_parameters += count if name.startswith(prefix) else 0
         if not path or name.startswith(f"{path}.") or layer is head:
-            per_token += count * (share if _EXPERT.search(name) else 1.0)
+            per_token += count * (share if name in routed or _EXPERT.search(name) else 1.0)
     planned = set() if plan is None else set(plan.shapes)
     inside = tuple(f"{name}." for name in linear)
     dtypes = stored_dtypes or {}

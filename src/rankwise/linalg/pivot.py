@@ -91,5 +91,5 @@ def pivot(left: Tensor, right: Tensor, limit: float = LARGEST_ENTRY) -> Pivoted:
         limit: what max |T| is brought under, unless that takes too many exchanges.
     """
     order, rest = independent_rows(left, limit)
-    largest = float(torch.stack([rest.max(), -rest.min()]).max()) if rest.numel() else 0.0
+    largest = float(torch.stack([rest.max(), -rest.min()]).max().abs()) if rest.numel() else 0.0
     return Pivoted(left[order[: left.shape[1]]] @ right, rest, order, largest)

@@ -69,7 +69,6 @@ class Method(BaseModel, ABC):
         default_keep: kept fraction where no size is given; None where the settings may say it all.
         keeps_factors: whether what it makes is L R in numbers, which repairs know how to mend.
         rounds: whether weights become codes, by many short steps; then `fit` may be called in several threads at once.
-        together: whether `fit_together` takes less time than as many fits.
         prunes: whether it makes the model smaller before its weights are looked at: units go, or directions.
         by_site: whether it can leave out a site and still do its work at the others.
     """
@@ -81,7 +80,6 @@ class Method(BaseModel, ABC):
     keeps_factors: ClassVar[bool] = True
     prunes: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
-    together: ClassVar[bool] = False
     by_site: ClassVar[bool] = True
 
     name: str
@@ -193,6 +191,11 @@ class Method(BaseModel, ABC):
             source: for what is drawn.
             looking: the outlooks of this site.
         """
+
+    @property
+    def together(self) -> bool:
+        """Whether `fit_together` takes less time than as many fits."""
+        return False
 
     def fit_together(self, given: Sequence[AtSite]) -> list[tuple[Factors, Fit]]:
         """`fit` at several sites, the same as of each alone; all have as many inputs and get as many bits.

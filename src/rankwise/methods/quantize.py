@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -34,8 +34,6 @@ from rankwise.statistics.input_moments import InputMoments
 
 class Quantize(QuantizingMethod):
     """W ~ Q: every weight to a codeword, errors fed back along the Hessian."""
-
-    together: ClassVar[bool] = True
 
     name: Literal["quantize"] = "quantize"
     q_bits: Annotated[int, Field(ge=1, le=8)] | None = None
@@ -92,9 +90,17 @@ class Quantize(QuantizingMethod):
     def fit(
         self, weight: Tensor, statistics: SiteStatistics, cut: Cut, source: torch.Generator, looking: Looking
     ) -> tuple[Factors, Fit]:
-        return self.fit_together([AtSite(weight, statistics, cut, source, looking)])[0]
+        return self._fitted([AtSite(weight, statistics, cut, source, looking)])[0]
+
+    @property
+    def together(self) -> bool:
+        """Unless a method made of this one fits in its own way."""
+        return type(self).fit is Quantize.fit
 
     def fit_together(self, given: Sequence[AtSite]) -> list[tuple[Factors, Fit]]:
+        return self._fitted(given) if self.together else super().fit_together(given)
+
+    def _fitted(self, given: Sequence[AtSite]) -> list[tuple[Factors, Fit]]:
         begun = [_Begun.of(self, at) for at in given]
         missing = [each for each in begun if each.q is None]
         if not self.feedback or type(self).alone is not Quantize.alone:

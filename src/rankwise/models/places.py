@@ -15,7 +15,7 @@ _ROLES = {
     "down_proj": "down",
 }
 
-_ELSEWHERE = {"out_proj": ("in_proj",), "gate_proj": ("q_proj", "k_proj", "qkv_proj")}
+_ELSEWHERE = {"out_proj": ("in_proj",), "gate_proj": ("q_proj", "k_proj", "kv_proj", "qkv_proj")}
 """Beside layers whose names start so a layer is no output of attention (but of a state space) and no gate of an MLP."""
 
 Place = tuple[int, str]
@@ -23,7 +23,9 @@ Place = tuple[int, str]
 
 
 def places_of(names: Iterable[str]) -> dict[str, Place]:
-    """Block and role of every site: the first number in its path, and its last part that is none.
+    """Block and role of every site: the first number in its path, and its last part.
+
+    Of layers that lie in one weight, which are counted from 0, the role is the part before.
 
     `out_proj` of a state-space block and `gate_proj` of attention keep their names as roles: they are other things than
     the `o` of attention and the `gate` of an MLP.
@@ -38,8 +40,9 @@ def places_of(names: Iterable[str]) -> dict[str, Place]:
     found = {}
     for name, path in parts.items():
         block = next((int(part) for part in path if part.isdecimal() and len(part) < 10), 0)
-        leaf = next((part for part in reversed(path) if not part.isdecimal()), path[-1])
-        others = beside[".".join(path[:-1])]
+        others, leaf = beside[".".join(path[:-1])], path[-1]
+        if len(others) > 1 and others == {str(number) for number in range(len(others))}:
+            leaf = path[-2]
         elsewhere = any(other.startswith(start) for start in _ELSEWHERE.get(leaf, ()) for other in others)
         found[name] = block, leaf if elsewhere else _ROLES.get(leaf, leaf)
     return found

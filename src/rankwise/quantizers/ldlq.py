@@ -118,7 +118,7 @@ def ldlq_together(targets: Sequence[Target], codebook: Codebook) -> list[Packed]
     """`ldlq` of several weights with as many inputs, the k-th blocks of all rounded at once.
 
     The steps are many and short, so that most of their time goes before any number is rounded. What comes out is what
-    comes out of each alone, to the bit.
+    comes out of each alone, but for ties within rounding.
 
     Args:
         targets: weights `[m, n]` of one n, on one device.

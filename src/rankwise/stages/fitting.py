@@ -23,6 +23,7 @@ from rankwise.stages.crews import at_work
 from rankwise.stages.fitted import load_factors
 from rankwise.stages.jobs import Hand, fit_site
 from rankwise.stages.keys import calibration_key
+from rankwise.stages.memory import most_together, together_bytes
 from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.work import Work
 
@@ -86,24 +87,27 @@ class _Fits:
                 missing.append((site, cut))
         if not missing:
             return
-        jobs, sizes = [], []
-        for group in _together(self._work, missing):
-            asked = [(site.name, [cut.rank, cut.q_bits, cut.lr_bits], _file(site, cut)) for site, cut in group]
-            reads = [(*self._outlooks.measured(site), *self._outlooks.looked(site)) for site, _ in group]
-            label = f"{group[0][0].name}, {group[0][1]}" + (f", and {len(group) - 1} more" if len(group) > 1 else "")
-            read = tuple(dict.fromkeys(file for files in reads for file in files))
-            jobs.append(Job("rankwise.stages.jobs:fit_codes", {"sites": asked}, read, label))
-            sizes.append(len(group))
-        done = len(wanted) - len(missing)
-        counting = self._work.reporter.counting("fitting", total=len(wanted), done=done)
-        with counting as advance, at_work(self._work, rounding=True) as crew:
-            for job, size, made in zip(jobs, sizes, crew.results(jobs, 4 * crew.workers), strict=True):
-                # What the fit says first: the codes alone would not be taken for whole.
-                for name in sorted(made.files, reverse=True):
-                    with self._folder.writing(name) as path:
-                        made.put(name, path)
-                for _ in range(size):
-                    advance(f"fitting: {job.label}")
+        with at_work(self._work, rounding=True) as crew:
+            groups = _together(self._work, missing, crew.workers)
+            jobs = [self._job(group) for group in groups]
+            done = len(wanted) - len(missing)
+            with self._work.reporter.counting("fitting", total=len(wanted), done=done) as advance:
+                for job, group, made in zip(jobs, groups, crew.results(jobs, 4 * crew.workers), strict=True):
+                    # What the fit says first: the codes alone would not be taken for whole.
+                    for name in sorted(made.files, reverse=True):
+                        with self._folder.writing(name) as path:
+                            made.put(name, path)
+                    for _ in group:
+                        advance(f"fitting: {job.label}")
+
+    def _job(self, group: Sequence[tuple[Site, Cut]]) -> Job:
+        """The fits of sites that are fitted together."""
+        asked = [(site.name, [cut.rank, cut.q_bits, cut.lr_bits], _file(site, cut)) for site, cut in group]
+        reads = [(*self._outlooks.measured(site), *self._outlooks.looked(site)) for site, _ in group]
+        (first, cut), more = group[0], len(group) - 1
+        label = f"{first.name}, {cut}" + (f", and {more} more" if more else "")
+        read = tuple(dict.fromkeys(file for files in reads for file in files))
+        return Job("rankwise.stages.jobs:fit_codes", {"sites": asked}, read, label)
 
     def of(self, site: Site, cut: Cut) -> tuple[Factors, dict[str, Any]]:
         """The factors of a site and what its fit says of itself."""
@@ -115,20 +119,17 @@ class _Fits:
         return found, self._folder.read_json(f"{file}.json")
 
 
-_TOGETHER_BYTES = 2e8
-"""What fits of a group hold at once: their second moments, those rotated, and feedback; weights and errors."""
-
-
-def _together(work: Work, wanted: Sequence[tuple[Site, Cut]]) -> list[list[tuple[Site, Cut]]]:
+def _together(work: Work, wanted: Sequence[tuple[Site, Cut]], workers: int) -> list[list[tuple[Site, Cut]]]:
     """Sites in groups that are fitted together: of as many inputs and equal bits, near each other, and small."""
     if not work.recipe.method.together:
         return [[each] for each in wanted]
+    most = most_together([site for site, _ in wanted], workers)
     groups: list[list[tuple[Site, Cut]]] = []
     last: dict[tuple[int, int | None], tuple[list[tuple[Site, Cut]], float]] = {}
     for site, cut in wanted:
-        kind, takes = (site.n, cut.q_bits), 8.0 * (3 * site.n * site.n + 6 * site.m * site.n)
+        kind, takes = (site.n, cut.q_bits), together_bytes(site)
         group, held = last.get(kind, ([], math.inf))
-        if held + takes > _TOGETHER_BYTES:
+        if held + takes > most:
             group, held = [], 0.0
             groups.append(group)
         group.append((site, cut))

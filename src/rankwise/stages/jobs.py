@@ -34,6 +34,9 @@ from rankwise.stages.measuring import finished_store, requests_of
 from rankwise.stages.work import Texts, Work, begin
 from rankwise.statistics import HIDDEN_GB, Store, collecting, save_totals
 
+_LARGE = 1 << 21
+"""Numbers of a weight from which on what was freed is worth the time to give it back."""
+
 
 class Hand:
     """What jobs work on: a run, its statistics and what was seen in its weights, as they are on the disk.
@@ -82,7 +85,8 @@ class Hand:
             NotFiniteError: naming the site.
         """
         work = self.dense()
-        give_back_memory()
+        if site.parameters >= _LARGE:
+            give_back_memory()
 
         def make(device: torch.device) -> Outlook:
             weight, seen = weight_and_statistics(work, self.store, site, device)
@@ -282,21 +286,26 @@ def fit_codes(hand: Hand, out: Path, *, sites: list[tuple[str, list[int | None],
 
 def _fit_together(hand: Hand, wanted: Sequence[tuple[Site, Cut]]) -> list[tuple[Factors, dict[str, Any]]]:
     """What `fit_site` gives at each."""
-    work, given = hand.dense(), []
-    if len(wanted) == 1:
-        return [fit_site(hand, *wanted[0])]
-    try:
-        for place, cut in wanted:
-            weight, seen = weight_and_statistics(work, hand.store, place, work.loaded.model.device)
-            given.append(AtSite(weight, seen, cut, draw_for(work, place), hand.looking(place)))
-        found = work.recipe.method.fit_together(given)
-        for (place, _), (_, fit) in zip(wanted, found, strict=True):
-            fit.check_finite(place.name)
-        return [(factors, fit.facts()) for factors, fit in found]
-    except (RuntimeError, ValueError, NotFiniteError):
-        # One by one it is told which fails, and what the GPU cannot do the CPU may.
-        given.clear()
+    work = hand.dense()
+    device, failed = work.loaded.model.device, len(wanted) == 1
+    if not failed:
+        try:
+            given = []
+            for place, cut in wanted:
+                weight, seen = weight_and_statistics(work, hand.store, place, device)
+                given.append(AtSite(weight, seen, cut, draw_for(work, place), hand.looking(place)))
+            found = work.recipe.method.fit_together(given)
+        except (RuntimeError, ValueError, NotFiniteError):
+            failed = True
+    if failed:
+        # One by one it is told which fails, and what a GPU cannot do the CPU may. What the group held is let go here.
+        given = []
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         return [fit_site(hand, place, cut) for place, cut in wanted]
+    for (place, _), (_, fit) in zip(wanted, found, strict=True):
+        fit.check_finite(place.name)
+    return [(factors, fit.facts()) for factors, fit in found]
 
 
 def judge_cuts(

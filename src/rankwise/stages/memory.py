@@ -96,6 +96,7 @@ class Shapes:
         on_gpu: whether it computes on a GPU.
         codes: whether weights are rounded to codes.
         rounded: how many are at once where the model is whole.
+        together: whether small ones are fitted in groups.
     """
 
     sites: Sequence[Site]
@@ -115,6 +116,7 @@ class Shapes:
     vocabulary: Vocabulary
     codes: bool
     rounded: int
+    together: bool
 
 
 def _summed(sums: Sums) -> int:
@@ -189,6 +191,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
         on_gpu=device.type != "cpu",
         codes=recipe.method.rounds,
         rounded=rounded_at_once(recipe.method, sites, device.type != "cpu", "whole"),
+        together=recipe.method.together,
         vocabulary=_vocabulary(recipe, model, stored),
     )
 
@@ -252,11 +255,14 @@ def _need(s: Shapes, mode: str) -> Need:
     activations = s.computed * tokens * (passing + 6 * s.width if s.gradients else s.width * 6)
     sums = max(s.sums)
     logits = _LOGITS_AT_ONCE * 4 * LOGITS
-    looking = max(_looking(site, s.codes) for site in s.sites) * (s.rounded if mode == "whole" else 1)
+    at_once = s.rounded if mode == "whole" else 1
+    looking = max(_looking(site, s.codes) for site in s.sites) * at_once
+    fitting = int(at_once * most_together(s.sites, at_once)) if s.together else 0
     made = int(s.keep * sum(site.parameters for site in s.sites)) * 4 if mode == "whole" and not widened else 0
     stages = {
         "statistics": activations + in_memory + max(sums, logits if s.gradients else 0),
         "outlooks": looking,
+        "fits": fitting,
         "head": _fitting_head(s.vocabulary, s.width),
         "scores": s.computed * tokens * 6 * s.width + logits // 2,
     }
@@ -272,7 +278,22 @@ def _looking(site: Site, codes: bool) -> int:
     it becomes codes, H, what it is turned into, and its factor.
     """
     k = min(site.m, site.n)
-    return 8 * ((8 * site.n * site.n if codes else 0) + 5 * k * k + 5 * site.m * site.n)
+    return 8 * ((8 * site.n * site.n if codes else 0) + 5 * k * k) + 44 * site.m * site.n
+
+
+_TOGETHER_BYTES = 2e8
+_GROUPS = 4
+"""What fits of a group hold at once, and how many groups every worker gets at least, so that none waits for long."""
+
+
+def together_bytes(site: Site) -> int:
+    """Bytes that a fit beside others holds: second moments, those rotated, and feedback; the weight and its errors."""
+    return 8 * (3 * site.n * site.n + 6 * site.m * site.n)
+
+
+def most_together(sites: Sequence[Site], workers: int) -> float:
+    """Bytes that the fits of a group may hold."""
+    return min(_TOGETHER_BYTES, sum(map(together_bytes, sites)) / (_GROUPS * workers))
 
 
 _SMALL = 1 << 21

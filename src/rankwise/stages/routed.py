@@ -24,8 +24,11 @@ def note_experts(sites: Sequence[Site], store: Store, reporter: Reporter) -> Non
     for site in sites:
         reach = store.reach(site)
         if reach is not None:
-            rest = site.pool.partition("*")[2]
+            where, _, rest = site.pool.partition("*")
             expert = site.name[: len(site.name) - len(rest)]
+            if not rest:
+                # Of grouped layers, each of which holds one projection of all experts.
+                expert = f"{where.rstrip('.').rpartition('.')[0]}, expert {expert.removeprefix(where)}"
             seen[expert] = reach.vectors
             if reach.vectors < reach.enough:
                 short.add(expert)
