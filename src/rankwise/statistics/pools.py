@@ -137,5 +137,5 @@ class Pools:
                 raise FileNotFoundError(f"{pool}: no expert saw a token")
             return total
 
-        projection = f"{statistic.name} {pool.rpartition('*')[2]}"
+        projection = f"{statistic.name} {'.'.join(part for part in pool.split('.') if not part.isdecimal())}"
         return self._latest.setdefault(projection, Latest()).get((statistic, pool), merge)
