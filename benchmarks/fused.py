@@ -26,9 +26,9 @@ from rankwise.recipes import recipe_from
 LAYOUTS = {"parts": "as its parts", "one": "as one site"}
 TEXTS = ("wikitext2.test", "mix.heldout")
 CASES: dict[str, dict[str, Any]] = {
-    **{f"two_sided, keep {keep}": {"method": "two_sided", "budget": {"keep": keep}} for keep in (0.9, 0.8, 0.6, 0.4)},
+    **{f"two_sided, keep {keep}": {"method": "two_sided", "budget": {"keep": keep}} for keep in (0.8, 0.6, 0.4)},
     **{f"bolaco, keep {keep}": {"method": "bolaco", "budget": {"keep": keep}} for keep in (0.8, 0.6)},
-    **{f"quantize, {bits} bits": {"method": "quantize", "budget": {"bits": bits}} for bits in (3, 2.2)},
+    "quantize, 3 bits": {"method": "quantize", "budget": {"bits": 3}},
 }
 
 
