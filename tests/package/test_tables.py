@@ -208,6 +208,7 @@ TABLES = {
             "SmolLM2-135M, `blocks`": {"case": "smollm2", "mode": "blocks"},
             "SmolLM2-135M, `disk`": {"case": "smollm2", "mode": "disk"},
             "shapes of Llama-3.2-1B, `disk`": {"case": "llama-1b", "mode": "disk"},
+            "four blocks of these, `disk`": {"case": "llama-1b-4", "mode": "disk"},
             "two blocks of 7B, `disk`": {"case": "llama-7b-2", "mode": "disk"},
         },
         {
