@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,7 +22,10 @@ from rankwise.evaluation.operations import count_operations
 from rankwise.layers.needs import FORMAT_VERSION, WITHOUT_GROUPS, unmet
 from rankwise.models import GroupedLinear, find_sites, group, unfuse_experts
 from rankwise.models.grouped import groups_of, ungroup
+from rankwise.progress import Reporter
 from rankwise.recipes import recipe_from
+from rankwise.stages.routed import note_experts
+from rankwise.statistics.pools import Reach
 
 WITHOUT_HEADS = {key: value for key, value in SMALL.items() if key != "head_dim"}
 CASES: dict[str, tuple[dict[str, Any], int]] = {
@@ -149,6 +153,16 @@ def test_operations_of_experts_count_by_the_tokens_that_come_to_them() -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=IDENTIFIERS[:1], use_cache=False)
     assert counted.macs == counter.get_total_flops() / 2
+
+
+def test_an_expert_is_told_of_once_though_its_projections_lie_in_two_weights() -> None:
+    model, reporter = build("JetMoe"), Reporter(show=False)
+    unfuse_experts(model)
+    store = SimpleNamespace(reach=lambda site: Reach(3, site.n, 3.0) if site.pool else None)
+    note_experts(find_sites(model), cast(Any, store), reporter)
+    # Four of the MLP and four of attention in each of two blocks.
+    assert reporter.notes[0].startswith("16 of 16 experts saw")
+    assert "model.layers.0.mlp, expert 0 3" in reporter.notes[0]
 
 
 def test_experts_without_tokens_are_not_run() -> None:

@@ -19,7 +19,7 @@ from rankwise.methods.quantize import Quantize
 from rankwise.quantizers import Hessian, Target, codebook_named, ldlq, ldlq_together
 from rankwise.recipes import recipe_from
 from rankwise.sizes import Cut
-from rankwise.stages import jobs, memory
+from rankwise.stages import at_once, jobs
 from rankwise.stages.fitting import _together
 
 Settings = Callable[..., dict[str, Any]]
@@ -77,7 +77,7 @@ def test_a_site_is_fitted_together_with_others_as_alone(choices: dict[str, Any])
 
 def test_groups_are_of_one_width_and_bits_and_no_larger_than_memory_allows(monkeypatch: Any) -> None:
     work = cast(Any, SimpleNamespace(recipe=SimpleNamespace(method=Quantize())))
-    monkeypatch.setattr(memory, "_GROUPS", 1)
+    monkeypatch.setattr(at_once, "_GROUPS", 1)
     sites = [make_site(f"layers.{number}.q_proj", 64, 32 + 32 * (number % 2)) for number in range(9)]
     wanted = [(site, Cut(0, 3 if number < 2 else 4)) for number, site in enumerate(sites)]
     groups = _together(work, wanted, 1)

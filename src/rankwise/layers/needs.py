@@ -10,12 +10,11 @@ import transformers
 
 FORMAT_VERSION = 12
 """Of a config's `rankwise` entry, the newest that is read. Since 12 it may name grouped layers that are taken apart;
-since 11 experts that are taken apart may be of layouts that
-no class says; since 10 a head may be two factors; since 9 it may say of which form the blocks of a cut stream are;
-since 8 a codebook may be levels that its name spells out; since 7 the entry may say that embeddings and head are codes;
-since 6 it may name blocks of sizes of their own and dense layers with a bias, and say how a residual stream was cut;
-since 5 it may name experts that are taken apart, since 4 a pivoted layer names the type of its order; earlier ones are
-read too."""
+since 11 experts that are taken apart may be of layouts that no class says; since 10 a head may be two factors; since 9
+it may say of which form the blocks of a cut stream are; since 8 a codebook may be levels that its name spells out;
+since 7 the entry may say that embeddings and head are codes; since 6 it may name blocks of sizes of their own and dense
+layers with a bias, and say how a residual stream was cut; since 5 it may name experts that are taken apart, since 4 a
+pivoted layer names the type of its order; earlier ones are read too."""
 
 WITHOUT_GROUPS, WITHOUT_LAYOUTS, WITHOUT_FACTORS, WITHOUT_FORM, WITHOUT_LEVELS = 11, 10, 9, 8, 7
 WITHOUT_VOCABULARY, WITHOUT_BLOCKS, WITHOUT_EXPERTS = 6, 5, 4

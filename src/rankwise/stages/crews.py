@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from rankwise.runs import Crew, Here, clear_scratch
+from rankwise.stages.at_once import rounded_at_once
 from rankwise.stages.jobs import Hand
-from rankwise.stages.memory import rounded_at_once
 from rankwise.stages.work import Work
 
 

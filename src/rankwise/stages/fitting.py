@@ -19,11 +19,11 @@ from rankwise.models import Site
 from rankwise.progress import Reporter
 from rankwise.runs import Folder, Job
 from rankwise.sizes import Cut, Form, Plan
+from rankwise.stages.at_once import most_together, together_bytes
 from rankwise.stages.crews import at_work
 from rankwise.stages.fitted import load_factors
 from rankwise.stages.jobs import Hand, fit_site
 from rankwise.stages.keys import calibration_key
-from rankwise.stages.memory import most_together, together_bytes
 from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.work import Work
 

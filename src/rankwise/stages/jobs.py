@@ -287,8 +287,8 @@ def fit_codes(hand: Hand, out: Path, *, sites: list[tuple[str, list[int | None],
 def _fit_together(hand: Hand, wanted: Sequence[tuple[Site, Cut]]) -> list[tuple[Factors, dict[str, Any]]]:
     """What `fit_site` gives at each."""
     work = hand.dense()
-    device, failed = work.loaded.model.device, len(wanted) == 1
-    if not failed:
+    device, alone = work.loaded.model.device, len(wanted) == 1
+    if not alone:
         try:
             given = []
             for place, cut in wanted:
@@ -296,8 +296,8 @@ def _fit_together(hand: Hand, wanted: Sequence[tuple[Site, Cut]]) -> list[tuple[
                 given.append(AtSite(weight, seen, cut, draw_for(work, place), hand.looking(place)))
             found = work.recipe.method.fit_together(given)
         except (RuntimeError, ValueError, NotFiniteError):
-            failed = True
-    if failed:
+            alone = True
+    if alone:
         # One by one it is told which fails, and what a GPU cannot do the CPU may. What the group held is let go here.
         given = []
         if device.type == "cuda":

@@ -16,10 +16,10 @@ from rankwise.checkpoints import empty_model
 from rankwise.device import named_device
 from rankwise.errors import ModelError, RankwiseError
 from rankwise.layers import vocabulary_parts
-from rankwise.methods import Method
 from rankwise.models import LOGITS, Site, decoder_blocks, find_sites, share_inputs, text_config, unfuse_experts
 from rankwise.progress import Reporter
 from rankwise.recipes import Recipe
+from rankwise.stages.at_once import most_together, rounded_at_once
 from rankwise.stages.chosen import left_out, watched
 from rankwise.statistics import HIDDEN_GB, Statistic, Sums
 from rankwise.statistics.symmetric import lower_numbers
@@ -279,40 +279,6 @@ def _looking(site: Site, codes: bool) -> int:
     """
     k = min(site.m, site.n)
     return 8 * ((8 * site.n * site.n if codes else 0) + 5 * k * k) + 44 * site.m * site.n
-
-
-_TOGETHER_BYTES = 2e8
-_GROUPS = 4
-"""What fits of a group hold at once, and how many groups every worker gets at least, so that none waits for long."""
-
-
-def together_bytes(site: Site) -> int:
-    """Bytes that a fit beside others holds: second moments, those rotated, and feedback; the weight and its errors."""
-    return 8 * (3 * site.n * site.n + 6 * site.m * site.n)
-
-
-def most_together(sites: Sequence[Site], workers: int) -> float:
-    """Bytes that the fits of a group may hold."""
-    return min(_TOGETHER_BYTES, sum(map(together_bytes, sites)) / (_GROUPS * workers))
-
-
-_SMALL = 1 << 21
-_NARROW = 4096
-_MOST_AT_ONCE = 8
-"""Weights and the longer side of the largest site for several to be rounded at once, and how many: larger ones keep all
-cores busy by themselves, and take memory."""
-
-
-def rounded_at_once(method: Method, sites: Sequence[Site], on_gpu: bool, mode: str) -> int:
-    """How many sites are rounded to codes at a time.
-
-    On a CPU that is many short steps, none of which has use for more than a core, so that small sites are rounded side
-    by side where the model is whole.
-    """
-    small = all(site.parameters <= _SMALL and max(site.m, site.n) <= _NARROW for site in sites)
-    if not method.rounds or on_gpu or mode != "whole" or not small:
-        return 1
-    return min(torch.get_num_threads(), _MOST_AT_ONCE)
 
 
 def _fitting_head(made: Vocabulary, width: int) -> int:
