@@ -1,20 +1,23 @@
 """What a compression takes with the model whole in memory, block by block, and with hidden states in files.
 
-python benchmarks/memory_modes.py [CASE ...]
+python benchmarks/memory_modes.py [CASE ...] [--gpu]
 
 Cases: `smollm2` (the real model, every mode), `llama-1b`, `llama-1b-4` and `llama-7b-2` (shapes of these models with
 random weights in bfloat16, the latter two with four and with two blocks). Each run is a process of its own; a stage's
 memory is what no file stands behind, sampled twenty times a second; what is expected is what `plan-memory` says now.
-Models and stages take up to 30 GB of disk under the system's temporary folder.
+Models and stages take up to 30 GB of disk under the system's temporary folder. --gpu runs cases of its own on a GPU,
+whose memory is what tensors take there; the result is `memory_modes-gpu`.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from common import RESULTS, ROOT, ended, forked, markdown_table, write_result
 from rankwise import compress
 from rankwise.recipes import Recipe, recipe_from
-from rankwise.stages.memory import needs, shapes_of
+from rankwise.stages.memory import Need, needs, shapes_of
 from rankwise.statistics.curvature import DEFAULT_CURVATURE_GB
 
 LLAMA_1B = {
@@ -61,6 +64,15 @@ CASES: dict[str, dict[str, Any]] = {
     "llama-7b-2": {"modes": ("disk",), "sequences": 8, "batch": 1, "shape": LLAMA_7B},
 }
 
+GPU_CASES: dict[str, dict[str, Any]] = {
+    name: {"modes": ("whole", "blocks"), "sequences": 64, "device": "cuda", "shape": shape}
+    for name, shape in {
+        "smollm2": None,
+        "llama-1b-4": LLAMA_1B | {"num_hidden_layers": 4},
+        "llama-7b-2": LLAMA_7B,
+    }.items()
+}
+
 LENGTH = 512
 REAL = ROOT / "real-models" / "smollm2-135m"
 
@@ -83,14 +95,14 @@ def make(folder: Path, shape: dict[str, Any]) -> Path:
     return folder
 
 
-def asked(case: str, mode: str, model: Path, folder: Path) -> Recipe:
+def asked(settings: dict[str, Any], mode: str, model: Path, folder: Path) -> Recipe:
     """The run of a case, with token ids from a file in a folder that gets the result, too."""
-    settings = CASES[case]
     source = f"tokens:{folder / 'ids'}"
     values = {
         "model": str(model),
         "output": str(folder / mode),
         "memory": mode,
+        "device": settings.get("device", "cpu"),
         "method": {"name": "two_sided", "curvature_gb": settings.get("curvature_gb", DEFAULT_CURVATURE_GB)},
         "budget": {"keep": 0.8},
         "calibration": {
@@ -105,75 +117,81 @@ def asked(case: str, mode: str, model: Path, folder: Path) -> Recipe:
     return recipe_from(values)
 
 
-def expected(case: str, mode: str) -> float:
-    """GB that `plan-memory` says a case takes, from its config alone."""
-    shape = CASES[case].get("shape")
+def expected(settings: dict[str, Any], mode: str) -> Need:
+    """What `plan-memory` says a case takes, from its config alone."""
+    shape = settings.get("shape")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if shape:
             config_of(shape).save_pretrained(folder)
-        return needs(shapes_of(asked(case, mode, folder if shape else REAL, folder)))[mode].host / 1e9
+        return needs(shapes_of(asked(settings, mode, folder if shape else REAL, folder)))[mode]
 
 
-def run(case: str, mode: str, model: Path, folder: Path) -> dict[str, Any]:
+def run(case: str, settings: dict[str, Any], mode: str, model: Path, folder: Path) -> dict[str, Any]:
     """Compress in a process of its own; what its report says."""
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, vocabulary, (CASES[case]["sequences"] + 4, LENGTH), generator=draw)
+    ids = torch.randint(3, vocabulary, (settings["sequences"] + 4, LENGTH), generator=draw)
     save_file({"ids": ids}, folder / "ids")
-    recipe = asked(case, mode, model, folder)
+    recipe = asked(settings, mode, model, folder)
     status = ended(forked(lambda: compress(recipe, run_directory=folder / f"stages-{mode}")), 7200)
     if status:
         sys.exit(f"{case} with --memory {mode} ends with {status}")
     report = json.loads((folder / mode / "rankwise_report.json").read_text())
     stages = {
-        name: {"seconds": stage["seconds"], "gb": stage["anonymous_bytes"] / 1e9}
+        name: {
+            "seconds": stage["seconds"],
+            "gb": stage["anonymous_bytes"] / 1e9,
+            **({"gpu_gb": stage["gpu_bytes"] / 1e9} if "gpu_bytes" in stage else {}),
+        }
         for name, stage in report["stages"].items()
     }
     weights = hashlib.sha256((folder / mode / "model.safetensors").read_bytes()).hexdigest()
     plan = hashlib.sha256((folder / mode / "plan.json").read_bytes()).hexdigest()
-    return {
-        "case": case,
-        "mode": mode,
-        "stages": stages,
-        "weights": weights,
-        "plan": plan,
-        "gb": max(stage["gb"] for stage in stages.values()),
-    }
+    return {"case": case, "mode": mode, "stages": stages, "weights": weights, "plan": plan}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("case", nargs="*", help="all without one, but for llama-1b-4 on a CPU")
+    parser.add_argument("--gpu", action="store_true")
+    arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    known = RESULTS / "memory_modes.json"
+    cases, name_of_result = (GPU_CASES, "memory_modes-gpu") if arguments.gpu else (CASES, "memory_modes")
+    known = RESULTS / f"{name_of_result}.json"
     figures = json.loads(known.read_text())["figures"] if known.exists() else []
-    for case in sys.argv[1:] or ["smollm2", "llama-1b", "llama-7b-2"]:
+    for case in arguments.case or (GPU_CASES if arguments.gpu else ["smollm2", "llama-1b", "llama-7b-2"]):
         figures = [each for each in figures if each["case"] != case]
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            shape = CASES[case].get("shape")
+            folder, settings = Path(name), cases[case]
+            shape = settings.get("shape")
             model = make(folder / "model", shape) if shape else REAL
-            for mode in CASES[case]["modes"]:
-                figures.append(run(case, mode, model, folder))
+            for mode in settings["modes"]:
+                figures.append(run(case, settings, mode, model, folder))
                 print(case, mode, figures[-1], flush=True)
-        write(figures)
+        # In a process of its own, which may ask the GPU for its name: one that has cannot be forked.
+        if ended(forked(partial(write, name_of_result, cases, figures))):
+            sys.exit("the results could not be written")
 
 
-def write(figures: list[dict[str, Any]]) -> None:
+def write(name: str, cases: dict[str, dict[str, Any]], figures: list[dict[str, Any]]) -> None:
+    """Both result files; what is expected is what is expected now."""
     rows = []
     for each in figures:
-        stages = each["stages"]
-        most = max(stages, key=lambda name: stages[name]["gb"])
-        times = ", ".join(f"{name} {stage['seconds']:.0f}" for name, stage in stages.items() if stage["seconds"] >= 1)
-        row = [each["case"], each["mode"], f"{stages[most]['gb']:.2f} ({most})"]
-        each["expected_gb"] = expected(each["case"], each["mode"])
-        row += [f"{each['expected_gb']:.2f}", times, each["weights"][:8]]
-        rows.append(row)
-    header = ["model", "memory", "most GB without a file (in)", "expected", "seconds by stage", "weights"]
-    table = markdown_table(header, rows)
-    body = f"Random tokens, sequences of 512, keep 0.8, the default method.\n\n{table}"
-    write_result(
-        "memory_modes", "Memory by the way a model is held", "python benchmarks/memory_modes.py", body, figures
-    )
+        need, stages = expected(cases[each["case"]], each["mode"]), each["stages"]
+        row = [each["case"], each["mode"]]
+        for key, of_need in {"gb": need.host, "gpu_gb": need.device}.items():
+            if of_need:
+                most = max(stages, key=lambda stage: stages[stage].get(key, 0))
+                each[key], each[f"expected_{key}"] = stages[most][key], of_need / 1e9
+                row += [f"{each[key]:.2f} ({most})", f"{of_need / 1e9:.2f}"]
+        times = ", ".join(f"{stage} {spent['seconds']:.0f}" for stage, spent in stages.items() if spent["seconds"] >= 1)
+        rows.append([*row, times, each["weights"][:8]])
+    on_gpu = ["most GB on the GPU (in)", "expected"] if name.endswith("gpu") else []
+    header = ["model", "memory", "most GB without a file (in)", "expected", *on_gpu, "seconds by stage", "weights"]
+    body = f"Random tokens, sequences of 512, keep 0.8, the default method.\n\n{markdown_table(header, rows)}"
+    command = f"python benchmarks/memory_modes.py{' --gpu' * bool(on_gpu)}"
+    write_result(name, "Memory by the way a model is held", command, body, figures)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,22 @@ def named_device(name: str) -> torch.device:
     return device
 
 
+def planned_device(name: str) -> torch.device:
+    """The device that a name stands for, which need not be here; `auto` is what is here.
+
+    Raises:
+        RecipeError: for what names no device.
+    """
+    try:
+        return best_device() if name == "auto" else torch.device(name)
+    except RuntimeError as problem:
+        raise RecipeError(
+            f"The device {name!r} is none ({str(problem).splitlines()[0]}).",
+            where="device",
+            remedy="use auto, cpu or cuda",
+        ) from None
+
+
 def computed_type(model: Any) -> torch.dtype:
     """The type that a model's hidden states begin in: of its embeddings, or of what these give where they are codes."""
     embedding = model.get_input_embeddings()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -57,6 +57,19 @@ def peak_memory_bytes() -> int:
 def anonymous_bytes() -> int | None:
     """Resident memory of this process that no file stands behind, in bytes; None where the system does not say."""
     return _status_bytes("RssAnon")
+
+
+def _gpu(ask: str) -> list[Any]:
+    """What PyTorch answers of memory for every GPU; nothing where this process has used none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return []
+    return [getattr(torch.cuda, ask)(number) for number in range(torch.cuda.device_count())]
+
+
+def gpu_peak_bytes() -> int | None:
+    """Most memory that tensors took on GPUs since the last stage began, in bytes; None where none was used."""
+    return sum(_gpu("max_memory_allocated")) or None
 
 
 def give_back_memory() -> None:
@@ -104,6 +117,7 @@ class StageTime:
         anonymous_bytes: most memory seen that no file stands behind: what mapped files take can be taken back at any
             time. None where the system does not say.
         taken_over: whether all that it makes was there already, from an earlier run.
+        gpu_bytes: most that tensors took on GPUs; None where none was used.
     """
 
     seconds: float
@@ -111,6 +125,7 @@ class StageTime:
     peak_is_of_this_stage: bool
     anonymous_bytes: int | None = None
     taken_over: bool = False
+    gpu_bytes: int | None = None
 
 
 class Reporter:
@@ -189,6 +204,7 @@ class Reporter:
         """Name a stage on the terminal and time it; records seconds and peak resident memory under `name`."""
         give_back_memory()
         resets = _reset_peak_memory()
+        _gpu("reset_peak_memory_stats")
         started, sampler = time.monotonic(), _Sampler()
         if self._bars or self._lines:
             print(f"{name} ...", file=sys.stderr, flush=True)
@@ -201,7 +217,9 @@ class Reporter:
         finally:
             took = round(time.monotonic() - started, 2)
             taken_over = self._taken > 0 and self._made == 0
-            self.stages[name] = StageTime(took, peak_memory_bytes(), resets, sampler.stop(), taken_over)
+            self.stages[name] = StageTime(
+                took, peak_memory_bytes(), resets, sampler.stop(), taken_over, gpu_peak_bytes()
+            )
 
     @contextmanager
     def counting(self, description: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:

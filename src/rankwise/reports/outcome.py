@@ -8,17 +8,21 @@ from rankwise.reports.parts import Part
 
 
 class MemoryUse(Part):
-    """Memory of the host that no file stands behind.
+    """Memory of the host that no file stands behind, and of the GPU.
 
     Attributes:
         mode: `whole`, `blocks` or `disk`.
         expected_bytes: the estimate made before the run; None where none could be made.
         used_bytes: the most that any stage before the checkpoint was written took; None where the system does not say.
+        gpu_expected_bytes: the estimate of what tensors take on the GPU; None as above, and without a GPU.
+        gpu_used_bytes: the most that they took in any stage before the checkpoint was written; None without a GPU.
     """
 
     mode: Literal["whole", "blocks", "disk"]
     expected_bytes: int | None
     used_bytes: int | None
+    gpu_expected_bytes: int | None = None
+    gpu_used_bytes: int | None = None
 
 
 class Speed(Part):

@@ -44,7 +44,7 @@ Score = Annotated[Perplexity, WrapSerializer(_without_no_bos)]
 
 
 def _without_defaults(stage: StageTime, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-    silent = {"taken_over": False, "anonymous_bytes": None}
+    silent = {"taken_over": False, "anonymous_bytes": None, "gpu_bytes": None}
     return {key: value for key, value in write(stage).items() if key not in silent or value != silent[key]}
 
 

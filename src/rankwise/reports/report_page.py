@@ -44,6 +44,7 @@ def report_page(
         generations: `{"prompt": ..., name of a model: text, ...}` each.
     """
     recipe = report.recipe.model_dump(mode="json")
+    on_gpu = any(stage.gpu_bytes is not None for stage in report.stages.values())
     return render(
         "report.html.j2",
         title=f"{printable(report.recipe.model)}, made smaller",
@@ -68,12 +69,14 @@ def report_page(
         ],
         spectra=_spectra(spectra or {}),
         sensitivity=None if sensitivity is None else _sensitivity(sensitivity),
+        stage_columns=["stage", "seconds", "peak of the process", "without a file behind", *["of the GPU"][:on_gpu]],
         stages=[
             (
                 name,
                 "taken over" if stage.taken_over else f"{stage.seconds:,.1f}",
                 bytes_in_words(stage.peak_memory_bytes),
                 "" if stage.anonymous_bytes is None else bytes_in_words(stage.anonymous_bytes),
+                *(["" if stage.gpu_bytes is None else bytes_in_words(stage.gpu_bytes)] if on_gpu else []),
             )
             for name, stage in report.stages.items()
         ],
@@ -243,7 +246,12 @@ def _memory(report: Report) -> str:
     if memory is None:
         return ""
     words: list[str] = [f"Held as {memory.mode}."]
-    shown: list[tuple[str, int | None]] = [("expected", memory.expected_bytes), ("used", memory.used_bytes)]
+    shown: list[tuple[str, int | None]] = [
+        ("expected", memory.expected_bytes),
+        ("used", memory.used_bytes),
+        ("expected of the GPU", memory.gpu_expected_bytes),
+        ("used of it", memory.gpu_used_bytes),
+    ]
     words += [f"{label}: {bytes_in_words(size)}." for label, size in shown if size is not None]
     return " ".join(words)
 

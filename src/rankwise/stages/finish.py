@@ -125,9 +125,16 @@ def _gradient_sequences(work: Work) -> int | None:
 
 
 def _memory(work: Work) -> MemoryUse:
-    used = [stage.anonymous_bytes for stage in work.reporter.stages.values() if stage.anonymous_bytes is not None]
+    stages = work.reporter.stages.values()
+    used = [stage.anonymous_bytes for stage in stages if stage.anonymous_bytes is not None]
+    on_gpu = [stage.gpu_bytes for stage in stages if stage.gpu_bytes is not None]
+    known = {}
+    if on_gpu:
+        known["gpu_used_bytes"] = max(on_gpu)
+        if work.need is not None:
+            known["gpu_expected_bytes"] = work.need.device
     expected = None if work.need is None else work.need.host
-    return MemoryUse(mode=work.memory, expected_bytes=expected, used_bytes=max(used, default=None))
+    return MemoryUse(mode=work.memory, expected_bytes=expected, used_bytes=max(used, default=None), **known)
 
 
 def _report(

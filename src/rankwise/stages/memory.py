@@ -13,7 +13,7 @@ import torch
 
 from rankwise.allocation import Looks
 from rankwise.checkpoints import empty_model
-from rankwise.device import named_device
+from rankwise.device import named_device, planned_device
 from rankwise.errors import ModelError, RankwiseError
 from rankwise.layers import vocabulary_parts
 from rankwise.models import LOGITS, Site, decoder_blocks, find_sites, share_inputs, text_config, unfuse_experts
@@ -149,7 +149,8 @@ def shapes_of(recipe: Recipe) -> Shapes:
         requests += recipe.method.plan_requests()
     block_of = {site.name: site.block for site in sites}
     calibration = recipe.calibration
-    count = calibration.counted(named_device(recipe.device).type) or _SEQUENCES
+    device = planned_device(recipe.device)
+    count = calibration.counted(device.type) or _SEQUENCES
     measured = watched(sites, left_out(sites, recipe.include, recipe.exclude))
     forward: dict[Any, _Size] = {}
     back: dict[Any, _Size] = {}
@@ -164,7 +165,6 @@ def shapes_of(recipe: Recipe) -> Shapes:
             sums[block] = max(sums[block], _summing(sizes))
     backward = any(statistic.labels is not None for statistic in requests)
     stored = (getattr(model.config, "dtype", None) or torch.float32).itemsize
-    device = named_device(recipe.device)
     widens = recipe.precision == "float32" or (recipe.precision == "auto" and device.type == "cpu")
     context = getattr(text_config(model.config), "max_position_embeddings", None) or _LENGTH
     weights = sum(site.parameters for site in sites)
