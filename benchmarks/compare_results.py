@@ -161,7 +161,7 @@ NOTES = f"""SmolLM2-135M-Instruct. Calibrated on sequences of {LENGTH} tokens of
 of each text scored; one seed. Embeddings stay at 16 bits in every row. Ranks, heads, channels and width: {{many}}
 sequences, {{learned}} where a repair learns from them too; no search and no repair but where a row says so; low rank
 is stored as `auto`, so that the papers' methods take pivot rows where those are smaller. `manual` are LoRD's
-proportions for 20%, scaled to the size. Codes: {{few}} sequences; rows of peers are the weights that their own code
+proportions for 20%, scaled to the size. Codes: the sequences that rows say; those of peers are the weights that their own code
 makes, and what pads a row there is not counted; GPTQ's scales are of the extremes of each group and its Hessians of
 the original model. The weights were rounded to 4 bits once before (Q4_1), which favours formats of 4 bits in small
 groups. What has no line or cell, or `-`, was not measured. Rows of ranks were made many at once on one GPU.
@@ -177,12 +177,16 @@ def ranks_tables(figures: list[Figure], texts: list[str]) -> str:
     cells = {(row["way"], row["asked"]): row for row in rows}
     ways = sorted({row["way"] for row in rows}, key=lambda way: (WITH_RANKS.index(re.split(r"[/+]", way)[0]), way))
     shown: dict[str, Callable[[Figure], str]] = {f"perplexity, {text}": partial(_perplexity, text) for text in texts}
-    shown["mean accuracy"] = lambda row: "-" if row["mean_accuracy"] is None else f"{row['mean_accuracy']:.3f}"
+    shown["mean accuracy"] = _accuracy
     tables = []
     for title, of in shown.items():
         lines = [[way, *(of(cells[way, keep]) if (way, keep) in cells else "-" for keep in keeps)] for way in ways]
         tables.append(markdown_table([title, *map(str, keeps)], [["dense", *[of(dense)] * len(keeps)], *lines]))
     return "\n\n".join(tables)
+
+
+def _accuracy(row: Figure) -> str:
+    return "-" if row["mean_accuracy"] is None else f"{row['mean_accuracy']:.3f}"
 
 
 def _perplexity(text: str, row: Figure) -> str:
@@ -199,14 +203,16 @@ def _figure(perplexity: float | None) -> str:
 def bits_table(figures: list[Figure], texts: list[str]) -> str:
     """A line for each row of codes, by size."""
     rows = [figures[0], *(row for row in figures[1:] if not has_ranks(row))]
-    header = ["row", "MB in all", "bits a linear weight", *texts]
+    header = ["row", "MB in all", "bits a linear weight", "sequences", *texts, "mean accuracy"]
     return markdown_table(
         header,
         [
-            [row["way"], *(["no plan"] * (2 + len(texts)))]
+            [row["way"], *(["no plan"] * (4 + len(texts)))]
             if row["problem"]
             else [row["way"], f"{row['megabytes']:.1f}", f"{row['bits']:.2f}"]
+            + ["" if row is figures[0] else str(row["calibration"])]
             + [_figure(row["perplexity"].get(text)) for text in texts]
+            + [_accuracy(row)]
             for row in rows
         ],
     )
@@ -243,7 +249,6 @@ def write(folder: Path) -> None:
     body = NOTES.format(
         many=counts([row for row in ranked if "+" not in row["way"]]),
         learned=counts([row for row in ranked if "+" in row["way"]]),
-        few=counts(coded),
     )
     devices = sorted({(row["device"], "codes" if row in coded else "ranks") for row in figures[1:]})
     body += "Made on: " + "; ".join(f"{kind}: {device}" for device, kind in devices) + ".\n\n"

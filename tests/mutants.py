@@ -325,6 +325,13 @@ MUTANTS = (
         ("models/test_learning_blocks.py",),
     ),
     Mutant(
+        "blocks are tried on one text at a time",
+        "models/blocks.py",
+        "                between = self.run(index, between)\n",
+        "",
+        ("models/test_unusual_layers.py",),
+    ),
+    Mutant(
         "two_sided ignores the curvature",
         "methods/two_sided.py",
         "outputs=seen.outputs, metric=metric)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,12 @@ class Factors:
             raise ValueError("there is no L R")
         wide = torch.promote_types(lefts[0].dtype, lefts[-1].dtype)
         return torch.cat([part.to(wide) for part in lefts], 1), torch.cat([part.to(wide) for part in rights])
+
+    def on(self, device: torch.device) -> Factors:
+        """The same with L and R on a device, the bias where it is; where there are codes, all as it is."""
+        if self.left is None or self.right is None or self.q is not None or self.packed is not None:
+            return self
+        return replace(self, left=self.left.to(device), right=self.right.to(device))
 
     def reconstruct(self) -> Tensor:
         """The matrix it stands for, shape `[m, n]`.

@@ -17,11 +17,12 @@ from rankwise import compress
 from rankwise.checkpoints import load_model
 from rankwise.checkpoints.save import check_finite
 from rankwise.errors import ModelError, NotFiniteError
-from rankwise.models import find_sites, other_layers, share_inputs
+from rankwise.models import BlockRunner, find_sites, other_layers, share_inputs
 from rankwise.progress import Reporter
 from rankwise.recipes import recipe_from
 from rankwise.statistics import collect
 from rankwise.statistics.curvature import Curvature
+from rankwise.statistics.input_moments import InputMoments
 
 BERT = {**{k: v for k, v in SMALL.items() if k not in ("num_key_value_heads", "head_dim")}, "is_decoder": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -115,6 +116,39 @@ def test_a_layer_that_is_no_product_stays_and_one_that_is_spelled_otherwise_is_a
     meta = tiny_llama().to("meta")
     meta.model.layers[0].mlp.up_proj.__class__ = Spelled
     assert [site.name for site in find_sites(meta)] == before
+
+
+def leaving_keys() -> Any:
+    """A model whose second block adds what its first one left outside of the hidden states, as shared keys are."""
+    model = tiny_llama()
+    first, second = (model.model.layers[number].mlp for number in (0, 1))
+    left: dict[str, torch.Tensor] = {}
+    real, other = first.forward, second.forward
+
+    def leaves(x: torch.Tensor) -> torch.Tensor:
+        left["states"] = x
+        return real(x)  # type: ignore[no-any-return]
+
+    first.forward, second.forward = leaves, lambda x: other(x + left["states"])
+    return model
+
+
+def test_blocks_that_leave_something_for_later_ones_are_not_run_by_themselves() -> None:
+    """Batch after batch through one block, the next would read what the last batch left."""
+    ids = torch.randint(3, 2000, (6, 16), generator=torch.Generator().manual_seed(1))
+    assert BlockRunner(tiny_llama(), ids, 2).alone()
+    model = leaving_keys()
+    assert not BlockRunner(model, ids, 2).alone()
+    with pytest.raises(ModelError, match="run one by one, differ"):
+        BlockRunner(model, ids, 2).check()
+    sites = share_inputs(model, find_sites(model), ids[:1])
+    found, whole = (
+        collect(model, sites, ids, [InputMoments()], batch_size=size, reporter=Reporter(show=False))[InputMoments()]
+        for size in (2, 6)
+    )
+    assert found.keys() == whole.keys()
+    for key, totals in found.items():
+        torch.testing.assert_close(totals.second_moment(), whole[key].second_moment())
 
 
 @pytest.mark.parametrize("by_block", [True, False])

@@ -199,8 +199,7 @@ class _PivotRows(Kind):
 
     def of(self, factors: Factors, dtype: torch.dtype, device: torch.device) -> nn.Module:
         left, right = (finite(part, part) for part in factors.pair())
-        work = device if device.type == "cuda" else torch.device("cpu")
-        found = pivot(left.to(work), right.to(work))
+        found = pivot(left, right)
         if not found.largest <= ILL_CONDITIONED:
             raise IllConditionedError(
                 f"Its pivots are ill-conditioned (an entry of {found.largest:.3g}).", largest=found.largest
@@ -391,8 +390,9 @@ def substitute(model: nn.Module, name: str, factors: Factors, kind: str, dtype: 
     """
     old = model.get_submodule(name)
     device = next(t.device for t in (*old.parameters(), *old.buffers()))
+    computes = next(model.parameters()).device  # where the block lies in files, another one
     try:
-        layer = KINDS[kind].of(factors, dtype, device)
+        layer = KINDS[kind].of(factors.on(computes) if computes.type == "cuda" else factors, dtype, device)
     except NotFiniteError as problem:
         raise NotFiniteError(problem.problem, where=name, remedy=problem.remedy) from None
     model.set_submodule(name, layer)

@@ -340,8 +340,11 @@ class BlockRunner:
             hidden = self._inputs(others)
             if hidden.ndim != 3 or hidden.shape[:2] != others.shape:
                 raise ValueError(f"hidden states of {list(hidden.shape)} for {list(others.shape)} tokens")
+            between = self._inputs(self.ids[:size])
             for index in range(len(self.blocks)):
+                # A block that leaves something for later ones, such as keys, would have left that of the other text.
                 hidden = self.run(index, hidden)
+                between = self.run(index, between)
             last = seen[0].float()
             difference = float((hidden - last).norm() / last.norm())
         except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as problem:

@@ -33,8 +33,14 @@ _LENGTH = 512
 _SEQUENCES = 128
 """Taken where a recipe leaves them to the text, which is not read here."""
 
-_LIBRARIES = 0.37e9
-"""PyTorch and transformers, imported and run once."""
+_LIBRARIES = {False: 0.37e9, True: 1.2e9}
+"""PyTorch and transformers, imported and run once, without and with a GPU."""
+
+_TAKEN = 4
+"""Of the file of a total, how often its size is on the host while it comes from a GPU: whole, and packed."""
+
+_SOLVER = 2
+"""Of what a decomposition takes on a CPU, how much it takes on a GPU."""
 
 _LOGITS_AT_ONCE = 7
 """Tensors of the size of the logits of one part, in float32, while a loss and its gradient are taken."""
@@ -49,7 +55,7 @@ class Need:
         host: memory of the host that no file stands behind, at the worst moment.
         device: memory of the GPU; 0 on a CPU.
         disk: files of the run's directory and the checkpoint.
-        worst: the stage of that moment.
+        worst: the stage of that moment; on a GPU, of most memory there.
     """
 
     mode: str
@@ -87,6 +93,7 @@ class Shapes:
         computed: bytes of a number while it computes.
         sums: by block, bytes that its statistics take while they are summed, forward or on the way back.
         totals: bytes of all statistics in files.
+        largest_total: of the largest file.
         sequences: calibration sequences.
         length: tokens of each.
         batch: sequences a batch.
@@ -107,6 +114,7 @@ class Shapes:
     computed: int
     sums: Sequence[int]
     totals: int
+    largest_total: int
     sequences: int
     length: int
     batch: int
@@ -183,6 +191,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
         computed=4 if widens else stored,
         sums=sums,
         totals=sum(size.filed for size in (forward | back).values()),
+        largest_total=max((size.filed for size in (forward | back).values()), default=0),
         sequences=count,
         length=calibration.length or min(_LENGTH, context),
         batch=calibration.batch_size,
@@ -247,7 +256,7 @@ def _need(s: Shapes, mode: str) -> Need:
     widened = s.computed != s.stored
     whole = (s.outside + sum(s.blocks)) * s.computed
     streamed = largest_block * s.computed if widened or s.on_gpu else 0
-    weights = {"whole": whole if widened or s.on_gpu else 0}.get(mode, streamed)
+    weights = {"whole": whole if widened else 0}.get(mode, streamed)
     by_block: dict[int, list[Site]] = {}
     for site in s.sites:
         by_block.setdefault(site.block, []).append(site)
@@ -259,6 +268,7 @@ def _need(s: Shapes, mode: str) -> Need:
     looking = max(_looking(site, s.codes) for site in s.sites) * at_once
     fitting = int(at_once * most_together(s.sites, at_once)) if s.together else 0
     made = int(s.keep * sum(site.parameters for site in s.sites)) * 4 if mode == "whole" and not widened else 0
+    disk = _disk(s, mode, hidden - in_memory)
     stages = {
         "statistics": activations + in_memory + max(sums, logits if s.gradients else 0),
         "outlooks": looking,
@@ -266,11 +276,15 @@ def _need(s: Shapes, mode: str) -> Need:
         "head": _fitting_head(s.vocabulary, s.width),
         "scores": s.computed * tokens * 6 * s.width + logits // 2,
     }
+    if s.on_gpu:
+        held = whole if mode == "whole" else s.outside * s.computed + streamed
+        stages["statistics"] = max(activations + sums, logits + 8 * tokens * s.width if s.gradients else 0)
+        stages["outlooks"] = _SOLVER * looking
+        worst = max(stages, key=lambda name: stages[name])
+        host = max(in_memory + _TAKEN * s.largest_total, made)
+        return Need(mode, int(_LIBRARIES[True] + host), held + stages[worst], disk, worst)
     worst = max(stages, key=lambda name: stages[name])
-    streams = 0 if not s.on_gpu else activations + sums
-    device = 0 if not s.on_gpu else streams + (whole if mode == "whole" else s.outside * s.computed + streamed)
-    host = int(_LIBRARIES + made + (0 if s.on_gpu else weights) + stages[worst] - (streams if s.on_gpu else 0))
-    return Need(mode, max(host, int(_LIBRARIES)), device, _disk(s, mode, hidden - in_memory), worst)
+    return Need(mode, int(_LIBRARIES[False] + made + weights + stages[worst]), 0, disk, worst)
 
 
 def _looking(site: Site, codes: bool) -> int:
