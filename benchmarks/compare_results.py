@@ -161,7 +161,7 @@ NOTES = f"""SmolLM2-135M-Instruct. Calibrated on sequences of {LENGTH} tokens of
 of each text scored; one seed. Embeddings stay at 16 bits in every row. Ranks, heads, channels and width: {{many}}
 sequences, {{learned}} where a repair learns from them too; no search and no repair but where a row says so; low rank
 is stored as `auto`, so that the papers' methods take pivot rows where those are smaller. `manual` are LoRD's
-proportions for 20%, scaled to the size. Codes: the sequences that rows say; those of peers are the weights that their own code
+proportions for 20%, scaled to the size. Codes: the sequences that rows say; peers are the weights that their own code
 makes, and what pads a row there is not counted; GPTQ's scales are of the extremes of each group and its Hessians of
 the original model. The weights were rounded to 4 bits once before (Q4_1), which favours formats of 4 bits in small
 groups. What has no line or cell, or `-`, was not measured. Rows of ranks were made many at once on one GPU.

@@ -19,6 +19,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -30,14 +31,20 @@ from common import RESULTS, ROOT, ended, forked, markdown_table, write_result
 from rankwise import compress
 from rankwise.checkpoints import load_model, reload
 from rankwise.errors import RankwiseError
-from rankwise.models import decoder_blocks, find_sites, unfuse_experts
+from rankwise.methods.two_sided import TwoSided
+from rankwise.models import BlockRunner, Site, decoder_blocks, find_sites, share_inputs, unfuse_experts
+from rankwise.progress import Reporter
 from rankwise.recipes import recipe_from
+from rankwise.statistics import collect
 from small_configs import CANNOT, small_config
 
 LARGEST = 8_000_000
 """Parameters beyond which a model is not small."""
 
 SECONDS = 400
+
+SAME = 1e-4
+"""Relative difference of two statistics up to which they are the same but for rounding."""
 
 
 def build(family: str) -> Any:
@@ -79,6 +86,9 @@ def try_family(family: str, folder: Path) -> dict[str, Any]:
         matrices = sum(p.numel() for p in blocks.parameters() if p.ndim >= 2)
         covered = sum(site.parameters for site in sites) / matrices
         left = what_stays(blocks, {site.weight(loaded.model).data_ptr() for site in sites}, matrices)
+        differs = by_block_differs(loaded.model, sites, ids)
+        if differs is not None and differs > SAME:
+            return {"outcome": "foreign", "why": f"statistics block by block differ by {differs:.1g}"}
         compress(
             recipe_from({**values, "model": str(folder / "float32"), "method": "bolaco", "output": str(folder / "one")})
         )
@@ -91,7 +101,32 @@ def try_family(family: str, folder: Path) -> dict[str, Any]:
         return {"outcome": "refused", "why": problem.problem[:300]}
     except Exception as problem:
         return {"outcome": "foreign", "why": f"{type(problem).__name__}: {problem}".splitlines()[0][:300]}
-    return {"outcome": "fine", "sites": len(sites), "covered": covered, "left": left}
+    return {"outcome": "fine", "sites": len(sites), "covered": covered, "left": left, "by_block": differs}
+
+
+def by_block_differs(model: Any, sites: list[Site], ids: torch.Tensor) -> float | None:
+    """Largest relative difference of a statistic taken block by block from that of the whole model, the last batch
+    smaller; None where a model's blocks are not run by themselves.
+    """
+    ids = ids[:7]
+    sites = share_inputs(model, sites, ids[:1])
+    if not BlockRunner(model, ids, 3, autocast=False).alone():
+        return None
+    asked = TwoSided().requests()
+
+    def taken() -> Any:
+        return collect(model, sites, ids, asked, batch_size=3, reporter=Reporter(show=False))
+
+    one = taken()
+    with patch.object(BlockRunner, "alone", lambda _self: False):
+        other = taken()
+    return max(
+        float((value - found).norm() / value.norm().clamp_min(1e-30))
+        for statistic in asked
+        for key, totals in other[statistic].items()
+        for value, found in zip(vars(totals).values(), vars(one[statistic][key]).values(), strict=True)
+        if isinstance(value, torch.Tensor) and value.numel()
+    )
 
 
 def what_stays(blocks: Any, taken: set[int], matrices: int) -> dict[str, float]:
@@ -174,6 +209,8 @@ def page(found: dict[str, dict[str, Any]], version: str) -> str:
     built = {family: row for family, row in found.items() if row["outcome"] != "not built"}
     fine = {family: row for family, row in built.items() if row["outcome"] == "fine"}
     whole = sum(row["covered"] > _NEARLY_ALL for row in fine.values())
+    same = [row["by_block"] for row in fine.values() if row.get("by_block") is not None]
+    most = max(same)
     rows = [
         [
             family,
@@ -190,6 +227,10 @@ random weights, compressed to half by `bolaco` from float32 and by `two_sided` (
 written, and tried in a process without rankwise. Of {len(built)} families {len(fine)} end well, {whole} of them with
 all matrices of the decoder covered but for routers and the like. `python benchmarks/families.py` makes this page and
 `benchmarks/results/families.md`, which lists the {len(found) - len(built)} that could not be built, too.
+
+Statistics are taken block by block where blocks can be run by themselves: in {len(same)} of these families, where
+those of the whole model differ from them by {most:.0e} of their norm at most. The other {len(fine) - len(same)} are run
+whole.
 
 Covered is the share of the numbers in the decoder's matrices that are compressed. The rest stays as it is: routers,
 convolutions, states, experts of a layout that is not known, linear layers whose weights several blocks share, and those

@@ -332,6 +332,20 @@ MUTANTS = (
         ("models/test_unusual_layers.py",),
     ),
     Mutant(
+        "what a block is handed may depend on the tokens",
+        "models/blocks.py",
+        "if not _alike(arguments, self._arguments[index, size]):",
+        "if False:",
+        ("repair/test_repair.py::test_a_block_that_is_told_the_tokens_cannot_run_alone",),
+    ),
+    Mutant(
+        "how often a block runs in a pass is not asked",
+        "models/blocks.py",
+        "if ran != list(self.blocks):",
+        "if not ran:",
+        ("models/test_unusual_layers.py",),
+    ),
+    Mutant(
         "two_sided ignores the curvature",
         "methods/two_sided.py",
         "outputs=seen.outputs, metric=metric)",

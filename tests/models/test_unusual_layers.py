@@ -151,6 +151,28 @@ def test_blocks_that_leave_something_for_later_ones_are_not_run_by_themselves() 
         torch.testing.assert_close(totals.second_moment(), whole[key].second_moment())
 
 
+def test_blocks_that_run_more_than_once_in_a_pass_are_not_run_by_themselves() -> None:
+    model = tiny_llama()
+    ids = torch.randint(3, 2000, (4, 16), generator=torch.Generator().manual_seed(1))
+    block = model.model.layers[1]
+    # Its second pass changes so little that what comes out looks right.
+    block.mlp.down_proj.weight.data *= 1e-4
+    block.self_attn.o_proj.weight.data *= 1e-4
+    real = block.forward
+
+    def twice(hidden: torch.Tensor, **named: Any) -> Any:
+        block.forward = real
+        try:
+            return block(block(hidden, **named), **named)
+        finally:
+            block.forward = twice
+
+    block.forward = twice
+    assert not BlockRunner(model, ids, 2).alone()
+    with pytest.raises(ModelError, match=r"cannot be run by themselves \(4 calls in a pass, of 2 blocks"):
+        BlockRunner(model, ids, 2).check()
+
+
 @pytest.mark.parametrize("by_block", [True, False])
 def test_a_site_without_gradients_has_those_of_zeros(by_block: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not by_block:

@@ -98,6 +98,7 @@ TABLES = {
             "SliceGPT": {"way": "slicegpt", "asked": 0.8},
             "ASVD": {"way": "asvd/uniform", "asked": 0.8},
             "ours, low rank, trained, 0.6 of the weights": {"way": "two_sided+subspace", "asked": 0.6},
+            "ours, heads, channels and ranks (`pruned`), 0.6": {"way": "pruned", "asked": 0.6},
             "Bolaco, ranks searched, then trained, 0.6": {"way": "bolaco/bayesian:5x1+subspace", "asked": 0.6},
             "LLM-Pruner, trained (LoRA), 0.6": {"way": "llm_pruner+lora", "asked": 0.6},
             "ours, low rank, searched, 0.6": {"way": "two_sided/bayesian:spectral", "asked": 0.6},
@@ -218,6 +219,21 @@ TABLES = {
                 f"GB, {stage}": ({}, [f"stages/{stage}/gb"])
                 for stage in ("evaluate dense", "statistics", "outlooks", "storage")
             },
+        },
+    ),
+    ("docs/memory.md", "memory_modes-gpu"): Shown(
+        {
+            "SmolLM2-135M, `whole`": {"case": "smollm2", "mode": "whole"},
+            "four blocks of Llama-3.2-1B, `whole`": {"case": "llama-1b-4", "mode": "whole"},
+            "four blocks of Llama-3.2-1B, `blocks`": {"case": "llama-1b-4", "mode": "blocks"},
+        },
+        {
+            "GB of the GPU": ({}, ["gpu_gb"]),
+            "GB expected": ({}, ["expected_gpu_gb"]),
+            "GB of the host": ({}, ["gb"]),
+            "GB expected, host": ({}, ["expected_gb"]),
+            "GB of the GPU, statistics": ({}, ["stages/statistics/gpu_gb"]),
+            "GB of the GPU, outlooks": ({}, ["stages/outlooks/gpu_gb"]),
         },
     ),
     ("docs/storage.md", "speed-cpu"): Shown(

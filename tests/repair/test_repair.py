@@ -478,13 +478,15 @@ def test_epochs_are_passes_and_batches_have_the_size_asked_for(size: int, micro:
     assert steps_of(settings, count) == epochs * math.ceil(math.ceil(count / memory) / accumulate)
 
 
-def test_a_block_that_is_told_the_tokens_cannot_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weight", [1.0, 1e-6])
+def test_a_block_that_is_told_the_tokens_cannot_run_alone(weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little comes of it in the end."""
     model, _, _ = factored_llama()
     layer = type(model.model.layers[0])
     whole, tokens = layer.forward, []
 
     def forward(self: Any, hidden: Tensor, *rest: Any, extra: Tensor | None = None, **named: Any) -> Any:
-        return whole(self, hidden if extra is None else hidden + extra, *rest, **named)
+        return whole(self, hidden if extra is None else hidden + weight * extra, *rest, **named)
 
     def hand_over(_module: Any, positional: Any, named: Any) -> Any:
         return positional, {**named, "extra": model.model.embed_tokens(tokens[-1])} if "extra" not in named else named
@@ -494,7 +496,7 @@ def test_a_block_that_is_told_the_tokens_cannot_run_alone(monkeypatch: pytest.Mo
     # Registered by the model before any hook of the runner, as if the model itself passed it.
     for block in model.model.layers:
         block.register_forward_pre_hook(hand_over, with_kwargs=True)
-    with pytest.raises(RankwiseError, match="run one by one, differ"):
+    with pytest.raises(RankwiseError, match="handed more that depends on the tokens"):
         BlockRunner(model, IDS, 4).check()
 
 

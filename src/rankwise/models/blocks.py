@@ -326,17 +326,28 @@ class BlockRunner:
         """The tokens of `check`, and what the model's last block and the model itself give for them."""
         size = min(self.batch_size, len(self.ids), 2)
         # What blocks are handed beside hidden states must not depend on the tokens: learned from one text, checked on
-        # another.
+        # another. Such a difference may hardly be seen in what comes out.
         self.learn(size)
+        handed: dict[int, Handed] = {}
         others = self.ids[:size].flip(-1)
         seen: list[Tensor] = []
-        handle = self.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(first_of(out)))
+        ran: list[nn.Module] = []
+        handles = [block.register_forward_hook(lambda m, _i, _o: ran.append(m)) for block in dict.fromkeys(self.blocks)]
+        for index, block in enumerate(self.blocks):
+            handles.append(block.register_forward_pre_hook(_keeping(handed, index), with_kwargs=True))
+        handles.append(self.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(first_of(out))))
         try:
             with self._computing():
                 whole = self.model.base_model(input_ids=others.to(self.device), use_cache=False)[0]
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         try:
+            if ran != list(self.blocks):
+                raise ValueError(f"{len(ran)} calls in a pass, of {len(self.blocks)} blocks, or in another order")
+            for index, arguments in handed.items():
+                if not _alike(arguments, self._arguments[index, size]):
+                    raise ValueError(f"block {index} is handed more that depends on the tokens than hidden states")
             hidden = self._inputs(others)
             if hidden.ndim != 3 or hidden.shape[:2] != others.shape:
                 raise ValueError(f"hidden states of {list(hidden.shape)} for {list(others.shape)} tokens")
