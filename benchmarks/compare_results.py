@@ -161,10 +161,10 @@ NOTES = f"""SmolLM2-135M-Instruct. Calibrated on sequences of {LENGTH} tokens of
 of each text scored; one seed. Embeddings stay at 16 bits in every row. Ranks, heads, channels and width: {{many}}
 sequences, {{learned}} where a repair learns from them too; no search and no repair but where a row says so; low rank
 is stored as `auto`, so that the papers' methods take pivot rows where those are smaller. `manual` are LoRD's
-proportions for 20%, scaled to the size. Codes: the sequences that rows say; peers are the weights that their own code
-makes, and what pads a row there is not counted; GPTQ's scales are of the extremes of each group and its Hessians of
-the original model. The weights were rounded to 4 bits once before (Q4_1), which favours formats of 4 bits in small
-groups. What has no line or cell, or `-`, was not measured. Rows of ranks were made many at once on one GPU.
+proportions for 20%, scaled to the size. Codes: as many sequences as a row says. Peers are the weights that their own
+code makes, and what pads a row there is not counted; GPTQ's scales are of the extremes of each group and its Hessians
+of the original model. The weights were rounded to 4 bits once before (Q4_1), which favours formats of 4 bits in small
+groups. What has no line or cell, or `-`, was not measured. What was made on a GPU was made many rows at once.
 
 """
 
@@ -210,12 +210,16 @@ def bits_table(figures: list[Figure], texts: list[str]) -> str:
             [row["way"], *(["no plan"] * (4 + len(texts)))]
             if row["problem"]
             else [row["way"], f"{row['megabytes']:.1f}", f"{row['bits']:.2f}"]
-            + ["" if row is figures[0] else str(row["calibration"])]
+            + [str(row["calibration"]) if _reads_text(row) else ""]
             + [_figure(row["perplexity"].get(text)) for text in texts]
             + [_accuracy(row)]
             for row in rows
         ],
     )
+
+
+def _reads_text(row: Figure) -> bool:
+    return not str(row["way"]).startswith(("dense", "HQQ", "torchao"))
 
 
 def sizes_table(figures: list[Figure]) -> str:
@@ -250,8 +254,10 @@ def write(folder: Path) -> None:
         many=counts([row for row in ranked if "+" not in row["way"]]),
         learned=counts([row for row in ranked if "+" in row["way"]]),
     )
-    devices = sorted({(row["device"], "codes" if row in coded else "ranks") for row in figures[1:]})
-    body += "Made on: " + "; ".join(f"{kind}: {device}" for device, kind in devices) + ".\n\n"
+    kinds = [("ranks" if row not in coded else f"codes of {row['calibration']} sequences", row) for row in figures[1:]]
+    devices = {kind: sorted({row["device"] for each, row in kinds if each == kind}) for kind, _ in kinds}
+    made_on = "; ".join(f"{kind}: {' and '.join(names)}" for kind, names in sorted(devices.items()))
+    body += f"Made on: {made_on}.\n\n"
     body += "### Ranks, heads, channels, width\n\n"
     body += (
         "By fraction of the linear weights kept; accuracy is the mean of four local tasks made from mix.heldout, "

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 from collections import Counter
@@ -42,6 +43,9 @@ LARGEST = 8_000_000
 """Parameters beyond which a model is not small."""
 
 SECONDS = 400
+
+APART = 1e-3
+"""Difference, relative to the largest logit, from which on a model does not give the same in two ways."""
 
 SAME = 1e-4
 """Relative difference of two statistics up to which they are the same but for rounding."""
@@ -87,7 +91,7 @@ def try_family(family: str, folder: Path) -> dict[str, Any]:
         covered = sum(site.parameters for site in sites) / matrices
         left = what_stays(blocks, {site.weight(loaded.model).data_ptr() for site in sites}, matrices)
         differs = by_block_differs(loaded.model, sites, ids)
-        if differs is not None and differs > SAME:
+        if differs is not None and not differs <= SAME:
             return {"outcome": "foreign", "why": f"statistics block by block differ by {differs:.1g}"}
         compress(
             recipe_from({**values, "model": str(folder / "float32"), "method": "bolaco", "output": str(folder / "one")})
@@ -97,6 +101,8 @@ def try_family(family: str, folder: Path) -> dict[str, Any]:
                 {**values, "model": str(folder / "bfloat16"), "method": "two_sided", "output": str(folder / "two")}
             )
         )
+        if wrong := behaves_otherwise(folder / "float32", folder / "one"):
+            return {"outcome": "foreign", "why": wrong}
     except RankwiseError as problem:
         return {"outcome": "refused", "why": problem.problem[:300]}
     except Exception as problem:
@@ -120,6 +126,8 @@ def by_block_differs(model: Any, sites: list[Site], ids: torch.Tensor) -> float 
     one = taken()
     with patch.object(BlockRunner, "alone", lambda _self: False):
         other = taken()
+    if any(one[statistic].keys() != other[statistic].keys() for statistic in asked):
+        return math.inf
     return max(
         float((value - found).norm() / value.norm().clamp_min(1e-30))
         for statistic in asked
@@ -127,6 +135,62 @@ def by_block_differs(model: Any, sites: list[Site], ids: torch.Tensor) -> float 
         for value, found in zip(vars(totals).values(), vars(one[statistic][key]).values(), strict=True)
         if isinstance(value, torch.Tensor) and value.numel()
     )
+
+
+def behaves_otherwise(before: Path, after: Path) -> str:
+    """What the checkpoint does not do that the original did, both as transformers loads them; '' if it does all."""
+    original, made = (
+        AutoModelForCausalLM.from_pretrained(each, trust_remote_code=True).eval() for each in (before, after)
+    )
+    if tied(original) != tied(made):
+        return f"embeddings and head are tied: {tied(original)} before, {tied(made)} after"
+    for name, compare in {"with a cache": cached, "padded on the left": padded}.items():
+        one, other = compare(original), compare(made)
+        if one is not None and one <= APART and not (other is not None and other <= APART):
+            return (
+                f"{name} its logits differ by {other if other is None else format(other, '.1g')}, the original's do not"
+            )
+    return ""
+
+
+def tied(model: Any) -> bool:
+    """Whether embeddings and head are one tensor."""
+    head = model.get_output_embeddings()
+    return head is not None and getattr(head, "weight", None) is model.get_input_embeddings().weight
+
+
+@torch.inference_mode()
+def cached(model: Any) -> float | None:
+    """How far logits are, relative to the largest, that are made token after token with a cache; None without one."""
+    ids = torch.arange(3, 19)[None]
+    try:
+        whole = model(input_ids=ids, use_cache=False).logits
+        found = model(input_ids=ids[:, :12], use_cache=True)
+        parts = [found.logits]
+        for place in range(12, ids.shape[1]):
+            name = "cache_params" if hasattr(found, "cache_params") else "past_key_values"
+            found = model(input_ids=ids[:, place : place + 1], **{name: getattr(found, name)}, use_cache=True)
+            parts.append(found.logits)
+    except Exception:  # such as a cache of another kind
+        return None
+    return float((torch.cat(parts, 1) - whole).abs().max() / whole.abs().max())
+
+
+@torch.inference_mode()
+def padded(model: Any) -> float | None:
+    """How far the logits of a sequence are beside a longer one, padded on its left; None where that is not possible."""
+    long, short = torch.arange(3, 19)[None], torch.arange(20, 30)[None]
+    gap = long.shape[1] - short.shape[1]
+    mask = torch.ones_like(long).repeat(2, 1)
+    mask[1, :gap] = 0
+    try:
+        alone = model(input_ids=short, use_cache=False).logits
+        both = torch.cat([long, torch.nn.functional.pad(short, (gap, 0), value=3)])
+        places = (mask.cumsum(-1) - 1).clamp_min(0)
+        found = model(input_ids=both, attention_mask=mask, position_ids=places, use_cache=False).logits[1:, gap:]
+    except Exception:  # such as a model without positions
+        return None
+    return float((found - alone).abs().max() / alone.abs().max())
 
 
 def what_stays(blocks: Any, taken: set[int], matrices: int) -> dict[str, float]:
@@ -210,7 +274,7 @@ def page(found: dict[str, dict[str, Any]], version: str) -> str:
     fine = {family: row for family, row in built.items() if row["outcome"] == "fine"}
     whole = sum(row["covered"] > _NEARLY_ALL for row in fine.values())
     same = [row["by_block"] for row in fine.values() if row.get("by_block") is not None]
-    most = max(same)
+    most = max(same, default=0.0)
     rows = [
         [
             family,
@@ -224,9 +288,11 @@ def page(found: dict[str, dict[str, Any]], version: str) -> str:
 
 Every family of causal language models that transformers {version} knows, if a small one could be built: its own config,
 random weights, compressed to half by `bolaco` from float32 and by `two_sided` (with a backward pass) from bfloat16,
-written, and tried in a process without rankwise. Of {len(built)} families {len(fine)} end well, {whole} of them with
-all matrices of the decoder covered but for routers and the like. `python benchmarks/families.py` makes this page and
-`benchmarks/results/families.md`, which lists the {len(found) - len(built)} that could not be built, too.
+written, and tried in a process without rankwise. Where the original gives the same logits with a cache as without, and
+for a sequence that is padded on its left, the smaller one does, too; what is tied stays tied. Of {len(built)} families
+{len(fine)} end well, {whole} of them with all matrices of the decoder covered but for routers and the like.
+`python benchmarks/families.py` makes this page and `benchmarks/results/families.md`, which lists the
+{len(found) - len(built)} that could not be built, too.
 
 Statistics are taken block by block where blocks can be run by themselves: in {len(same)} of these families, where
 those of the whole model differ from them by {most:.0e} of their norm at most. The other {len(fine) - len(same)} are run

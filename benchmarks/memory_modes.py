@@ -158,6 +158,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     cases, name_of_result = (GPU_CASES, "memory_modes-gpu") if arguments.gpu else (CASES, "memory_modes")
+    if unknown := set(arguments.case) - set(cases):
+        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(cases)}")
     known = RESULTS / f"{name_of_result}.json"
     figures = json.loads(known.read_text())["figures"] if known.exists() else []
     for case in arguments.case or (GPU_CASES if arguments.gpu else ["smollm2", "llama-1b", "llama-7b-2"]):
@@ -190,7 +192,7 @@ def write(name: str, cases: dict[str, dict[str, Any]], figures: list[dict[str, A
     on_gpu = ["most GB on the GPU (in)", "expected"] if name.endswith("gpu") else []
     header = ["model", "memory", "most GB without a file (in)", "expected", *on_gpu, "seconds by stage", "weights"]
     body = f"Random tokens, sequences of 512, keep 0.8, the default method.\n\n{markdown_table(header, rows)}"
-    command = f"python benchmarks/memory_modes.py{' --gpu' * bool(on_gpu)}"
+    command = f"python benchmarks/memory_modes.py{' --gpu' if on_gpu else ''}"
     write_result(name, "Memory by the way a model is held", command, body, figures)
 
 

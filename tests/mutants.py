@@ -327,8 +327,8 @@ MUTANTS = (
     Mutant(
         "blocks are tried on one text at a time",
         "models/blocks.py",
-        "                between = self.run(index, between)\n",
-        "",
+        "beside, other = self.run(index, beside), self.run(index, other)",
+        "beside = self.run(index, beside)",
         ("models/test_unusual_layers.py",),
     ),
     Mutant(

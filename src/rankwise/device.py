@@ -9,6 +9,8 @@ import torch
 
 from rankwise.errors import RecipeError
 
+_PLANNED = ("cpu", "cuda", "mps")
+
 
 def best_device() -> torch.device:
     """A GPU when PyTorch sees one, else the CPU."""
@@ -35,20 +37,31 @@ def named_device(name: str) -> torch.device:
     return device
 
 
+def computed_on(model: Any) -> torch.device:
+    """Where a model's blocks compute, wherever their weights lie: where its embeddings are."""
+    embedding = model.get_input_embeddings()
+    return next(iter((*embedding.parameters(), *embedding.buffers()))).device
+
+
 def planned_device(name: str) -> torch.device:
     """The device that a name stands for, which need not be here; `auto` is what is here.
 
     Raises:
         RecipeError: for what names no device.
     """
+    if name == "auto":
+        return best_device()
     try:
-        return best_device() if name == "auto" else torch.device(name)
-    except RuntimeError as problem:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in _PLANNED:
         raise RecipeError(
-            f"The device {name!r} is none ({str(problem).splitlines()[0]}).",
+            f"What a run needs on {name!r} is not known.",
             where="device",
-            remedy="use auto, cpu or cuda",
-        ) from None
+            remedy="use auto, cpu, cuda or mps",
+        )
+    return device
 
 
 def computed_type(model: Any) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rankwise.checkpoints import REPORT_FILE, load_model
 from rankwise.factors import Factors
 from rankwise.layers import LowRankLinear, PivotedLinear, fold_orders, kind_of, kinds, substitute
 from rankwise.models import Site, find_sites
+from rankwise.quantizers import Packed
 from rankwise.recipes import recipe_from
 from rankwise.sizes import Plan
 
@@ -31,6 +33,19 @@ def one_site(m: int, n: int, rank: int, bias: bool) -> tuple[nn.Sequential, Site
     site = Site("0", "q", 0, m, n, False, bias, "0")
     extra = torch.randn(m).double() if bias else None
     return model, site, Factors(torch.randn(m, rank).double(), torch.randn(rank, n).double(), extra)
+
+
+def test_factors_go_to_a_device_and_codes_stay() -> None:
+    _, _, factors = one_site(6, 5, 2, True)
+    moved = factors.on(torch.device("meta"))
+    assert moved.left is not None
+    assert moved.right is not None
+    assert moved.bias is factors.bias
+    assert (moved.left.device.type, moved.right.device.type) == ("meta", "meta")
+    nothing = Factors(None, None, factors.bias)
+    assert nothing.on(torch.device("meta")) is nothing
+    coded = replace(factors, q=Packed(torch.zeros(6, 1, 2, dtype=torch.uint8), torch.ones(1, 1), 5, "uniform"))
+    assert coded.on(torch.device("meta")) is coded
 
 
 @given(m=st.integers(2, 40), n=st.integers(1, 40), bias=st.booleans(), data=st.data())

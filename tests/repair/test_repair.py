@@ -496,7 +496,7 @@ def test_a_block_that_is_told_the_tokens_cannot_run_alone(weight: float, monkeyp
     # Registered by the model before any hook of the runner, as if the model itself passed it.
     for block in model.model.layers:
         block.register_forward_pre_hook(hand_over, with_kwargs=True)
-    with pytest.raises(RankwiseError, match="handed more that depends on the tokens"):
+    with pytest.raises(RankwiseError, match="is handed, beside hidden states, what depends on the tokens"):
         BlockRunner(model, IDS, 4).check()
 
 

@@ -219,7 +219,10 @@ def test_a_statistic_of_one_class_is_collected_stored_read_and_resumed(
         ends = range(sequences) if groups is None else group_ends(sequences, groups, 1)
         left = [batch * batch_size for batch in range(1, killed_after + 1) if batch * batch_size in ends]
         notes = [f"continuing after {left[-1]} of {sequences} sequences"] if left else []
-        assert [note.partition(": ")[2] for note in reporter.notes] == notes
+        assert [note.partition(": ")[2] for note in reporter.notes] == [
+            "the sums of all layers are in memory at once",
+            *notes,
+        ]
         assert all(same(whole[each], resumed[each]) for each in both)
         found = read_back(resumed, site, folder / "statistics").of(asked)
     expected = watched(site, sequences, labels).abs().pow(power).mean(0)

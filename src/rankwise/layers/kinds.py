@@ -390,9 +390,8 @@ def substitute(model: nn.Module, name: str, factors: Factors, kind: str, dtype: 
     """
     old = model.get_submodule(name)
     device = next(t.device for t in (*old.parameters(), *old.buffers()))
-    computes = next(model.parameters()).device  # where the block lies in files, another one
     try:
-        layer = KINDS[kind].of(factors.on(computes) if computes.type == "cuda" else factors, dtype, device)
+        layer = KINDS[kind].of(factors, dtype, device)
     except NotFiniteError as problem:
         raise NotFiniteError(problem.problem, where=name, remedy=problem.remedy) from None
     model.set_submodule(name, layer)

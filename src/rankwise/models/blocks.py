@@ -59,7 +59,9 @@ class _Passing(nn.Module):
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two modules' arguments are the same, tensors to the last bit."""
+    """Whether two modules' arguments are the same, tensors to the last bit, and so what objects among them hold."""
+    if one is other:
+        return True
     if isinstance(one, Tensor):
         same_kind = isinstance(other, Tensor) and (one.shape, one.dtype) == (other.shape, other.dtype)
         return same_kind and torch.equal(one, other)
@@ -69,7 +71,7 @@ def _alike(one: Any, other: Any) -> bool:
         return isinstance(other, dict) and one.keys() == other.keys() and all(_alike(one[k], other[k]) for k in one)
     if isinstance(one, bool | int | float | str | torch.dtype):
         return type(one) is type(other) and bool(one == other)
-    return type(one) is type(other)
+    return type(one) is type(other) and _alike(getattr(one, "__dict__", None), getattr(other, "__dict__", None))
 
 
 def _keeping(found: dict[int, Handed], index: int) -> Callable[..., None]:
@@ -330,6 +332,8 @@ class BlockRunner:
         self.learn(size)
         handed: dict[int, Handed] = {}
         others = self.ids[:size].flip(-1)
+        # Not the same tokens in another order, either.
+        others[:, 1::2] = others[:, : others.shape[1] // 2 * 2 : 2]
         seen: list[Tensor] = []
         ran: list[nn.Module] = []
         handles = [block.register_forward_hook(lambda m, _i, _o: ran.append(m)) for block in dict.fromkeys(self.blocks)]
@@ -347,15 +351,20 @@ class BlockRunner:
                 raise ValueError(f"{len(ran)} calls in a pass, of {len(self.blocks)} blocks, or in another order")
             for index, arguments in handed.items():
                 if not _alike(arguments, self._arguments[index, size]):
-                    raise ValueError(f"block {index} is handed more that depends on the tokens than hidden states")
+                    raise ValueError(f"block {index} is handed, beside hidden states, what depends on the tokens")
             hidden = self._inputs(others)
             if hidden.ndim != 3 or hidden.shape[:2] != others.shape:
                 raise ValueError(f"hidden states of {list(hidden.shape)} for {list(others.shape)} tokens")
-            between = self._inputs(self.ids[:size])
+            beside = hidden
             for index in range(len(self.blocks)):
-                # A block that leaves something for later ones, such as keys, would have left that of the other text.
                 hidden = self.run(index, hidden)
-                between = self.run(index, between)
+            # A block that leaves something for later ones, such as keys, leaves here what it made of another text.
+            other = self._inputs(self.ids[:size])
+            for index in range(len(self.blocks)):
+                beside, other = self.run(index, beside), self.run(index, other)
+            changed = float((beside - hidden).norm() / hidden.norm())
+            if not changed <= min(_AGREEMENT / 2, 10 * torch.finfo(self.dtype).eps):
+                raise ValueError(f"what they give changes by {changed:.1g} when another text is run between them")
             last = seen[0].float()
             difference = float((hidden - last).norm() / last.norm())
         except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as problem:

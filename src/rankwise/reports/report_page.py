@@ -69,7 +69,10 @@ def report_page(
         ],
         spectra=_spectra(spectra or {}),
         sensitivity=None if sensitivity is None else _sensitivity(sensitivity),
-        stage_columns=["stage", "seconds", "peak of the process", "without a file behind", *["of the GPU"][:on_gpu]],
+        stage_columns=[
+            *("stage", "seconds", "peak of the process", "without a file behind"),
+            *(["of the GPU"] if on_gpu else []),
+        ],
         stages=[
             (
                 name,
@@ -250,7 +253,7 @@ def _memory(report: Report) -> str:
         ("expected", memory.expected_bytes),
         ("used", memory.used_bytes),
         ("expected of the GPU", memory.gpu_expected_bytes),
-        ("used of it", memory.gpu_used_bytes),
+        ("used of the GPU", memory.gpu_used_bytes),
     ]
     words += [f"{label}: {bytes_in_words(size)}." for label, size in shown if size is not None]
     return " ".join(words)

@@ -127,10 +127,9 @@ def _gradient_sequences(work: Work) -> int | None:
 def _memory(work: Work) -> MemoryUse:
     stages = work.reporter.stages.values()
     used = [stage.anonymous_bytes for stage in stages if stage.anonymous_bytes is not None]
-    on_gpu = [stage.gpu_bytes for stage in stages if stage.gpu_bytes is not None]
     known = {}
-    if on_gpu:
-        known["gpu_used_bytes"] = max(on_gpu)
+    if work.loaded.model.device.type == "cuda":
+        known["gpu_used_bytes"] = max((stage.gpu_bytes or 0 for stage in stages), default=0)
         if work.need is not None:
             known["gpu_expected_bytes"] = work.need.device
     expected = None if work.need is None else work.need.host

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rankwise.checkpoints import LoadedModel
+from rankwise.device import computed_on
 from rankwise.errors import IllConditionedError
 from rankwise.factors import Factors
 from rankwise.layers import kind_of, substitute
@@ -189,6 +190,9 @@ def store_layers(
         factors = kind_of(site.module(model)).factors(site.module(model))
         kind = form.kind(shape, Cut(factors.rank))
         found[site.name] = {"storage": kind}
+        if kind == "pivoted" and computed_on(model).type == "cuda":
+            # Also where the block lies in files of the host.
+            factors = factors.on(computed_on(model))
         try:
             layer = substitute(model, site.name, factors, kind, dtypes[site.name])
             found[site.name] |= kind_of(layer).facts(layer)

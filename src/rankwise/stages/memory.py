@@ -33,11 +33,12 @@ _LENGTH = 512
 _SEQUENCES = 128
 """Taken where a recipe leaves them to the text, which is not read here."""
 
-_LIBRARIES = {False: 0.37e9, True: 1.2e9}
-"""PyTorch and transformers, imported and run once, without and with a GPU."""
+_LIBRARIES = 0.37e9
+_LIBRARIES_BESIDE_A_GPU = 1.2e9
+"""PyTorch and transformers, imported and run once."""
 
 _TAKEN = 4
-"""Of the file of a total, how often its size is on the host while it comes from a GPU: whole, and packed."""
+"""Memory of the host while a total comes from the GPU, in sizes of its file; fitted."""
 
 _SOLVER = 2
 """Of what a decomposition takes on a CPU, how much it takes on a GPU."""
@@ -282,9 +283,9 @@ def _need(s: Shapes, mode: str) -> Need:
         stages["outlooks"] = _SOLVER * looking
         worst = max(stages, key=lambda name: stages[name])
         host = max(in_memory + _TAKEN * s.largest_total, made)
-        return Need(mode, int(_LIBRARIES[True] + host), held + stages[worst], disk, worst)
+        return Need(mode, int(_LIBRARIES_BESIDE_A_GPU + host), held + stages[worst], disk, worst)
     worst = max(stages, key=lambda name: stages[name])
-    return Need(mode, int(_LIBRARIES[False] + made + weights + stages[worst]), 0, disk, worst)
+    return Need(mode, int(_LIBRARIES + made + weights + stages[worst]), 0, disk, worst)
 
 
 def _looking(site: Site, codes: bool) -> int:
