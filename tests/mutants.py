@@ -325,6 +325,27 @@ MUTANTS = (
         ("models/test_learning_blocks.py",),
     ),
     Mutant(
+        "a bias lets padding into a state",
+        "stages/seeing.py",
+        "replace(site, keeps_zeros=True) if site.name in silent else site",
+        "site",
+        ("models/test_padding.py",),
+    ),
+    Mutant(
+        "a method of one's own adds a bias where zeros have to stay",
+        "methods/base.py",
+        "basis if statistics.may_add else replace(basis, mean_output=None, mean_code=None)",
+        "basis",
+        ("models/test_padding.py",),
+    ),
+    Mutant(
+        "what comes of padding is not asked",
+        "models/padding.py",
+        "        if zeros.get(site.name):",
+        "        if zeros.get(site.name) and not site.name:",
+        ("models/test_padding.py",),
+    ),
+    Mutant(
         "blocks are tried on one text at a time",
         "models/blocks.py",
         "beside, other = self.run(index, beside), self.run(index, other)",

@@ -27,6 +27,7 @@ class AFM(Factorisation):
         return (Moments(),)
 
     def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
-        seen = statistics.of(Moments()).covariance()
+        moments = statistics.of(Moments())
+        seen = moments.covariance() if statistics.may_add else moments.second_moment()
         found = decompose(weight, inputs=seen.inputs, outputs=seen.outputs)
         return make_basis(found, seen.mean_output if self.bias else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -222,7 +222,8 @@ class Factorisation(Method):
         """
 
     def outlook(self, weight: Tensor, statistics: SiteStatistics, q_bits: int, source: torch.Generator) -> Outlook:
-        return Outlook(self.decompose(weight, statistics))
+        basis = self.decompose(weight, statistics)
+        return Outlook(basis if statistics.may_add else replace(basis, mean_output=None, mean_code=None))
 
     def fit(
         self, weight: Tensor, statistics: SiteStatistics, cut: Cut, source: torch.Generator, looking: Looking

@@ -30,7 +30,8 @@ class TwoSided(Factorisation):
             1 is within 0.5% of the best in every column of benchmarks/results/defaults.md. Raised tenfold if F is
             still not positive definite. Reported for each site.
         curvature_gb: memory for all F together, in 10^9 bytes. What does not fit is cut to diagonal blocks.
-        bias: add (W - L R) E[x], so that the mean output stays exact.
+        bias: add (W - L R) E[x], so that the mean output stays exact; not where padding has to stay zero, and there
+            Sigma is E[x x^T].
     """
 
     one_unit: ClassVar[bool] = True
@@ -51,10 +52,11 @@ class TwoSided(Factorisation):
         return OutputMetric.where_felt(statistics.of(self._curvature()), self.damping)
 
     def decompose(self, weight: Tensor, statistics: SiteStatistics) -> Basis:
-        seen = statistics.of(Moments()).covariance()
+        moments, biased = statistics.of(Moments()), self.bias and statistics.may_add
+        seen = moments.covariance() if statistics.may_add else moments.second_moment()
         metric = self.output_metric(statistics)
         found = decompose(weight, inputs=seen.inputs, outputs=seen.outputs, metric=metric)
         # Without a gradient nothing that is dropped costs loss, and the inputs alone say what is kept.
         share = torch.zeros_like(found.energy) if metric is None else metric.undamped_share(found.left)
         damping = 0.0 if metric is None else metric.damping
-        return make_basis(replace(found, energy=found.energy * share), seen.mean_output if self.bias else None, damping)
+        return make_basis(replace(found, energy=found.energy * share), seen.mean_output if biased else None, damping)

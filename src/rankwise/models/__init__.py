@@ -14,6 +14,7 @@ from rankwise.models.multimodal import (
 )
 from rankwise.models.original import Original
 from rankwise.models.outside import read_outside
+from rankwise.models.padding import keeping_zeros
 from rankwise.models.places import places_of
 from rankwise.models.pre_norm import PreNorm
 from rankwise.models.recompute import recomputed
@@ -54,6 +55,7 @@ __all__ = [
     "group",
     "has_own_language_model",
     "into_file",
+    "keeping_zeros",
     "language_model",
     "other_layers",
     "places_of",

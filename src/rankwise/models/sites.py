@@ -34,6 +34,7 @@ class Site:
         group: name of the first site that reads the same input.
         pool: of one expert among others, its name with a star for the expert: what its peers have in common. Empty
             for all other sites.
+        keeps_zeros: whether padding reaches it as zeros and has to leave it so, see `keeping_zeros`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Site:
     has_bias: bool
     group: str
     pool: str = ""
+    keeps_zeros: bool = False
 
     @property
     def parameters(self) -> int:

@@ -215,7 +215,9 @@ def without_units(work: Work, every: Sequence[Coupling], decision: Decision) -> 
     }
     loaded.model = small
     probe = work.texts.calibration.ids[:1].to(small.device)
-    sites = share_inputs(small, find_sites(small), probe)
+    keeping = {site.name for site in work.sites if site.keeps_zeros}
+    found = [replace(site, keeps_zeros=site.name in keeping) for site in find_sites(small)]
+    sites = share_inputs(small, found, probe)
     weights = work.problem.allowance.weights
     return replace(
         work,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from rankwise.checkpoints import LoadedModel, missing_processor
 from rankwise.errors import ModelError
-from rankwise.models import Site, beside_language_model, read_outside, reads_images, share_inputs
+from rankwise.models import Site, beside_language_model, keeping_zeros, read_outside, reads_images, share_inputs
 from rankwise.progress import Reporter
 from rankwise.recipes import Recipe
 
@@ -46,7 +48,9 @@ def sharing_sites(loaded: LoadedModel, found: list[Site], probe: Tensor) -> tupl
     def watched() -> tuple[list[Site], list[str]]:
         # First of all: some models change their weights before the first token that they see.
         read = read_outside(loaded.model, found, probe[:, :_SHORT])
-        return share_inputs(loaded.model, [site for site in found if site.name not in read], probe), read
+        sites = share_inputs(loaded.model, [site for site in found if site.name not in read], probe)
+        silent = keeping_zeros(loaded.model, sites, probe)
+        return [replace(site, keeps_zeros=True) if site.name in silent else site for site in sites], read
 
     if not reads_images(loaded.model):
         return watched()

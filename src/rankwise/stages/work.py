@@ -352,7 +352,11 @@ def problem_of(
     }
     whole = {(site.m, site.n): dense_candidate((site.m, site.n), form) for site in sites if site.name in left_out}
     candidates = {site.name: (whole if site.name in left_out else by_shape)[site.m, site.n] for site in sites}
-    biased = [site for site in sites if method.adds_bias and not site.has_bias and site.name not in left_out]
+    biased = [
+        site
+        for site in sites
+        if method.adds_bias and not (site.has_bias or site.keeps_zeros) and site.name not in left_out
+    ]
     allowance = Allowance(budget, weights, number_bits, _rest_bytes(loaded, sites, biased, vocabulary))
     if budget.size is not None:
         allowance.require(0, what="no weight at all and the rest of the model")

@@ -102,7 +102,7 @@ def collecting(
     try:
         runner = BlockRunner(model, tokens, batch_size, autocast=False)
         by_block = runner.alone()
-        if not by_block and len(runner.blocks) > 1:
+        if not by_block and len({site.block for site in sites}) > 1:
             reporter.note("its blocks do not run by themselves: the sums of all layers are in memory at once")
         # A device that holds the sums of one block has room for their totals; of all blocks it may not.
         keeping = device if by_block else CPU

@@ -141,6 +141,11 @@ class SiteStatistics:
         """The layer's own bias, shape `[m]`, or None."""
         return self._bias
 
+    @property
+    def may_add(self) -> bool:
+        """Whether a bias may be added here: not where zeros have to stay zeros, see `keeping_zeros`."""
+        return not self._site.keeps_zeros
+
     def of(self, statistic: Statistic[T, V]) -> V:
         """What one statistic says here: see its class.
 
