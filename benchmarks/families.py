@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common import RESULTS, ROOT, ended, forked, markdown_table, write_result
@@ -107,7 +107,22 @@ def try_family(family: str, folder: Path) -> dict[str, Any]:
         return {"outcome": "refused", "why": problem.problem[:300]}
     except Exception as problem:
         return {"outcome": "foreign", "why": f"{type(problem).__name__}: {problem}".splitlines()[0][:300]}
-    return {"outcome": "fine", "sites": len(sites), "covered": covered, "left": left, "by_block": differs}
+    found = {"outcome": "fine", "sites": len(sites), "covered": covered, "left": left, "by_block": differs}
+    return found | ({} if covered > _NEARLY_ALL else {"at_full_size": covered_at_full_size(family)})
+
+
+def covered_at_full_size(family: str) -> float | None:
+    """What is covered at the shapes of a family's default config, where a small one has more beside; None if it is not
+    built.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](), dtype=torch.bfloat16)
+        matrices = sum(p.numel() for p in decoder_blocks(model)[1].parameters() if p.ndim >= 2)
+        unfuse_experts(model)
+        return sum(site.parameters for site in find_sites(model)) / matrices
+    except Exception:  # such as a config whose defaults are none
+        return None
 
 
 def by_block_differs(model: Any, sites: list[Site], ids: torch.Tensor) -> float | None:
@@ -280,6 +295,7 @@ def page(found: dict[str, dict[str, Any]], version: str) -> str:
         [
             family,
             f"{100 * row['covered']:.0f}%" if "covered" in row else "-",
+            f"{row['at_full_size']:.1%}" if row.get("at_full_size") else "",
             _stays(row) if row["outcome"] == "fine" else _why(row),
         ]
         for family, row in built.items()
@@ -301,10 +317,12 @@ whole.
 
 Covered is the share of the numbers in the decoder's matrices that are compressed. The rest stays as it is: routers,
 convolutions, states, experts of a layout that is not known, linear layers whose weights several blocks share, and those
-that make something else of their weights than W x + b. Models that read images too: [vision.md](vision.md).
+that make something else of their weights than W x + b. A small model has more of that than a large one: at full size is
+the share at the shapes of the family's default config, of those with less than {_NEARLY_ALL:.1%} here. Models that read
+images too: [vision.md](vision.md).
 
 """
-        + markdown_table(["family", "covered", "what keeps it"], rows)
+        + markdown_table(["family", "covered", "at full size", "what keeps it"], rows)
         + "\n"
     )
 
