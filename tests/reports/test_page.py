@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import pytest
 
 from conftest import Run
 from rankwise import compress
-from rankwise.checkpoints import FILES_FILE
+from rankwise.checkpoints import FILES_FILE, REPORT_FILE
 from rankwise.recipes import recipe_from
 from rankwise.reports import ComparedModels, ComparedRow, Machine, Report, Settings
 from rankwise.reports.charts import line_chart
 from rankwise.reports.comparison_page import comparison_page
+from rankwise.reports.report_page import report_page
+from rankwise.sizes import Plan
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = '<script>alert(1)</script> & "quotes" {{ 1 }}'
@@ -137,6 +140,14 @@ def compared() -> ComparedModels:
         rows=tuple(rows),
         machine=Machine(device="CPU", rankwise="0"),
     )
+
+
+@pytest.mark.parametrize("gpu_bytes", [None, 3_000_000_000])
+def test_what_a_gpu_held_is_a_column_where_there_was_one(gpu_bytes: int | None, result: Path) -> None:
+    report, plan = Report.load(result / REPORT_FILE), Plan.load(result / "plan.json")
+    stages = {name: replace(stage, gpu_bytes=gpu_bytes) for name, stage in report.stages.items()}
+    page = report_page(report.model_copy(update={"stages": stages}), plan)
+    assert ("of the GPU" in page) == ("3.00 GB" in page) == (gpu_bytes is not None)
 
 
 def test_a_comparison_shows_text_of_others_as_it_is() -> None:

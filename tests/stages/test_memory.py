@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from conftest import Run, make_site
 from rankwise import compress
 from rankwise.errors import ModelError
 from rankwise.models import BlockRunner
-from rankwise.progress import Reporter, anonymous_bytes
+from rankwise.progress import Reporter, StageTime, anonymous_bytes
 from rankwise.recipes import recipe_from
 from rankwise.stages import memory
+from rankwise.stages.finish import _memory
 from rankwise.stages.memory import expected_need, needs, require_config, shapes_of
 
 WIDE = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
@@ -165,6 +167,21 @@ def test_a_stage_says_what_it_took_of_the_gpus(monkeypatch: pytest.MonkeyPatch) 
     with reporter.stage("one"):
         held[1] = 3
     assert reporter.stages["one"].gpu_bytes == 3
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_run_reports_what_it_took_of_its_own_gpu(device: str) -> None:
+    """A run on the CPU says nothing of what else its process holds on a GPU."""
+    stages = {name: StageTime(1.0, 9, True, 5, gpu_bytes=most) for name, most in {"load": 3, "fits": 8}.items()}
+    work: Any = SimpleNamespace(
+        reporter=SimpleNamespace(stages=stages),
+        loaded=SimpleNamespace(model=SimpleNamespace(device=torch.device(device))),
+        need=SimpleNamespace(host=6, device=7),
+        memory="blocks",
+    )
+    found = _memory(work).model_dump()
+    on_gpu = {"gpu_expected_bytes": 7, "gpu_used_bytes": 8} if device == "cuda" else {}
+    assert found == {"mode": "blocks", "expected_bytes": 6, "used_bytes": 5, **on_gpu}
 
 
 @pytest.mark.parametrize("mode", ["auto", "disk"])

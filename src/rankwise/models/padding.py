@@ -17,6 +17,7 @@ from rankwise.models.sites import Site, decoder_blocks
 
 _TOKENS, _PADDED = 16, 4
 _ROUNDING = 1e-4
+"""Of the largest number, how much the others may differ where nothing comes of padding."""
 
 
 @torch.no_grad()
@@ -70,12 +71,12 @@ def keeping_zeros(model: Any, sites: Sequence[Site], probe: Tensor) -> set[str]:
     return {
         site.name
         for alike in by_place.values()
-        if _is_felt(model, alike[0], blocks[alike[0].block], handed[alike[0].block])
+        if _is_felt(model, alike[0], blocks[alike[0].block], handed.get(alike[0].block))
         for site in alike
     }
 
 
-def _is_felt(model: Any, site: Site, block: nn.Module, handed: Handed) -> bool:
+def _is_felt(model: Any, site: Site, block: nn.Module, handed: Handed | None) -> bool:
     """Whether what a block gives for tokens changes with what a weight of it gives for the padding before them."""
 
     def disturb(_module: nn.Module, _given: Any, found: Tensor) -> Tensor:
@@ -83,6 +84,8 @@ def _is_felt(model: Any, site: Site, block: nn.Module, handed: Handed) -> bool:
         disturbed[1, :_PADDED] += found.abs().max()
         return disturbed
 
+    if handed is None:  # a block whose parts are called without it
+        return True
     positional, named = handed
     try:
         plain = first_of(block(*positional, **named))[1, _PADDED:].float()
