@@ -29,6 +29,8 @@ TEXTS = ("wikitext2.test", "mix.heldout")
 D = 256
 RANKS = (4, 8, 16, 32, 64)
 SIZES = (2.1, 2.5, 3.0, 4.0)
+LDLQ = {"name": "quantize", "output_feedback": False}
+"""As the paper has it beside its own: errors are fed back along inputs alone."""
 PLAIN = {"hadamard": False, "codebook": "uniform"}
 STUDY = (
     "low rank, 16 bits",
@@ -45,12 +47,12 @@ def steps() -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for bits in (2, 3, 4):
         rows[f"{bits} bits, to the nearest, uniform"] = {"name": "quantize", "q_bits": bits, "feedback": False, **PLAIN}
-        rows[f"{bits} bits, LDLQ, uniform"] = {"name": "quantize", "q_bits": bits, **PLAIN}
-        rows[f"{bits} bits, LDLQ, Hadamard, E8P"] = {"name": "quantize", "q_bits": bits}
+        rows[f"{bits} bits, LDLQ, uniform"] = {**LDLQ, "q_bits": bits, **PLAIN}
+        rows[f"{bits} bits, LDLQ, Hadamard, E8P"] = {**LDLQ, "q_bits": bits}
         if bits == 2:
-            whole = {"name": "quantize", "q_bits": 2, "row_scales": False}
+            whole = {**LDLQ, "q_bits": 2, "row_scales": False}
             rows["2 bits, LDLQ, Hadamard, E8P, one scale"] = whole
-            rows["2 bits, LDLQ, Hadamard, E8P, 2 passes"] = {"name": "quantize", "q_bits": 2, "passes": 2}
+            rows["2 bits, LDLQ, Hadamard, E8P, 2 passes"] = {**LDLQ, "q_bits": 2, "passes": 2}
             for factors in (16, 4):
                 for rank in RANKS:
                     rows[f"2 bits, rank {rank} at {factors} bits"] = caldera(rank, factors)
@@ -76,8 +78,8 @@ def study() -> dict[tuple[str, float], dict[str, Any]]:
         size = {"bits": bits, "rank_multiple": 1}
         for label, method, allocation in (
             ("low rank, 4 bits", {**both, "q_bits": 0}, "spectral"),
-            ("Q alone, uniform", {"name": "quantize"}, "uniform"),
-            ("Q alone, spectral", {"name": "quantize"}, "spectral"),
+            ("Q alone, uniform", LDLQ, "uniform"),
+            ("Q alone, spectral", LDLQ, "spectral"),
             ("Q + L R, uniform", both, "uniform"),
             ("Q + L R, spectral", both, "spectral"),
         ):

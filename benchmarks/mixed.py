@@ -32,8 +32,10 @@ from rankwise.sizes import Cut, Plan
 SIZES = (2.1, 2.5, 3.0, 4.0)
 TEXTS = ("wikitext2.test", "mix.heldout")
 ROWS: dict[str, dict[str, Any]] = {
+    "Q alone, LDLQ": {"method": {"name": "quantize", "output_feedback": False}, "allocation": "spectral"},
     "Q alone": {"method": "quantize", "allocation": "spectral"},
     "Q + L R": {"method": {"name": "caldera", "outer": 5}, "allocation": "spectral"},
+    "mixed, LDLQ": {"method": {"name": "mixed", "outer": 5, "output_feedback": False}, "allocation": "spectral"},
     "mixed": {"method": {"name": "mixed", "outer": 5}, "allocation": "spectral"},
 }
 MODELS: dict[str, dict[str, Any]] = {
@@ -150,7 +152,8 @@ def write(folder: Path) -> None:
         parts.append(
             f"## {model}\n\nCalibration {settings['calibration']} x {LENGTH} tokens of mix.calibration, "
             f"{settings['scored']} x {LENGTH} tokens of each text scored, rank multiple {settings['multiple']}; "
-            "codes are the lattice's, L R beside them has 4 bits, low rank alone is stored as `auto`. "
+            "codes are the lattice's, L R beside them has 4 bits, low rank alone is stored as `auto`; with LDLQ, "
+            "and in Q + L R, errors are fed back along inputs alone. "
             + ("The weights were rounded to 4 bits once before. " if model.startswith("smollm2") else "")
             + "Dense perplexity "
             + " and ".join(f"{dense['perplexity'][text]:.2f} on {text}" for text in TEXTS)
@@ -166,7 +169,7 @@ def write(folder: Path) -> None:
             parts.append(f"{text}\n\n" + markdown_table(header, rows) + "\n")
         lines = []
         for bits in SIZES:
-            cell = kept.get({"row": "mixed", "asked": bits})
+            cell = kept.get({"row": "mixed", "asked": bits}) or kept.get({"row": "mixed, LDLQ", "asked": bits})
             if cell is not None:
                 share = ", ".join(f"{kind} {100 * part:.1f}%" for kind, part in cell["chosen"].items())
                 lines.append([f"{bits:g}", f"{cell['bits']:.3f}", share])

@@ -40,7 +40,17 @@ class Seen:
 
 @pytest.mark.parametrize("shape", [(64, 96), (256, 96), (192, 320), (128, 100)], ids=str)
 @pytest.mark.parametrize(
-    "settings", [{}, {"codebook": "uniform"}, {"row_scales": False}, {"feedback": False}, {"group": 32}], ids=str
+    "settings",
+    [
+        {},
+        {"output_feedback": False},
+        {"output_damping": 1.0},
+        {"codebook": "uniform"},
+        {"row_scales": False},
+        {"feedback": False},
+        {"group": 32},
+    ],
+    ids=str,
 )
 def test_estimates_are_near_what_codes_lose(shape: tuple[int, int], settings: dict[str, Any]) -> None:
     source = torch.Generator().manual_seed(sum(shape))
@@ -152,8 +162,8 @@ def test_codes_are_the_same_however_many_sites_are_rounded_at_once(
 
 def test_a_method_that_rounds_in_its_own_way_is_not_estimated_as_if_it_did_not() -> None:
     class Own(Quantize):
-        def alone(self, weight: Tensor, hessian: Any, rotation: Any, q_bits: int) -> Any:
-            return super().alone(weight / 2, hessian, rotation, q_bits)
+        def alone(self, weight: Tensor, *given: Any) -> Any:
+            return super().alone(weight / 2, *given)
 
     source = torch.Generator().manual_seed(0)
     seen: Any = Seen(128, 64, source)

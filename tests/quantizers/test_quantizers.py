@@ -96,7 +96,7 @@ def error_by_row(error: Tensor, hessian: Tensor) -> Tensor:
 
 @dataclass
 class Seen:
-    """Stands in for a site's statistics."""
+    """Stands in for a site's statistics; without `outputs` nothing is felt of it."""
 
     moment: Tensor
     outputs: int = 0
@@ -104,7 +104,8 @@ class Seen:
 
     def of(self, statistic: Statistic) -> Any:
         if isinstance(statistic, Curvature):
-            return second_moment(self.outputs, self.outputs + 3, 5)[None]
+            m = self.outputs
+            return second_moment(m, m + 3, 5)[None] if m else torch.zeros(1, 1, 1)
         assert isinstance(statistic, InputMoments)
         return SimpleNamespace(second_moment=lambda: self.moment)
 

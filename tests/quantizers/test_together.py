@@ -21,6 +21,7 @@ from rankwise.recipes import recipe_from
 from rankwise.sizes import Cut
 from rankwise.stages import at_once, jobs
 from rankwise.stages.fitting import _together
+from rankwise.statistics.curvature import Curvature
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -38,9 +39,15 @@ def moment(n: int, seed: int) -> Tensor:
     return root @ root.T / (n + 9)
 
 
-def seen(n: int, seed: int) -> Any:
-    """Stands in for a site's statistics."""
-    return SimpleNamespace(bias=None, of=lambda _: SimpleNamespace(second_moment=lambda: moment(n, seed)))
+def seen(n: int, seed: int, m: int = 0) -> Any:
+    """Stands in for a site's statistics; without m nothing is felt of its outputs."""
+
+    def of(statistic: Any) -> Any:
+        if isinstance(statistic, Curvature):
+            return moment(m, seed + 1)[None] if m else torch.zeros(1, 1, 1)
+        return SimpleNamespace(second_moment=lambda: moment(n, seed))
+
+    return SimpleNamespace(bias=None, of=of)
 
 
 @pytest.mark.parametrize(("group", "by_row"), [(0, False), (0, True), (16, True)])
@@ -66,7 +73,8 @@ def test_a_site_is_fitted_together_with_others_as_alone(choices: dict[str, Any])
     method, given = Quantize(**choices), []
     for seed, rows in enumerate((9, 16, 4)):
         weight = matrix(rows, 24, seed) * (seed != 1)
-        given.append(AtSite(weight, seen(24, seed), Cut(0, 3), drawn(seed), lambda _: None))
+        # Of the second nothing is felt: it goes a way of its own.
+        given.append(AtSite(weight, seen(24, seed, rows * (seed != 1)), Cut(0, 3), drawn(seed), lambda _: None))
     found = method.fit_together(given)
     for seed, (at, (factors, fit)) in enumerate(zip(given, found, strict=True)):
         alone, of_alone = method.fit(at.weight, at.statistics, at.cut, drawn(seed), at.looking)

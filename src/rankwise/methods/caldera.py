@@ -17,6 +17,7 @@ from rankwise.quantizers import (
     Codebook,
     Hessian,
     LowRank,
+    OutputFeedback,
     Packed,
     Rotation,
     codebook_named,
@@ -41,6 +42,7 @@ class Caldera(QuantizingMethod):
         outer: iterations over Q and L R; the paper takes 15 to 20.
         inner: turns of L and R in each; the paper takes 10 to 50.
         right_feedback: whether R is rounded with feedback of its errors along H; the paper rounds it to the nearest.
+        output_feedback: as published, no: what is minimised does not weigh outputs.
         downdate: whether Q is rounded along H less the directions that R spans, which L can still make up for.
     """
 
@@ -51,6 +53,7 @@ class Caldera(QuantizingMethod):
     outer: Annotated[int, Field(ge=1)] = 15
     inner: Annotated[int, Field(ge=1)] = 10
     right_feedback: bool = False
+    output_feedback: bool = False
     downdate: bool = False
 
     @model_validator(mode="after")
@@ -89,9 +92,11 @@ class Caldera(QuantizingMethod):
         """
         return None
 
-    def alone(self, weight: Tensor, hessian: Hessian, rotation: Rotation, q_bits: int) -> Packed:
+    def alone(
+        self, weight: Tensor, hessian: Hessian, rotation: Rotation, q_bits: int, outputs: OutputFeedback | None
+    ) -> Packed:
         turned = Hessian(rotation.hessian(hessian.matrix), hessian.damping)
-        q = _Steps(self, turned, Cut(0, q_bits), None).q_for(rotation.weight(weight), None)
+        q = _Steps(self, turned, Cut(0, q_bits), None, outputs).q_for(rotation.weight(weight), None)
         assert q is not None
         return q
 
@@ -102,7 +107,8 @@ class Caldera(QuantizingMethod):
         rotation = drawn_rotation(self, weight, source)
         target = rotation.weight(weight)
         outputs = self.output_weights(statistics, rotation, weight) if cut.rank else None
-        steps = _Steps(self, Hessian(rotation.hessian(hessian.matrix), hessian.damping), cut, outputs)
+        fed = self.along_outputs(statistics, rotation) if cut.q_bits else None
+        steps = _Steps(self, Hessian(rotation.hessian(hessian.matrix), hessian.damping), cut, outputs, fed)
         whole = weighed_error(target, steps.hessian.matrix, outputs)
         pair: LowRank | None = None
         errors: list[float] = []
@@ -143,10 +149,13 @@ class _Steps:
         hessian: H, rotated and damped.
         cut: what is decided.
         outputs: what errors of outputs weigh when L and R are fitted; None for all the same.
+        fed: feedback along the outputs when Q is rounded; None for none.
     """
 
-    def __init__(self, method: Caldera, hessian: Hessian, cut: Cut, outputs: Tensor | None) -> None:
-        self._method, self.hessian, self._cut, self._outputs = method, hessian, cut, outputs
+    def __init__(
+        self, method: Caldera, hessian: Hessian, cut: Cut, outputs: Tensor | None, fed: OutputFeedback | None
+    ) -> None:
+        self._method, self.hessian, self._cut, self._outputs, self._fed = method, hessian, cut, outputs, fed
         self._metric = InputMetric(hessian.matrix)
         self._codebook = method.codes(cut.q_bits) if cut.q_bits else None
         self._factors: Codebook | None = None
@@ -172,7 +181,7 @@ class _Steps:
             floor = self._method.damping * less.diagonal().mean().clamp_min(1e-6 * hessian.diagonal().mean())
             hessian = (less + less.T) / 2 + floor * torch.eye(len(less)).to(less)
             feedback = Hessian(hessian, self._method.damping).feedback(codebook.tile[1])
-        return rounded(self._method, codebook, target, hessian, feedback)
+        return rounded(self._method, codebook, target, hessian, feedback, outputs=self._fed)
 
     def pair_for(self, rest: Tensor) -> LowRank:
         """L R of what Q leaves, shape `[m, n]`."""

@@ -36,6 +36,7 @@ class Mixed(Caldera):
     Attributes:
         alone_bits: bits of the entries of L R without Q; numbers of the checkpoint's own type are a choice besides.
         curvature_damping: of the output metric, see `two_sided`.
+        output_feedback: as in `quantize`: Q is rounded for what L and R are fitted to.
     """
 
     keeps_factors: ClassVar[bool] = False
@@ -44,6 +45,7 @@ class Mixed(Caldera):
     name: Literal["mixed"] = "mixed"  # type: ignore[assignment]
     alone_bits: tuple[Annotated[int, Field(ge=2, le=8)], ...] = (4, 8)
     curvature_damping: Annotated[float, Field(ge=0)] = 1.0
+    output_feedback: bool = True
 
     @property
     def _factorisation(self) -> TwoSided:

@@ -18,6 +18,7 @@ from rankwise.methods.quantizing import CURVATURE, QuantizingMethod, drawn_rotat
 from rankwise.quantizers import (
     Codebook,
     Hessian,
+    OutputFeedback,
     Packed,
     Rotation,
     Rounding,
@@ -42,11 +43,13 @@ class Quantize(QuantizingMethod):
     def given_rank(self) -> int:
         return 0
 
-    def alone(self, weight: Tensor, hessian: Hessian, rotation: Rotation, q_bits: int) -> Packed:
+    def alone(
+        self, weight: Tensor, hessian: Hessian, rotation: Rotation, q_bits: int, outputs: OutputFeedback | None
+    ) -> Packed:
         target, metric = rotation.weight(weight), rotation.hessian(hessian.matrix)
         codebook = self.codes(q_bits)
         feedback = Hessian(metric, hessian.damping).feedback(codebook.tile[1]) if self.feedback else None
-        return rounded(self, codebook, target, metric, feedback)
+        return rounded(self, codebook, target, metric, feedback, outputs=outputs)
 
     def estimates(
         self, weight: Tensor, statistics: SiteStatistics, choices: Sequence[int], source: torch.Generator
@@ -58,6 +61,8 @@ class Quantize(QuantizingMethod):
         `quantizers.expected` says, and without feedback
 
             tr(F E M E^T) ~ b s^2 tr(F) tr(M) + a^2 tr(F W M W^T)
+
+        Feedback along the outputs leaves the share of it that it leaves of white noise.
         """
         # A method made of this one rounds in its own way, and passes change what is left.
         own = type(self).alone is not Quantize.alone or type(self).outlook is not QuantizingMethod.outlook
@@ -76,8 +81,11 @@ class Quantize(QuantizingMethod):
             # Sums of many numbers, of which a few digits count.
             plain, weighed = (rotation.inputs(each).float() for each in (weight, felt))
             rounding = Rounding.of(turned, plain, weighed, self.codes(choices[0]).tile[1])
+            outputs = self.along_outputs(statistics, rotation)
+            left, spread = (1.0, 0.0) if outputs is None else (outputs.left, outputs.spread)
             for q_bits in choices:
-                found[q_bits] = rounding.loss(gaussian_answer(self.codes(q_bits), n, feedback=True), trace)
+                known = gaussian_answer(self.codes(q_bits), n, feedback=True)
+                found[q_bits] = left * rounding.loss(known, trace, spread)
         else:
             white, whole = float(weight.square().mean() * seen.diagonal().sum()), float((felt * (weight @ seen)).sum())
             for q_bits in choices:
@@ -103,10 +111,13 @@ class Quantize(QuantizingMethod):
     def _fitted(self, given: Sequence[AtSite]) -> list[tuple[Factors, Fit]]:
         begun = [_Begun.of(self, at) for at in given]
         missing = [each for each in begun if each.q is None]
-        if not self.feedback or type(self).alone is not Quantize.alone:
-            for each in missing:
-                each.q = self.alone(each.at.weight, each.hessian, each.rotation, each.at.cut.q_bits)
-        elif missing:
+        own = not self.feedback or type(self).alone is not Quantize.alone
+        for each in missing:
+            fed = self.along_outputs(each.at.statistics, each.rotation)
+            if own or fed is not None:
+                each.q = self.alone(each.at.weight, each.hessian, each.rotation, each.at.cut.q_bits, fed)
+        missing = [each for each in missing if each.q is None]
+        if missing:
             codebook = self.codes(missing[0].at.cut.q_bits)
             turned = [each.turned(codebook) for each in missing]
             for each, (target, metric), q in zip(

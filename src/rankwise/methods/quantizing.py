@@ -17,13 +17,16 @@ from rankwise.methods.base import Method, Outlook
 from rankwise.quantizers import (
     Codebook,
     Hessian,
+    OutputFeedback,
     Packed,
     Rotation,
+    Target,
     codebook_class,
     codebook_named,
     full_codebook_name,
     improve,
     ldlq,
+    round_along_both,
 )
 from rankwise.sizes import FULL_BITS, Budget, Candidates, Form, coded_candidates
 from rankwise.statistics import SiteStatistics, Statistic
@@ -63,8 +66,12 @@ class QuantizingMethod(Method):
             the whole matrix.
         hadamard: whether W is rotated at random on both sides.
         feedback: whether rounding feeds its errors back (LDLQ). Without, every weight goes to the nearest.
+        output_feedback: whether it feeds them back along the outputs too, which weigh by the curvature of the loss
+            (two-sided rounding). Not where nothing is fed back along the inputs, and not beside `passes`.
         damping: added to H relative to its mean diagonal; raised tenfold if H is not positive definite. Of 1e-4 to 0.1,
             0.01 is within 2.5% of the least divergence in every column of benchmarks/results/defaults_codes.md.
+        output_damping: added to the curvature that outputs weigh by, relative to its mean diagonal, for feedback along
+            them: benchmarks/results/defaults_codes.md.
         passes: over all blocks after LDLQ, each re-rounding a block with all others given.
     """
 
@@ -79,7 +86,9 @@ class QuantizingMethod(Method):
     row_scales: bool = True
     hadamard: bool = True
     feedback: bool = True
+    output_feedback: bool = True
     damping: Annotated[float, Field(gt=0)] = 0.01
+    output_damping: Annotated[float, Field(gt=0)] = 0.5
     passes: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -117,11 +126,30 @@ class QuantizingMethod(Method):
             given = " and ".join(option for option in settings if option in type(self).model_fields)
             raise ValueError(f"a size is given beside {given}: leave something to be chosen")
 
+    @property
+    def feeds_outputs(self) -> bool:
+        """Whether errors are fed back along the outputs."""
+        return self.output_feedback and self.feedback and not self.passes
+
     def requests(self) -> tuple[Statistic, ...]:
-        return (InputMoments(),)
+        return (InputMoments(), CURVATURE) if self.feeds_outputs else (InputMoments(),)
 
     def plan_requests(self) -> tuple[Statistic, ...]:
-        return (CURVATURE,)
+        return () if self.feeds_outputs else (CURVATURE,)
+
+    def along_outputs(self, statistics: SiteStatistics, rotation: Rotation) -> OutputFeedback | None:
+        """Feedback along the rotated outputs; None without it, and where nothing that happens here changes the loss.
+
+        Args:
+            statistics: what was collected at this site.
+            rotation: of both sides.
+        """
+        if not self.feeds_outputs:
+            return None
+        blocks = statistics.of(CURVATURE).float()
+        if not blocks.any():
+            return None
+        return OutputFeedback.of(rotation.curvature(torch.block_diag(*blocks)), self.output_damping)
 
     def form(self, budget: Budget, number_bits: int) -> Form:
         return Form(
@@ -155,7 +183,9 @@ class QuantizingMethod(Method):
         return codebook_named(self.codebook, q_bits, self.group, self.row_scales)
 
     @abstractmethod
-    def alone(self, weight: Tensor, hessian: Hessian, rotation: Rotation, q_bits: int) -> Packed:
+    def alone(
+        self, weight: Tensor, hessian: Hessian, rotation: Rotation, q_bits: int, outputs: OutputFeedback | None
+    ) -> Packed:
         """Q without L R: codes of the rotated weight.
 
         Args:
@@ -163,6 +193,7 @@ class QuantizingMethod(Method):
             hessian: of the inputs, damped, not rotated.
             rotation: of both sides.
             q_bits: bits a weight.
+            outputs: feedback along the rotated outputs.
         """
 
     def outlook(self, weight: Tensor, statistics: SiteStatistics, q_bits: int, source: torch.Generator) -> Outlook:
@@ -173,7 +204,9 @@ class QuantizingMethod(Method):
         seen = statistics.of(InputMoments()).second_moment().to(weight)
         hessian = Hessian.of(seen, self.damping)
         rotation = drawn_rotation(self, weight, source)
-        q = self.alone(weight, hessian, rotation, q_bits) if q_bits else None
+        q = None
+        if q_bits:
+            q = self.alone(weight, hessian, rotation, q_bits, self.along_outputs(statistics, rotation))
         rest = weight if q is None else weight - Factors(None, None, q=q, rotation=rotation).reconstruct()
         curvature = statistics.of(CURVATURE).to(weight)
         if self.given_rank == 0:
@@ -210,8 +243,9 @@ def rounded(
     hessian: Tensor,
     feedback: Tensor | None,
     scale: Tensor | None = None,
+    outputs: OutputFeedback | None = None,
 ) -> Packed:
-    """Q for a target, by LDLQ or to the nearest.
+    """Q for a target, by feedback or to the nearest.
 
     Args:
         method: its settings.
@@ -220,10 +254,13 @@ def rounded(
         hessian: H, shape `[n, n]`.
         feedback: U of H; None to round to the nearest.
         scale: as `Packed.scale`; None for that of the target.
+        outputs: feedback along the outputs beside that along the inputs.
     """
     scale = codebook.scales(target, feedback=feedback is not None) if scale is None else scale
     if feedback is None:
         return codebook.quantize(target, scale)
+    if outputs is not None:
+        return round_along_both(Target(target, feedback, scale), outputs.feedback, codebook)
     packed = ldlq(target, feedback, codebook, scale)
     return improve(target, hessian, packed, codebook, method.passes)
 

@@ -15,12 +15,14 @@ from rankwise.quantizers.expected import Rounding, gaussian_answer
 from rankwise.quantizers.incoherence import Rotation, packed_signs
 from rankwise.quantizers.ldlq import Hessian, Target, improve, ldlq, ldlq_together
 from rankwise.quantizers.lplr import LowRank, low_rank, weighed_error
+from rankwise.quantizers.two_sided import OutputFeedback, round_along_both
 
 __all__ = [
     "CODEBOOKS",
     "Codebook",
     "Hessian",
     "LowRank",
+    "OutputFeedback",
     "OwnLevels",
     "Packed",
     "Rotation",
@@ -36,6 +38,7 @@ __all__ = [
     "ldlq_together",
     "low_rank",
     "packed_signs",
+    "round_along_both",
     "stored_codebook",
     "weighed_error",
 ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rankwise.linalg import plus_diagonal
 from rankwise.quantizers.codebooks import Codebook, padded
-from rankwise.quantizers.ldlq import Hessian
+from rankwise.quantizers.ldlq import Hessian, inverse_of_unit
 
 _SAMPLES = 1 << 15
 """Gaussian numbers that are rounded, at least, to learn how a codebook answers."""
@@ -118,9 +118,7 @@ class Rounding:
 
     def backward(self, along: Tensor) -> Tensor:
         """T for the share of every block that is missed of its target, shape `[blocks]`."""
-        chain = plus_diagonal(self.feedback * (1 - self._wide(along)), 1.0)
-        identity = torch.eye(len(chain), dtype=chain.dtype, device=chain.device)
-        return torch.linalg.solve_triangular(chain, identity, upper=True)
+        return inverse_of_unit(self.feedback * (1 - self._wide(along)))
 
     @cached_property
     def _plain(self) -> tuple[Tensor, Tensor]:
@@ -128,10 +126,14 @@ class Rounding:
         backward = self.backward(self.roots.new_zeros(len(self.roots)))
         return backward, self.weight @ backward
 
-    def answers(self, known: Answer) -> tuple[Tensor, Tensor]:
+    def answers(self, known: Answer, spread: float = 0.0) -> tuple[Tensor, Tensor]:
         """The share that is missed of every block's target and the variance of its noise, relative to that of W.
 
         The variance of a target is that of W and of what earlier blocks missed of W, as it is, and of their noise.
+
+        Args:
+            known: how the codebook answers.
+            spread: variance that feedback along the outputs adds, relative to that of the noise so far.
         """
         backward, product = self._plain
         first, _ = known.at(1.0)
@@ -141,20 +143,24 @@ class Rounding:
         moved = (torch.eye(len(backward)).to(backward) - backward).square()
         sizes = self._by_block(target.square().mean(0) / square).double().cpu() / self.width
         growth = self._by_block(self._by_block(moved).T).T.double().cpu() / self.width
-        along, beside = torch.zeros_like(sizes), torch.zeros_like(sizes)
+        along, beside, own = torch.zeros_like(sizes), torch.zeros_like(sizes), sizes.clone()
         for block in range(len(sizes)):
-            along[block], beside[block] = known.at(float(sizes[block]))
+            size = float(sizes[block]) + spread * float(sizes[block] - own[block])
+            # What the block itself misses comes back to its lower rows.
+            size += spread * known.at(size)[1]
+            along[block], beside[block] = known.at(size)
             sizes[block + 1 :] += beside[block] * growth[block, block + 1 :]
         return along.to(self.weight), beside.to(self.weight)
 
-    def loss(self, known: Answer, trace: float) -> float:
+    def loss(self, known: Answer, trace: float, spread: float = 0.0) -> float:
         """tr(F E M E^T), expected.
 
         Args:
             known: how the codebook answers.
             trace: of F.
+            spread: as for `answers`.
         """
-        along, beside = self.answers(known)
+        along, beside = self.answers(known, spread)
         backward, shares = self.backward(along), self._wide(along)
         # T U (I - A) = I - T.
         forward = backward + plus_diagonal(-backward, 1.0) / (1 - shares)

@@ -81,6 +81,12 @@ class Hessian:
         return self.split(width)[0]
 
 
+def inverse_of_unit(upper: Tensor) -> Tensor:
+    """(I + U)^-1 for U strictly upper triangular, shape `[n, n]`."""
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(plus_diagonal(upper, 1.0), identity, upper=True)
+
+
 @dataclass(frozen=True)
 class Target:
     """A weight to be rounded by LDLQ.
