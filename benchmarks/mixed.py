@@ -163,6 +163,8 @@ def write(folder: Path) -> None:
             rows = []
             for row in ROWS:
                 cells = [kept.get({"row": row, "asked": bits}) for bits in SIZES]
+                if not any(cells):
+                    continue
                 shown = ["-" if c is None else f"{c['perplexity'][text]:.2f} ({c['kl'][text]:.5f})" for c in cells]
                 rows.append([row, *shown])
             header = ["perplexity (KL to the original, nats a token)", *(f"{bits:g} bits" for bits in SIZES)]
