@@ -7,8 +7,7 @@ import re
 from conftest import ROOT, figures
 
 LINES = {
-    "As small as possible": [("mixed", 3.0)],
-    "Nearly as good": [("quantize", 4.0), ("quantize", 3.0)],
+    "As small as possible": [("quantize", 4.0), ("quantize", 3.0)],
     "No codes": [("two_sided", 0.9), ("two_sided", 0.8)],
     "A plain checkpoint": [("flap", 0.8)],
 }

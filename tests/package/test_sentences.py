@@ -142,15 +142,15 @@ def of_equal_bytes() -> Iterator[tuple[str, str]]:
 
 
 def gains_of_mixed(model: str) -> tuple[list[float], list[float]]:
-    """What `mixed` takes off the divergence of the better of the other two, and its share of Q + L R at each size."""
+    """What `mixed` takes off the divergence of the better of the other two, its share of Q + L R at each size; LDLQ."""
     cells = results("mixed")[model]
     gains, paired = [], []
     for size in (2.1, 2.5, 3.0, 4.0):
         of_size = {each["row"]: each for each in cells if each.get("asked") == size}
         for text in TEXTS:
-            least = min(of_size[row]["kl"][text] for row in ("Q alone", "Q + L R"))
-            gains.append(1 - of_size["mixed"]["kl"][text] / least)
-        shares = of_size["mixed"]["chosen"]
+            least = min(of_size[row]["kl"][text] for row in ("Q alone, LDLQ", "Q + L R"))
+            gains.append(1 - of_size["mixed, LDLQ"]["kl"][text] / least)
+        shares = of_size["mixed, LDLQ"]["chosen"]
         paired.append(sum(share for kind, share in shares.items() if "bits + L R at 4" in kind))
     return gains, paired
 
@@ -166,6 +166,16 @@ def of_mixed() -> Iterator[tuple[str, str]]:
     yield RESULTS, f"takes {span} what the better of the two diverges"
     yield FEW, f"takes {span} the divergence of the better of the two"
     assert min(paired) >= 0.5
+
+
+def of_two_sides() -> Iterator[tuple[str, str]]:
+    for model in ("smollm2-135m", "wiki-llama-8m"):
+        cells = {(each["row"], each.get("asked")): each["kl"] for each in results("mixed")[model] if "kl" in each}
+        pairs = [(of, cells["Q alone, LDLQ", size]) for (row, size), of in cells.items() if row == "Q alone"]
+        off = [1 - two[text] / one_sided[text] for two, one_sided in pairs for text in TEXTS]
+        assert len(off) == 8
+        begins = "Two-sided rounding" if model == "smollm2-135m" else "two-sided rounding"
+        yield FEW, f"{begins} takes {100 * min(off):.0f} to {100 * max(off):.0f}% off"
 
 
 def of_a_head_of_two_factors() -> Iterator[tuple[str, str]]:
@@ -282,6 +292,7 @@ def of_cost() -> Iterator[tuple[str, str]]:
         of_quantisation,
         of_equal_bytes,
         of_mixed,
+        of_two_sides,
         of_a_head_of_two_factors,
         of_storage_and_repair,
         of_speed,

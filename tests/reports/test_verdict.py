@@ -27,6 +27,7 @@ def measured(row: Measured) -> float:
         records = [{"asked": None, **each} for each in results("mixed")[part]]
         before = next(each["perplexity"] for each in records if each["row"] == "dense")
         after = [r["perplexity"] for r in records for has in of if all(r[key] == has[key] for key in has)]
+        assert after
         return max(each[text] / before[text] for each in after for text in before)
     else:
         before = results(row.file)["dense"]
