@@ -24,6 +24,8 @@ from rankwise.stages.fitting import _together
 from rankwise.statistics.curvature import Curvature
 
 Settings = Callable[..., dict[str, Any]]
+ALONG_INPUTS = Quantize(output_feedback=False)
+"""What is fitted in groups."""
 
 
 def drawn(seed: int) -> torch.Generator:
@@ -68,7 +70,16 @@ def test_weights_are_rounded_together_as_each_alone(name: str, bits: int, n: int
         assert found.codes.untyped_storage().nbytes() == found.codes.nbytes
 
 
-@pytest.mark.parametrize("choices", [{}, {"passes": 1}, {"feedback": False}, {"hadamard": False, "group": 8}])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"output_feedback": False},
+        {"passes": 1},
+        {"feedback": False},
+        {"output_feedback": False, "hadamard": False, "group": 8},
+    ],
+)
 def test_a_site_is_fitted_together_with_others_as_alone(choices: dict[str, Any]) -> None:
     method, given = Quantize(**choices), []
     for seed, rows in enumerate((9, 16, 4)):
@@ -84,7 +95,7 @@ def test_a_site_is_fitted_together_with_others_as_alone(choices: dict[str, Any])
 
 
 def test_groups_are_of_one_width_and_bits_and_no_larger_than_memory_allows(monkeypatch: Any) -> None:
-    work = cast(Any, SimpleNamespace(recipe=SimpleNamespace(method=Quantize())))
+    work = cast(Any, SimpleNamespace(recipe=SimpleNamespace(method=ALONG_INPUTS)))
     monkeypatch.setattr(at_once, "_GROUPS", 1)
     sites = [make_site(f"layers.{number}.q_proj", 64, 32 + 32 * (number % 2)) for number in range(9)]
     wanted = [(site, Cut(0, 3 if number < 2 else 4)) for number, site in enumerate(sites)]
@@ -106,17 +117,18 @@ class Halved(Quantize):
 
 
 def test_a_method_that_fits_in_its_own_way_is_asked_for_every_site() -> None:
-    method = Halved()
-    assert Quantize().together
+    method = Halved(output_feedback=False)
+    assert ALONG_INPUTS.together
+    assert not Quantize().together
     assert not method.together
     given = [AtSite(matrix(4, 16, seed), seen(16, seed), Cut(0, 4), drawn(seed), lambda _: None) for seed in range(2)]
     for seed, (at, (factors, _)) in enumerate(zip(given, method.fit_together(given), strict=True)):
-        plain, _ = Quantize().fit(at.weight / 2, at.statistics, at.cut, drawn(seed), at.looking)
+        plain, _ = ALONG_INPUTS.fit(at.weight / 2, at.statistics, at.cut, drawn(seed), at.looking)
         assert torch.equal(factors.reconstruct(), plain.reconstruct())
 
 
 def test_codes_are_those_of_fits_one_by_one(settings: Settings, tmp_path: Path, monkeypatch: Any) -> None:
-    values = settings(method="quantize", budget={"bits": 3})
+    values = settings(method=ALONG_INPUTS.model_dump(), budget={"bits": 3})
     groups: list[int] = []
     fit_together = Quantize.fit_together
 
@@ -153,7 +165,7 @@ def test_where_a_group_fails_each_is_tried_alone(settings: Settings, tmp_path: P
             raise torch.OutOfMemoryError("no memory")
         return together(method, given)
 
-    values = settings(method="quantize", budget={"bits": 3})
+    values = settings(method=ALONG_INPUTS.model_dump(), budget={"bits": 3})
     expected = compress(recipe_from(values), run_directory=tmp_path / "run")
     monkeypatch.setattr(Quantize, "fit_together", no_memory_for_all)
     monkeypatch.setattr(jobs, "fit_site", alone)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Annotated, Literal
 
 import torch
@@ -96,7 +98,7 @@ class Caldera(QuantizingMethod):
         self, weight: Tensor, hessian: Hessian, rotation: Rotation, q_bits: int, outputs: OutputFeedback | None
     ) -> Packed:
         turned = Hessian(rotation.hessian(hessian.matrix), hessian.damping)
-        q = _Steps(self, turned, Cut(0, q_bits), None, outputs).q_for(rotation.weight(weight), None)
+        q = _Steps(self, turned, Cut(0, q_bits), None, lambda: outputs).q_for(rotation.weight(weight), None)
         assert q is not None
         return q
 
@@ -107,7 +109,7 @@ class Caldera(QuantizingMethod):
         rotation = drawn_rotation(self, weight, source)
         target = rotation.weight(weight)
         outputs = self.output_weights(statistics, rotation, weight) if cut.rank else None
-        fed = self.along_outputs(statistics, rotation) if cut.q_bits else None
+        fed = partial(self.along_outputs, statistics, rotation)
         steps = _Steps(self, Hessian(rotation.hessian(hessian.matrix), hessian.damping), cut, outputs, fed)
         whole = weighed_error(target, steps.hessian.matrix, outputs)
         pair: LowRank | None = None
@@ -149,13 +151,19 @@ class _Steps:
         hessian: H, rotated and damped.
         cut: what is decided.
         outputs: what errors of outputs weigh when L and R are fitted; None for all the same.
-        fed: feedback along the outputs when Q is rounded; None for none.
+        fed: gives feedback along the outputs, or None; asked where Q is rounded here.
     """
 
     def __init__(
-        self, method: Caldera, hessian: Hessian, cut: Cut, outputs: Tensor | None, fed: OutputFeedback | None
+        self,
+        method: Caldera,
+        hessian: Hessian,
+        cut: Cut,
+        outputs: Tensor | None,
+        fed: Callable[[], OutputFeedback | None],
     ) -> None:
-        self._method, self.hessian, self._cut, self._outputs, self._fed = method, hessian, cut, outputs, fed
+        self._method, self.hessian, self._cut, self._outputs = method, hessian, cut, outputs
+        self._fed = cache(fed)
         self._metric = InputMetric(hessian.matrix)
         self._codebook = method.codes(cut.q_bits) if cut.q_bits else None
         self._factors: Codebook | None = None
@@ -181,7 +189,7 @@ class _Steps:
             floor = self._method.damping * less.diagonal().mean().clamp_min(1e-6 * hessian.diagonal().mean())
             hessian = (less + less.T) / 2 + floor * torch.eye(len(less)).to(less)
             feedback = Hessian(hessian, self._method.damping).feedback(codebook.tile[1])
-        return rounded(self._method, codebook, target, hessian, feedback, outputs=self._fed)
+        return rounded(self._method, codebook, target, hessian, feedback, outputs=self._fed())
 
     def pair_for(self, rest: Tensor) -> LowRank:
         """L R of what Q leaves, shape `[m, n]`."""

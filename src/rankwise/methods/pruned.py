@@ -119,7 +119,7 @@ class Pruned(Pruning):
         if self.compensation != "linear":
             raise ValueError("pruned estimates losses with a linear compensation: for another one use flap")
         if self.rest == "mixed" and self.curvature_gb != DEFAULT_CURVATURE_GB:
-            raise ValueError("curvature_gb is for rest two_sided; mixed has its own")
+            raise ValueError("curvature_gb is for rest two_sided")
 
     def form(self, budget: Budget, number_bits: int) -> Form:
         return self._rest.form(budget, number_bits)

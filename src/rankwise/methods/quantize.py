@@ -102,8 +102,8 @@ class Quantize(QuantizingMethod):
 
     @property
     def together(self) -> bool:
-        """Unless a method made of this one fits in its own way."""
-        return type(self).fit is Quantize.fit
+        """Not along both sides, and not where a method made of this one fits in its own way."""
+        return type(self).fit is Quantize.fit and not self.feeds_outputs
 
     def fit_together(self, given: Sequence[AtSite]) -> list[tuple[Factors, Fit]]:
         return self._fitted(given) if self.together else super().fit_together(given)

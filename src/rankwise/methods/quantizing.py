@@ -135,7 +135,7 @@ class QuantizingMethod(Method):
         return (InputMoments(), CURVATURE) if self.feeds_outputs else (InputMoments(),)
 
     def plan_requests(self) -> tuple[Statistic, ...]:
-        return () if self.feeds_outputs else (CURVATURE,)
+        return () if CURVATURE in self.requests() else (CURVATURE,)
 
     def along_outputs(self, statistics: SiteStatistics, rotation: Rotation) -> OutputFeedback | None:
         """Feedback along the rotated outputs; None without it, and where nothing that happens here changes the loss.
@@ -144,7 +144,8 @@ class QuantizingMethod(Method):
             statistics: what was collected at this site.
             rotation: of both sides.
         """
-        if not self.feeds_outputs:
+        # A method of one's own may ask for less.
+        if not self.feeds_outputs or CURVATURE not in self.requests():
             return None
         blocks = statistics.of(CURVATURE).float()
         if not blocks.any():

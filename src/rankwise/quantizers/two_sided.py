@@ -46,6 +46,8 @@ class OutputFeedback:
     @classmethod
     def of(cls, curvature: Tensor, damping: float) -> OutputFeedback:
         """From F, shape `[m, m]`, not zero, and what is added to its diagonal, relative to the mean."""
+        if not torch.isfinite(curvature).all():
+            raise ValueError("the curvature at the outputs is not finite")
         metric = Hessian.of(curvature.float(), damping)
         return cls(*metric.split(OUTPUT_BLOCK), metric.added, float(curvature.trace()), len(curvature))
 
@@ -107,8 +109,10 @@ class _Blocks:
         self._unit = self._cut(torch.nn.functional.pad(unit.float(), (0, 0, 0, short), value=1.0))
         # A^T by rows of blocks, B by columns of blocks.
         self._above = feedback.float().T.contiguous().unflatten(0, (self.down, OUTPUT_BLOCK))
-        self._before = target.feedback.float().unflatten(1, (self.across, width)).transpose(0, 1).contiguous()
-        # E by columns of blocks; (I + A)^T E by rows of them.
+        by_column = target.feedback.float().unflatten(1, (self.across, width)).transpose(0, 1)
+        # The last column of blocks first: along an anti-diagonal columns then follow rows.
+        self._before = by_column.flip(0)
+        # E by columns of blocks, likewise; (I + A)^T E by rows of them.
         self._missed = self._weight.new_zeros(self.across, self.down * OUTPUT_BLOCK, width)
         self._moved = self._weight.new_zeros(self.down, OUTPUT_BLOCK, columns)
         places = torch.arange(self.down * self.across, device=weight.device)
@@ -127,13 +131,13 @@ class _Blocks:
         across = step - down
         # Only what is above the lowest and before the last of them can have been missed.
         high, wide = last * OUTPUT_BLOCK, (step - first) * codebook.tile[1]
-        left, right = step - last, step - first + 1
-        above = self._above[first : last + 1, :, :high] @ self._missed[left:right, :high].flip(0)
-        before = self._moved[first : last + 1, :, :wide] @ self._before[left:right, :wide].flip(0)
+        rows, columns = slice(first, last + 1), slice(first - step - 1 + self.across, last - step + self.across)
+        above = self._above[rows, :, :high] @ self._missed[columns, :high]
+        before = self._moved[rows, :, :wide] @ self._before[columns, :wide]
         weight, unit = self._weight[down, across], self._unit[down, across]
         wanted = (weight + above + before) / unit
         codes = codebook.round(wanted.flatten(0, 1))
         missed = weight - codebook.decode(codes).unflatten(0, wanted.shape[:2]).to(weight) * unit
-        self._missed.unflatten(1, (self.down, OUTPUT_BLOCK))[across, down] = missed
+        self._missed.unflatten(1, (self.down, OUTPUT_BLOCK))[self.across - 1 - across, down] = missed
         self._moved.unflatten(2, (self.across, -1))[down, :, across] = missed + above
         return codes.squeeze(1).unflatten(0, wanted.shape[:2])

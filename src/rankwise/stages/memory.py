@@ -293,7 +293,7 @@ def _looking(site: Site, codes: bool) -> int:
     it becomes codes, H, what it is turned into, and its factor.
     """
     k = min(site.m, site.n)
-    return 8 * ((8 * site.n * site.n if codes else 0) + 5 * k * k) + 44 * site.m * site.n
+    return 8 * ((8 * site.n * site.n + 3 * site.m * site.m if codes else 0) + 5 * k * k) + 44 * site.m * site.n
 
 
 def _fitting_head(made: Vocabulary, width: int) -> int:

@@ -146,7 +146,7 @@ class Curvature(Statistic[CurvatureTotals, Tensor]):
         if block < largest:
             reporter.note(
                 f"the full curvature does not fit {self.memory_gb:g} GB: diagonal blocks of at most {block} outputs "
-                "are kept (method.curvature_gb raises the limit)"
+                "are kept (curvature_gb raises the limit where a method has it)"
             )
         return _StartInBlocks(block)
 

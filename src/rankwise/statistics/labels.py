@@ -65,7 +65,8 @@ def gradients(model: Any, wanted: bool) -> Iterator[None]:
         raise ModelError(
             f"{type(model).__name__} gives no gradients as a model that is not trained ({one_line(problem, 200)}).",
             where="calibration",
-            remedy="use a method that needs none, such as bolaco or svd",
+            remedy="use a method that needs none, such as bolaco or svd; for codes --q-bits B with "
+            "--set method.output_feedback=false",
         ) from problem
     finally:
         handle.remove()

@@ -83,7 +83,13 @@ class Pools:
                 self._pools[statistic, stream] = pool
                 self._peers.setdefault((statistic, pool), []).append(stream)
                 if statistic.totals.vectors_in:
-                    self._counting |= dict.fromkeys(stream.sites, (statistic, stream))
+                    self._count_by(statistic, stream)
+
+    def _count_by(self, statistic: Statistic, stream: Stream) -> None:
+        """Tokens are told by what was taken of all of them, if there is such: gradients are of some sequences alone."""
+        for name in stream.sites:
+            if name not in self._counting or statistic.labels is None:
+                self._counting[name] = statistic, stream
 
     def peers(self, statistic: Statistic, site: Site) -> list[Stream]:
         """Streams of all experts of a site's layer that are pooled with its own; none where it is no expert's."""
