@@ -32,6 +32,7 @@ class Grid:
         columns: head -> what its records have beside, the path of a figure, and its digits.
         part: where in the file the records are.
         bold: whether the least of a column is set in bold.
+        missing: what stands where nothing was measured; rows of nothing else are left out.
     """
 
     file: str
@@ -40,22 +41,26 @@ class Grid:
     columns: dict[str, tuple[Record, str, int]]
     part: str = ""
     bold: bool = False
+    missing: str = "no plan"
 
     def table(self) -> str:
-        """The table in Markdown; `no plan` where nothing was measured."""
+        """The table in Markdown."""
         found = json.loads((RESULTS / f"{self.file}.json").read_text())["figures"]
         records = found[self.part] if self.part else found
         cells = [
-            [_figure(records, {**row, **has}, path, digits) for has, path, digits in self.columns.values()]
+            [
+                _figure(records, {**row, **has}, path, digits) or self.missing
+                for has, path, digits in self.columns.values()
+            ]
             for row in self.rows.values()
         ]
         if self.bold:
             for i in range(len(self.columns)):
-                numbers = [float(line[i]) for line in cells if line[i] != "no plan"]
+                numbers = [float(line[i]) for line in cells if line[i] != self.missing]
                 for line in cells:
-                    if line[i] != "no plan" and float(line[i]) == min(numbers):
+                    if line[i] != self.missing and float(line[i]) == min(numbers):
                         line[i] = f"**{line[i]}**"
-        lines = [[label, *line] for label, line in zip(self.rows, cells, strict=True)]
+        lines = [[label, *line] for label, line in zip(self.rows, cells, strict=True) if set(line) != {self.missing}]
         return markdown_table([self.first, *self.columns], lines)
 
 
@@ -68,7 +73,7 @@ def _figure(records: list[Record], has: Record, path: str, digits: int) -> str:
                 value = value.get(key) if isinstance(value, dict) else None
             if isinstance(value, int | float):
                 values.append(value)
-    return f"{mean(values):.{digits}f}" if values else "no plan"
+    return f"{mean(values):.{digits}f}" if values else ""
 
 
 def _scores(*keeps: float) -> dict[str, tuple[Record, str, int]]:
@@ -155,6 +160,7 @@ MIXED = Grid(
     {f"{text} {bits}": ({"asked": bits}, f"kl/{text}", 4) for text in TEXTS for bits in (2.1, 2.5, 3.0, 4.0)},
     "wiki-llama-8m",
     bold=True,
+    missing="-",
 )
 
 

@@ -175,7 +175,10 @@ def of_two_sides() -> Iterator[tuple[str, str]]:
         off = [1 - two[text] / one_sided[text] for two, one_sided in pairs for text in TEXTS]
         assert len(off) == 8
         begins = "Two-sided rounding" if model == "smollm2-135m" else "two-sided rounding"
-        yield FEW, f"{begins} takes {100 * min(off):.0f} to {100 * max(off):.0f}% off"
+        span = f"takes {100 * min(off):.0f} to {100 * max(off):.0f}% off"
+        yield FEW, f"{begins} {span}"
+        if model == "wiki-llama-8m":
+            yield RESULTS, f"{span} what Q alone diverges"
 
 
 def of_a_head_of_two_factors() -> Iterator[tuple[str, str]]:
