@@ -27,7 +27,8 @@ DAMPINGS: dict[str, tuple[Any, ...]] = {
 BITS = (2, 3)
 
 
-def main() -> None:
+def measure() -> list[dict[str, Any]]:
+    """A record for every setting, value and number of bits."""
     shared = shared_directory()
     texts, dense = texts_of(MODEL, shared), load_model(str(path_of(MODEL, shared))).model
     calibration = {
@@ -57,6 +58,11 @@ def main() -> None:
                     }
                 )
                 print(figures[-1], flush=True)
+    return figures
+
+
+def write(figures: list[dict[str, Any]]) -> None:
+    """Put the records into the result files, a table for every setting."""
     parts = []
     for setting, tried in DAMPINGS.items():
         rows = [
@@ -74,11 +80,11 @@ def main() -> None:
     body = (
         "quantize, E8P, perplexity (KL to the original in nats a token), stored as codes; calibration 256 x 256 "
         "tokens, 100 x 256 tokens of each text scored, one seed. All settings but one at their defaults; "
-        "`damping` with `output_feedback=false`.\n\n" + "\n".join(parts)
+        "`damping` with `output_feedback=false`.\n\n" + "\n\n".join(parts)
     )
     command = "python benchmarks/defaults_codes.py"
     write_result("defaults_codes", "Damping of H and of the curvature under codes", command, body, figures)
 
 
 if __name__ == "__main__":
-    main()
+    write(measure())

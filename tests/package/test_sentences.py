@@ -179,6 +179,11 @@ def of_two_sides() -> Iterator[tuple[str, str]]:
         yield FEW, f"{begins} {span}"
         if model == "wiki-llama-8m":
             yield RESULTS, f"{span} what Q alone diverges"
+            mixed = [(of, cells["Q alone", size]) for (row, size), of in cells.items() if row == "mixed"]
+            below = [1 - of[text] / alone[text] for of, alone in mixed for text in TEXTS]
+            assert len(below) == 8
+            for page in (FEW, RESULTS):
+                yield page, f"is then {100 * min(below):.0f} to {100 * max(below):.0f}% below Q alone"
 
 
 def of_a_head_of_two_factors() -> Iterator[tuple[str, str]]:

@@ -132,7 +132,7 @@ TABLES = {
         },
     ),
     ("docs/methods/mixed.md", "mixed"): Shown(
-        named("row", "Q alone, LDLQ", "Q alone", "Q + L R", "mixed, LDLQ"),
+        named("row", "Q alone, LDLQ", "Q alone", "Q + L R", "mixed, LDLQ", "mixed"),
         {f"{t} {bits}": ({"asked": bits}, [f"perplexity/{t}"]) for t in TEXTS for bits in (2.1, 2.5, 3.0, 4.0)},
         "wiki-llama-8m",
     ),
