@@ -80,7 +80,7 @@ def write(figures: list[dict[str, Any]]) -> None:
     body = (
         "quantize, E8P, perplexity (KL to the original in nats a token), stored as codes; calibration 256 x 256 "
         "tokens, 100 x 256 tokens of each text scored, one seed. All settings but one at their defaults; "
-        "`damping` with `output_feedback=false`.\n\n" + "\n\n".join(parts)
+        "`damping` with `output_feedback=false`, measured 2026-11-25 on another machine.\n\n" + "\n\n".join(parts)
     )
     command = "python benchmarks/defaults_codes.py"
     write_result("defaults_codes", "Damping of H and of the curvature under codes", command, body, figures)

@@ -142,7 +142,8 @@ def run(model: str, shared: Path, folder: Path, rows: Sequence[str], sizes: Sequ
 
 
 def write(folder: Path) -> None:
-    figures, parts = {}, []
+    figures: dict[str, Any] = {}
+    parts = ["Rows of before stay where no newer ones are: date and machine are of the last.\n"]
     for model, settings in MODELS.items():
         kept = Kept(folder / f"mixed-{model}.jsonl")
         dense = kept.get({"row": "dense"})

@@ -143,9 +143,9 @@ class Rounding:
         moved = (torch.eye(len(backward)).to(backward) - backward).square()
         sizes = self._by_block(target.square().mean(0) / square).double().cpu() / self.width
         growth = self._by_block(self._by_block(moved).T).T.double().cpu() / self.width
-        along, beside, own = torch.zeros_like(sizes), torch.zeros_like(sizes), sizes.clone()
+        along, beside, noiseless = torch.zeros_like(sizes), torch.zeros_like(sizes), sizes.clone()
         for block in range(len(sizes)):
-            size = float(sizes[block]) + spread * float(sizes[block] - own[block])
+            size = float(sizes[block]) + spread * float(sizes[block] - noiseless[block])
             # What the block itself misses comes back to its lower rows.
             size += spread * known.at(size)[1]
             along[block], beside[block] = known.at(size)
