@@ -20,7 +20,17 @@ from rankwise import stages
 from rankwise.checkpoints import load_model
 from rankwise.device import best_device
 from rankwise.progress import Reporter
-from rankwise.quantizers import Hessian, Rotation, codebook_named, ldlq, weighed_error
+from rankwise.quantizers import (
+    Codebook,
+    Hessian,
+    OutputFeedback,
+    Rotation,
+    Target,
+    codebook_named,
+    ldlq,
+    round_along_both,
+    weighed_error,
+)
 from rankwise.quantizers.codes import (
     SECOND_SCALE,
     decode,
@@ -105,7 +115,7 @@ def feedback_rows() -> list[list[str]]:
 
 
 def pass_seconds() -> list[tuple[str, int, float]]:
-    """Seconds of one LDLQ pass over a matrix of 4096 x 4096."""
+    """Seconds of one LDLQ pass over a matrix of 4096 x 4096, and of one that feeds errors back along outputs too."""
     device = best_device()
     source = torch.Generator().manual_seed(0)
     inputs = torch.randn(2 * SIDE, SIDE, generator=source).to(device)
@@ -114,15 +124,26 @@ def pass_seconds() -> list[tuple[str, int, float]]:
     started = time.perf_counter()
     feedback = hessian.feedback(tile_of("e8p")[1])
     rows = [("factor of H", 0, time.perf_counter() - started)]
+    outputs = OutputFeedback.of(hessian.matrix, 0.5)
     for name, bits in (("e8p", 2), ("e8p", 3), ("e8p", 4), ("uniform", 2)):
         codebook = codebook_named(name, bits, by_row=True)
         scale = codebook.scales(weight, feedback=True)
-        started = time.perf_counter()
-        ldlq(weight, feedback, codebook, scale)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        rows.append((name, bits, time.perf_counter() - started))
+        for label, along in ((name, None), (f"{name}, two sides", outputs.feedback)):
+            # Tables are made and kernels chosen before the clock runs.
+            _pass(weight[:64], feedback, codebook, scale[:64], None if along is None else along[:64, :64])
+            started = time.perf_counter()
+            _pass(weight, feedback, codebook, scale, along)
+            rows.append((label, bits, time.perf_counter() - started))
     return rows
+
+
+def _pass(weight: Tensor, feedback: Tensor, codebook: Codebook, scale: Tensor, along: Tensor | None) -> None:
+    if along is None:
+        ldlq(weight, feedback, codebook, scale)
+    else:
+        round_along_both(Target(weight, feedback, scale), along, codebook)
+    if weight.is_cuda:
+        torch.cuda.synchronize()
 
 
 def pass_table(timed: list[tuple[str, int, float]]) -> str:

@@ -23,6 +23,7 @@ from rankwise.evaluation import generate
 from rankwise.flows.finetune import finetune
 from rankwise.methods import FACTORISATIONS
 from rankwise.methods.two_sided import TwoSided
+from rankwise.quantizers.lattice import decode_e8p, round_e8p
 from rankwise.recipes import TRAININGS, FineTune, recipe_from
 from rankwise.recipes.comparison import QUANTISING
 from rankwise.recipes.compression import STEPS
@@ -89,6 +90,13 @@ def mean_error(values: dict[str, Any]) -> float:
 def test_factors_are_those_of_a_cpu(method: str, bundled_settings: Settings) -> None:
     values = bundled_settings(method=method)
     assert perplexity(values) == pytest.approx(perplexity({**values, "device": "cpu"}), rel=0.02)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_codewords_are_as_near_as_those_of_a_cpu(bits: int) -> None:
+    x = 1.3 * torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0))
+    here, there = (decode_e8p(round_e8p(each, bits)[:, None]).cpu() for each in (x, x.cuda()))
+    assert float((x - there).norm(dim=1).mean()) == pytest.approx(float((x - here).norm(dim=1).mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("method", QUANTISING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -48,12 +49,15 @@ from rankwise.quantizers.codes import (
     unpack_bits,
     wide_scale,
 )
-from rankwise.quantizers.lattice import nearest_e8p, nearest_short, round_e8p
+from rankwise.quantizers.lattice import known_tables, nearest_e8p, nearest_of_all, nearest_short, round_e8p
 from rankwise.quantizers.rotation import rotate, rotation_parts
 from rankwise.sizes import Budget, Cut, Form
 from rankwise.statistics import Statistic
 from rankwise.statistics.curvature import Curvature
 from rankwise.statistics.input_moments import InputMoments
+
+Nearest = Callable[[Tensor], Tensor]
+"""Vectors, shape `[count, 8]` -> numbers of codewords, shape `[count]`."""
 
 seeds = st.integers(0, 2**31 - 1)
 KNOWN = [(name, bits) for name, kind in CODEBOOKS.items() for bits in kind.known_bits]
@@ -160,35 +164,48 @@ def test_patterns_are_256_of_which_227_are_short() -> None:
     assert int((norms == 12).sum()) == 29
 
 
+def by_trying(x: torch.Tensor) -> torch.Tensor:
+    """As on a GPU."""
+    return nearest_of_all(x, known_tables(x.device))
+
+
+EITHER = pytest.mark.parametrize("nearest", [nearest_e8p, by_trying])
+
+
+@EITHER
 @pytest.mark.parametrize("scale", [1e-3, 0.3, 0.965, 1.5, 4.0, 100.0])
-def test_the_nearest_codeword_is_the_nearest_of_all(scale: float) -> None:
+def test_the_nearest_codeword_is_the_nearest_of_all(scale: float, nearest: Nearest) -> None:
     x = torch.randn(300, 8, generator=drawn(int(1000 * scale))) * scale
-    found = (x - lattice()[nearest_e8p(x)]).double().norm(dim=1)
+    found = (x - lattice()[nearest(x)]).double().norm(dim=1)
     each = torch.cdist(x.double(), lattice().double(), compute_mode="donot_use_mm_for_euclid_dist")
     torch.testing.assert_close(found, each.amin(1), atol=1e-6 * max(1, scale), rtol=1e-6)
 
 
-def test_the_nearest_codeword_is_found_for_single_large_coordinates() -> None:
+@EITHER
+def test_the_nearest_codeword_is_found_for_single_large_coordinates(nearest: Nearest) -> None:
     x = torch.cat([torch.randn(300, 8, generator=drawn(1)), torch.zeros(9, 8)])
     x[torch.arange(300), torch.arange(300) % 8] *= 20
     x[300:308] = torch.eye(8) * 3
-    found = (x - lattice()[nearest_e8p(x)]).double().norm(dim=1)
+    found = (x - lattice()[nearest(x)]).double().norm(dim=1)
     each = torch.cdist(x.double(), lattice().double(), compute_mode="donot_use_mm_for_euclid_dist")
     torch.testing.assert_close(found, each.amin(1), atol=1e-5, rtol=1e-6)
 
 
-def test_between_codewords_one_of_the_nearest_is_found() -> None:
+@EITHER
+def test_between_codewords_one_of_the_nearest_is_found(nearest: Nearest) -> None:
     """Points of the grid whose signs are of the wrong parity lie equally far from many codewords."""
     grid = torch.randint(-3, 3, (2000, 8), generator=drawn(5)).float()
     for shift in (0.25, 0.5, 0.75):
         x = (grid + shift) * (torch.arange(2000) % 3 > 0)[:, None]
-        found = (x - lattice()[nearest_e8p(x)]).double().norm(dim=1)
+        found = (x - lattice()[nearest(x)]).double().norm(dim=1)
         each = torch.cdist(x.double(), lattice().double(), compute_mode="donot_use_mm_for_euclid_dist")
         torch.testing.assert_close(found, each.amin(1), atol=1e-6, rtol=1e-6)
 
 
-def test_every_codeword_is_nearest_to_itself() -> None:
-    assert torch.equal(lattice()[nearest_e8p(lattice())], lattice())
+@EITHER
+def test_every_codeword_is_nearest_to_itself(nearest: Nearest) -> None:
+    words = lattice()[::7]
+    assert torch.equal(lattice()[nearest(words)], words)
 
 
 def test_rounding_no_vectors_gives_no_codes() -> None:

@@ -6,6 +6,9 @@ pattern so, and the others are looked at more closely: sorted by size, the coord
 pattern in order, so of all patterns with the same entries the best is known without trying them, and seven kinds of
 pattern are compared, not 227. A wrong parity of signs costs the flip of the smallest coordinate. The 29 patterns that
 only fill the table are tried where they can win.
+
+A GPU has arithmetic to spare, and waits for every launch and for every question whether there is more to do: there all
+256 patterns are tried.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ from torch import Tensor
 from rankwise.quantizers.codes import LATTICE, SECOND_SCALE, e8_short_values, e8p_odd, e8p_patterns, e8p_values
 
 _CHUNK = 1 << 16
+_CHUNK_OF_ALL = 1 << 13
 _SHORT = 227
 
 
 @dataclass(frozen=True)
-class _Tables:
+class Tables:
     """What rounding looks up, on one device.
 
     Attributes:
@@ -35,12 +39,15 @@ class _Tables:
         powers: 3^0 to 3^7.
         float_powers: the same, float32.
         shifts: -1/4 and 1/4, shape `[2, 1, 1]`.
+        patterns: all, the short ones first, shape `[256, 8]`.
+        patterns_odd: as `odd`, of those.
         long: patterns that are no short ones, shape `[29, 8]`.
         long_odd: as `odd`, of those.
         most: what the sorted sizes of a vector can score against a long pattern at most, as weights, shape `[8]`.
         sign_bits: 2^8 to 2^14, and 0 for the last, whose sign follows, float32.
         places: 0 to 7.
         values: all codewords, shape `[65536, 8]`.
+        short_values: of E8, shape `[256, 8]`.
     """
 
     kinds: Tensor
@@ -51,23 +58,27 @@ class _Tables:
     powers: Tensor
     float_powers: Tensor
     shifts: Tensor
+    patterns: Tensor
+    patterns_odd: Tensor
     long: Tensor
     long_odd: Tensor
     most: Tensor
     sign_bits: Tensor
     places: Tensor
     values: Tensor
+    short_values: Tensor
 
 
 @cache
-def _tables(device: torch.device) -> _Tables:
+def known_tables(device: torch.device) -> Tables:
+    """Those of a device, made once."""
     patterns = e8p_patterns()
     kinds = torch.tensor(sorted({tuple(sorted(row, reverse=True)) for row in patterns[:_SHORT].tolist()}))
     powers = 3 ** torch.arange(LATTICE, device="cpu")
     number = torch.full((3**LATTICE,), -1, device="cpu")
     number[(_as_digits(patterns) * powers).sum(-1)] = torch.arange(256, device="cpu")
     long = patterns[_SHORT:]
-    found = _Tables(
+    found = Tables(
         kinds,
         _as_digits(kinds),
         kinds.square().sum(-1) / 2,
@@ -76,21 +87,24 @@ def _tables(device: torch.device) -> _Tables:
         powers,
         powers.float(),
         torch.tensor([-0.25, 0.25], device="cpu")[:, None, None],
+        patterns,
+        e8p_odd(patterns).long(),
         long,
         e8p_odd(long).long(),
         torch.tensor([1.5] * 5 + [0.5] * 3, device="cpu"),
         torch.tensor([*(2.0**bit for bit in range(8, 15)), 0.0], device="cpu"),
         torch.arange(LATTICE, device="cpu"),
         e8p_values(torch.arange(2**16, device="cpu"), patterns),
+        e8_short_values(),
     )
-    return _Tables(**{name: part.to(device) for name, part in vars(found).items()})
+    return Tables(**{name: part.to(device) for name, part in vars(found).items()})
 
 
 def _as_digits(patterns: Tensor) -> Tensor:
     return (patterns - 0.5).round().long()
 
 
-def _nearest_shifted(y: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
+def _nearest_shifted(y: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
     """The nearest signed pattern to vectors of shape `[count, 8]`.
 
     Returns:
@@ -125,7 +139,7 @@ def _nearest_shifted(y: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
     return number | (minus.float() @ tables.sign_bits).long(), y.square().sum(-1) - 2 * best
 
 
-def _nearest_unbounded(x: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
+def _nearest_unbounded(x: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
     """The nearest codeword if there were some of any length, to vectors of shape `[count, 8]`.
 
     Returns:
@@ -151,11 +165,28 @@ def _nearest_unbounded(x: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
     return number | (minus.float() @ tables.sign_bits + shifted * (1 << 15)).long(), longer
 
 
-def _nearest_bounded(x: Tensor, tables: _Tables) -> Tensor:
+def _nearest_bounded(x: Tensor, tables: Tables) -> Tensor:
     """The number of the nearest codeword to vectors of shape `[count, 8]`, whatever their length."""
     number, far = _nearest_shifted((x + tables.shifts).flatten(0, 1), tables)
     (up, down), (far_up, far_down) = number.split(len(x)), far.split(len(x))
     return torch.where(far_up <= far_down, up, down | (1 << 15))
+
+
+def nearest_of_all(x: Tensor, tables: Tables) -> Tensor:
+    """The number of the nearest codeword to vectors of shape `[count, 8]`: every pattern is tried, nothing is asked."""
+    y = x + tables.shifts
+    minus = y < 0
+    each = y.abs()[..., None, :] * tables.patterns
+    least, place = each.min(-1)
+    wrong = (minus.sum(-1) & 1)[..., None] != tables.patterns_odd
+    half_squares = tables.patterns.square().sum(-1) / 2
+    best, number = (each.sum(-1) - half_squares - torch.where(wrong, 2 * least, 0.0)).max(-1)
+    # A wrong parity costs the flip of the entry that matters least.
+    chosen = number[..., None]
+    flipped = torch.where(wrong.gather(-1, chosen), place.gather(-1, chosen), -1)
+    signed = number | ((minus ^ (flipped == tables.places)).float() @ tables.sign_bits).long()
+    far = y.square().sum(-1) - 2 * best
+    return torch.where(far[0] <= far[1], signed[0], signed[1] | (1 << 15))
 
 
 def nearest_e8p(x: Tensor) -> Tensor:
@@ -168,7 +199,9 @@ def nearest_e8p(x: Tensor) -> Tensor:
         Shape `[count]`, int64; see `codes.e8p_values`.
     """
     found = []
-    tables = _tables(x.device)
+    tables = known_tables(x.device)
+    if x.is_cuda:
+        return torch.cat([nearest_of_all(part, tables) for part in x.float().split(_CHUNK_OF_ALL)])
     for part in x.float().split(_CHUNK) if len(x) else ():
         number, longer = _nearest_unbounded(part, tables)
         if len(longer):
@@ -222,10 +255,11 @@ def decode_e8p(codes: Tensor) -> Tensor:
     Returns:
         Shape `[rows, 8 blocks]`, float32.
     """
-    values, whole, bits = _tables(codes.device).values, codes.long(), codes.shape[-1]
+    tables, whole, bits = known_tables(codes.device), codes.long(), codes.shape[-1]
+    values = tables.values
     found = values[whole[..., 0] | (whole[..., 1] << 8)]
     if bits == 3:
-        found = found + SECOND_SCALE[3] * e8_short_values().to(codes.device)[whole[..., 2]]
+        found = found + SECOND_SCALE[3] * tables.short_values[whole[..., 2]]
     elif bits == 4:
         found = found + SECOND_SCALE[4] * values[whole[..., 2] | (whole[..., 3] << 8)]
     return found.reshape(len(codes), -1)
@@ -242,7 +276,7 @@ def round_e8p(x: Tensor, bits: int) -> Tensor:
     first = nearest_e8p(x)
     parts = [first & 255, first >> 8]
     if bits > 2:
-        rest = (x - _tables(x.device).values[first]) / SECOND_SCALE[bits]
+        rest = (x - known_tables(x.device).values[first]) / SECOND_SCALE[bits]
         second = nearest_short(rest) if bits == 3 else nearest_e8p(rest)
         parts += [second] if bits == 3 else [second & 255, second >> 8]
     return torch.stack(parts, -1).to(torch.uint8)
