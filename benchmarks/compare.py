@@ -4,10 +4,11 @@ python benchmarks/compare.py low-rank
 python benchmarks/compare.py repaired
 python benchmarks/compare.py bits
 python benchmarks/compare.py peers                  # after `make peers`
+python benchmarks/compare.py control                # the original, trained likewise
 python benchmarks/compare_results.py
 
 Needs `make real-model` and the shared texts. The first three are runs of `rankwise compare` and go on after a stop, as
-do the peers; the last puts their rows into the result files, where rows of before stay, and makes the pictures. --sizes
+do the next two; the last puts their rows into the result files, where rows of before stay, and makes the pictures. --sizes
 and --methods measure some of the cells: several processes may share them out, each with a folder of its own in the
 --run-dir that the last reads.
 """
@@ -25,10 +26,13 @@ from common import ROOT, shared_directory
 from peers import peers
 from rankwise import stages
 from rankwise.checkpoints import load_model
+from rankwise.data import Examples
+from rankwise.device import named_device
 from rankwise.flows.compare import compare
 from rankwise.models import find_sites
 from rankwise.progress import Reporter
 from rankwise.recipes import Comparison, comparison_from, read_sizes, read_ways
+from rankwise.repair import Lora, train
 from rankwise.reports import ComparedRow
 from rankwise.runs import stage_key
 
@@ -51,6 +55,8 @@ METHODS = {
     + ["two_sided/bayesian:spectral+blocks", "pruned+blocks", "pruned+lora"],
     "bits": ["quantize", "caldera", "mixed"],
 }
+
+CONTROL = "dense+lora"
 
 
 def protocol(shared: Path, folder: Path, part: str, sizes: str, methods: str, tasks: bool) -> Comparison:
@@ -138,6 +144,39 @@ def run_peers(shared: Path, folder: Path, names: list[str], tasks: bool) -> None
     stages.write_comparison(scored_by, found, output)
 
 
+def run_control(shared: Path, folder: Path, tasks: bool) -> None:
+    """Train the original itself, by the adapters of `llm_pruner+lora` on the same sequences, and score it."""
+    asked = protocol(shared, folder, "repaired", "0.8", "llm_pruner+lora", tasks)
+    reporter = Reporter(lines=True)
+    output = folder / "control"
+    output.mkdir(parents=True, exist_ok=True)
+    rows = stages.Rows(output / "rows.jsonl", reporter)
+    recipe = stages.cells_of(asked)[0].recipe
+    scored_by, dense = stages.measure_dense(asked, recipe, rows, reporter)
+    key = stage_key({**scored_by.key, "trained": CONTROL})
+    row = rows.taken(key)
+    if row is None:
+        started = time.monotonic()
+        loaded = load_model(str(MODEL), precision="float32", device=named_device(recipe.device))
+        sites, settings = find_sites(loaded.model), Lora()
+        ids = list(stages.read_sequences(recipe.calibration, loaded, recipe.seed, skip=0).ids)
+        learned = Examples(ids, ids, recipe.calibration.source)
+        adapters = settings.attach(loaded.model, sites, recipe.seed)
+        train(loaded.model, adapters, learned, settings, teacher=None, folder=output / "trainer", seed=recipe.seed)
+        settings.fold_in(loaded.model, sites, {})
+        row = dense.model_copy(
+            update={
+                "key": key,
+                "way": CONTROL,
+                "asked": 1.0,
+                "seconds": round(time.monotonic() - started, 1),
+                **scored_by.score(loaded.model, dense),
+            }
+        )
+        rows.add(row)
+    stages.write_comparison(scored_by, [dense, row], output)
+
+
 @torch.inference_mode()
 def second_moments(loaded: Any, sites: Any, recipe: Any) -> dict[str, torch.Tensor]:
     """E[x x^T] of the inputs of every site on the calibration text, shape `[n, n]` each."""
@@ -160,7 +199,7 @@ def second_moments(loaded: Any, sites: Any, recipe: Any) -> dict[str, torch.Tens
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=[*METHODS, "peers"])
+    parser.add_argument("what", choices=[*METHODS, "peers", "control"])
     parser.add_argument("--run-dir", type=Path, default=FOLDER)
     parser.add_argument("--stages", type=Path, help="where finished stages are kept; in --run-dir by default")
     parser.add_argument("--sizes")
@@ -171,6 +210,9 @@ def main() -> None:
     if arguments.what == "peers":
         names = arguments.methods.split(";") if arguments.methods else []
         run_peers(shared_directory(), arguments.run_dir, names, arguments.tasks)
+        return
+    if arguments.what == "control":
+        run_control(shared_directory(), arguments.run_dir, arguments.tasks)
         return
     asked = protocol(
         shared_directory(),

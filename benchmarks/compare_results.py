@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT, markdown_table, write_result
-from compare import FOLDER, LENGTH, LIMIT, LORD, SCORED
+from compare import CONTROL, FOLDER, LENGTH, LIMIT, LORD, SCORED
 from rankwise.reports import COMPARISON_FILE, ComparedRow
 from rankwise.reports.compared import mean_accuracy
 
@@ -121,6 +121,11 @@ def has_ranks(figure: Figure) -> bool:
     return str(figure["way"]).split("/")[0].split("+")[0] in WITH_RANKS
 
 
+def has_codes(figure: Figure) -> bool:
+    """Whether a row is of a number of bits, in codes."""
+    return not has_ranks(figure) and figure["way"] not in ("dense", CONTROL)
+
+
 def draw(figures: list[Figure], text: str, path: Path) -> None:
     """Perplexity against the bytes of all weights."""
     from matplotlib.figure import Figure as Drawing
@@ -163,7 +168,7 @@ NOTES = f"""SmolLM2-135M-Instruct. Calibrated on sequences of {LENGTH} tokens of
 of each text scored; one seed. Embeddings stay at 16 bits in every row. Ranks, heads, channels and width: {{many}}
 sequences, {{learned}} where a repair learns from them too; no search and no repair but where a row says so; low rank
 is stored as `auto`, so that the papers' methods take pivot rows where those are smaller. `manual` are LoRD's
-proportions for 20%, scaled to the size. Codes: as many sequences as a row says; LDLQ is with
+proportions for 20%, scaled to the size. `dense+lora` is the original trained as `llm_pruner+lora` is. Codes: as many sequences as a row says; LDLQ is with
 `output_feedback=false`, errors fed back along inputs alone, as in `caldera`. Peers are the weights that their own
 code makes, and what pads a row there is not counted; GPTQ's scales are of the extremes of each group and its Hessians
 of the original model. The weights were rounded to 4 bits once before (Q4_1), which favours formats of 4 bits in small
@@ -174,8 +179,8 @@ groups. What has no line or cell, or `-`, was not measured. What was made on a G
 
 def ranks_tables(figures: list[Figure], texts: list[str]) -> str:
     """A table for each text and one for accuracies: a line for each way in numbers, a column for each fraction kept."""
-    dense, *rows = figures
-    rows = [row for row in rows if has_ranks(row)]
+    whole = [row for row in figures if row["way"] in ("dense", CONTROL)]
+    rows = [row for row in figures if has_ranks(row)]
     keeps = sorted({row["asked"] for row in rows}, reverse=True)
     cells = {(row["way"], row["asked"]): row for row in rows}
     ways = sorted({row["way"] for row in rows}, key=lambda way: (WITH_RANKS.index(re.split(r"[/+]", way)[0]), way))
@@ -183,8 +188,9 @@ def ranks_tables(figures: list[Figure], texts: list[str]) -> str:
     shown["mean accuracy"] = _accuracy
     tables = []
     for title, of in shown.items():
-        lines = [[way, *(of(cells[way, keep]) if (way, keep) in cells else "-" for keep in keeps)] for way in ways]
-        tables.append(markdown_table([title, *map(str, keeps)], [["dense", *[of(dense)] * len(keeps)], *lines]))
+        lines = [[row["way"], *[of(row)] * len(keeps)] for row in whole]
+        lines += [[way, *(of(cells[way, keep]) if (way, keep) in cells else "-" for keep in keeps)] for way in ways]
+        tables.append(markdown_table([title, *map(str, keeps)], lines))
     return "\n\n".join(tables)
 
 
@@ -205,7 +211,7 @@ def _figure(perplexity: float | None) -> str:
 
 def bits_table(figures: list[Figure], texts: list[str]) -> str:
     """A line for each row of codes, by size."""
-    rows = [figures[0], *(row for row in figures[1:] if not has_ranks(row))]
+    rows = [figures[0], *(row for row in figures if has_codes(row))]
     header = ["row", "MB in all", "bits a linear weight", "sequences", *texts, "mean accuracy"]
     return markdown_table(
         header,
@@ -251,8 +257,8 @@ def write(folder: Path) -> None:
     def counts(rows: list[Figure]) -> str:
         return " or ".join(str(count) for count in sorted({row["calibration"] for row in rows})) or "no"
 
-    ranked = [row for row in figures[1:] if has_ranks(row)]
-    coded = [row for row in figures[1:] if not has_ranks(row)]
+    ranked = [row for row in figures[1:] if not has_codes(row)]
+    coded = [row for row in figures[1:] if has_codes(row)]
     body = NOTES.format(
         many=counts([row for row in ranked if "+" not in row["way"]]),
         learned=counts([row for row in ranked if "+" in row["way"]]),
