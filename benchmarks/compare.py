@@ -8,9 +8,9 @@ python benchmarks/compare.py control                # the original, trained like
 python benchmarks/compare_results.py
 
 Needs `make real-model` and the shared texts. The first three are runs of `rankwise compare` and go on after a stop, as
-do the next two; the last puts their rows into the result files, where rows of before stay, and makes the pictures. --sizes
-and --methods measure some of the cells: several processes may share them out, each with a folder of its own in the
---run-dir that the last reads.
+do the next two; the last puts their rows into the result files, where rows of before stay, and makes the pictures.
+--sizes and --methods measure some of the cells: several processes may share them out, each with a folder of its own in
+the --run-dir that the last reads.
 """
 
 from __future__ import annotations
