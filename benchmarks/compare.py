@@ -55,6 +55,7 @@ METHODS = {
     + ["two_sided/bayesian:spectral+blocks", "pruned+blocks", "pruned+lora"],
     "bits": ["quantize", "caldera", "mixed"],
 }
+TURNS = {"caldera": 5, "mixed": 1}
 
 CONTROL = "dense+lora"
 
@@ -93,7 +94,7 @@ def protocol(shared: Path, folder: Path, part: str, sizes: str, methods: str, ta
                     "bos": "never",
                 },
                 "budget": {"rank_multiple": 8},
-                "methods": {name: {"outer": 5} for name in ("caldera", "mixed") if name in methods},
+                "methods": {name: {"outer": turns} for name, turns in TURNS.items() if name in methods},
                 "precision": "float32",
             },
         }
@@ -107,11 +108,12 @@ def run_peers(shared: Path, folder: Path, names: list[str], tasks: bool) -> None
     output = folder / "peers"
     output.mkdir(parents=True, exist_ok=True)
     rows = stages.Rows(output / "rows.jsonl", reporter)
-    scored_by, dense = stages.measure_dense(asked, stages.cells_of(asked)[0].recipe, rows, reporter)
-    loaded = load_model(str(MODEL))
+    recipe = stages.cells_of(asked)[0].recipe
+    scored_by, dense = stages.measure_dense(asked, recipe, rows, reporter)
+    loaded = load_model(str(MODEL), precision="float32", device=named_device(recipe.device))
     sites = find_sites(loaded.model)
     original = {site.name: site.weight(loaded.model).clone() for site in sites}
-    moments = second_moments(loaded, sites, asked.recipe(asked.ways[0], 4.0, 0))
+    moments = second_moments(loaded, sites, recipe)
     weights = sum(site.parameters for site in sites)
     found = [dense]
     known = peers()

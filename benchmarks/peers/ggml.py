@@ -68,9 +68,9 @@ def _round_trip(name: str, number: int, weight: Tensor, moments: Tensor) -> Tens
     block = library.ggml_blck_size(number)
     wide = -(-n // block) * block
     values = np.zeros((m, wide), np.float32)
-    values[:, :n] = weight.numpy()
+    values[:, :n] = weight.cpu().numpy()
     importance = np.full(wide, 1e-6, np.float32)
-    importance[:n] = moments.diagonal().numpy()
+    importance[:n] = moments.diagonal().cpu().numpy()
     codes = np.zeros(m * library.ggml_row_size(number, wide), np.uint8)
     library.ggml_quantize_chunk(number, values.ctypes.data, codes.ctypes.data, 0, m, wide, importance.ctypes.data)
     back = np.empty_like(values)

@@ -23,7 +23,7 @@ def _round_trip(bits: int, group: int, weight: Tensor, _moments: Tensor) -> Tens
         group_size=group,
         optimize=True,
         axis=1,
-        device="cpu",
+        device=str(weight.device),
         compute_dtype=torch.float32,
     )
     return Quantizer.dequantize(codes, meta).float().reshape(weight.shape)
