@@ -55,8 +55,6 @@ METHODS = {
     + ["two_sided/bayesian:spectral+blocks", "pruned+blocks", "pruned+lora"],
     "bits": ["quantize", "caldera", "mixed"],
 }
-TURNS = {"caldera": 5, "mixed": 1}
-
 CONTROL = "dense+lora"
 
 
@@ -94,7 +92,7 @@ def protocol(shared: Path, folder: Path, part: str, sizes: str, methods: str, ta
                     "bos": "never",
                 },
                 "budget": {"rank_multiple": 8},
-                "methods": {name: {"outer": turns} for name, turns in TURNS.items() if name in methods},
+                "methods": {"caldera": {"outer": 5}} if "caldera" in methods else {},
                 "precision": "float32",
             },
         }
@@ -192,7 +190,7 @@ def second_moments(loaded: Any, sites: Any, recipe: Any) -> dict[str, torch.Tens
             sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
 
         handles.append(site.module(loaded.model).register_forward_pre_hook(watch))
-    for batch in ids.split(2):
+    for batch in ids.to(loaded.model.device).split(2):
         loaded.model(input_ids=batch, use_cache=False)
     for handle in handles:
         handle.remove()

@@ -36,7 +36,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "Q alone": {"method": "quantize", "allocation": "spectral"},
     "Q + L R": {"method": {"name": "caldera", "outer": 5}, "allocation": "spectral"},
     "mixed, LDLQ": {"method": {"name": "mixed", "outer": 5, "output_feedback": False}, "allocation": "spectral"},
-    "mixed": {"method": {"name": "mixed", "outer": 5}, "allocation": "spectral"},
+    "mixed": {"method": "mixed", "allocation": "spectral"},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "wiki-llama-8m": {"calibration": 256, "scored": 100, "batch": 8, "multiple": 1},

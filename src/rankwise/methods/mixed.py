@@ -37,6 +37,8 @@ class Mixed(Caldera):
         alone_bits: bits of the entries of L R without Q; numbers of the checkpoint's own type are a choice besides.
         curvature_damping: of the output metric, see `two_sided`.
         output_feedback: as in `quantize`: Q is rounded for what L and R are fitted to.
+        outer: as in `caldera`. More than one takes up to 6 times as long for at most 1% less divergence
+            (benchmarks/results/turns.md): on two sides the first turn is nearly always the best.
     """
 
     keeps_factors: ClassVar[bool] = False
@@ -46,6 +48,7 @@ class Mixed(Caldera):
     alone_bits: tuple[Annotated[int, Field(ge=2, le=8)], ...] = (4, 8)
     curvature_damping: Annotated[float, Field(ge=0)] = 1.0
     output_feedback: bool = True
+    outer: Annotated[int, Field(ge=1)] = 1
 
     @property
     def _factorisation(self) -> TwoSided:

@@ -102,7 +102,7 @@ class Pruned(Pruning):
     @cached_property
     def _rest(self) -> Method:
         if self.rest == "mixed":
-            return Mixed(curvature_damping=self.curvature_damping, outer=5)
+            return Mixed(curvature_damping=self.curvature_damping)
         return TwoSided(damping=self.curvature_damping, curvature_gb=self.curvature_gb)
 
     @property
