@@ -168,12 +168,11 @@ NOTES = f"""SmolLM2-135M-Instruct. Calibrated on sequences of {LENGTH} tokens of
 of each text scored; one seed. Embeddings stay at 16 bits in every row. Ranks, heads, channels and width: {{many}}
 sequences, {{learned}} where a repair learns from them too; no search and no repair but where a row says so; low rank
 is stored as `auto`, so that the papers' methods take pivot rows where those are smaller. `manual` are LoRD's
-proportions for 20%, scaled to the size. `dense+lora` is the original trained as `llm_pruner+lora` is. Codes: as many
-sequences as a row says; LDLQ is with `output_feedback=false`, errors fed back along inputs alone, as in `caldera`.
-Peers are the weights that their own code makes, and what pads a row there is not counted; GPTQ's scales are of the
-extremes of each group and its Hessians of the original model. The weights were rounded to 4 bits once before (Q4_1),
-which favours formats of 4 bits in small groups. What has no line or cell, or `-`, was not measured. What was made on a
-GPU was made many rows at once.
+proportions for 20%, scaled to the size. {{control}}Codes: as many sequences as a row says; LDLQ is with
+`output_feedback=false`, errors fed back along inputs alone, as in `caldera`. Peers are the weights that their own
+code makes, and what pads a row there is not counted; GPTQ's scales are of the extremes of each group and its Hessians
+of the original model. The weights were rounded to 4 bits once before (Q4_1), which favours formats of 4 bits in small
+groups. What has no line or cell, or `-`, was not measured. What was made on a GPU was made many rows at once.
 
 """
 
@@ -263,6 +262,9 @@ def write(folder: Path) -> None:
     body = NOTES.format(
         many=counts([row for row in ranked if "+" not in row["way"]]),
         learned=counts([row for row in ranked if "+" in row["way"]]),
+        control=f"`{CONTROL}` is the original trained as `llm_pruner+lora` is. "
+        if any(row["way"] == CONTROL for row in figures)
+        else "",
     )
     kinds = [("ranks" if row not in coded else f"codes of {row['calibration']} sequences", row) for row in figures[1:]]
     devices = {kind: sorted({row["device"] for each, row in kinds if each == kind}) for kind, _ in kinds}

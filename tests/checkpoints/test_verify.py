@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 
 from conftest import ROOT
+from rankwise.checkpoints import load_model
 from rankwise.checkpoints.verify import read_config, read_header, read_index, tensor_names, verify_checkpoint
 from rankwise.errors import ModelError
 from rankwise.layers.narrow import LLAMA_FORM
@@ -173,3 +175,17 @@ def test_configs_as_people_publish_them_are_taken(names: Any, tmp_path: Path) ->
     config = json.loads((OLD / "source" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": names, "max_position_embeddings": 10**30}))
     assert read_config(tmp_path)["auto_map"] == names
+
+
+@pytest.mark.parametrize("place", [-1, 0, 1000])
+def test_outputs_that_have_no_place_of_their_own_each_are_named(place: int, tmp_path: Path) -> None:
+    shutil.copytree(OLD / "pivoted", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.down_proj.place"
+    assert (tensors[name] == 0).sum() == 1
+    tensors[name][tensors[name].argmax()] = place
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="no place, or two to one") as problem:
+        load_model(str(tmp_path / "model"))
+    assert problem.value.where == name

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from rankwise.checkpoints.auto import auto_class
-from rankwise.checkpoints.load import is_compressed, read_config, require_known_format
+from rankwise.checkpoints.compressed import fetched, is_compressed, require_known_format
+from rankwise.checkpoints.load import read_config
 from rankwise.checkpoints.modeling_file import compressed_class
 from rankwise.checkpoints.verify import read_json
 
@@ -23,6 +24,7 @@ def empty_model(source: str, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelError: when there is no config, or it is of no known architecture.
     """
+    source = fetched(source, weights=False)
     if is_compressed(source):
         require_known_format(source)
         kind = compressed_class(read_json(Path(source) / "config.json"), source)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.utils import logging as transformers_logging
 
 from rankwise.checkpoints.auto import auto_class, require_causal, require_language_model
+from rankwise.checkpoints.compressed import fetched, is_compressed, require_known_format
 from rankwise.checkpoints.gguf import gguf_config, gguf_tokenizer, is_gguf, read_gguf
 from rankwise.checkpoints.modeling_file import compressed_class
 from rankwise.checkpoints.sources import (
@@ -27,13 +28,9 @@ from rankwise.checkpoints.sources import (
 from rankwise.checkpoints.verify import read_json, verify_checkpoint
 from rankwise.errors import ModelError, NotFiniteError
 from rankwise.layers import cache_dense
-from rankwise.layers.needs import unmet
 from rankwise.linalg import all_finite
 from rankwise.models import Streaming, text_config
 from rankwise.reading import one_line
-
-CHECKPOINT_KEY = "rankwise"
-"""The key in a config under which a compressed checkpoint describes its layers."""
 
 CACHE_KEY = "rankwise_cache_dense"
 """The key in a config that says whether quantised layers keep their weight dequantised; `"auto"` where it fits."""
@@ -116,27 +113,6 @@ class LoadedModel:
         """Put what a module holds into files, where the model's weights lie in files."""
         if self.streaming:
             self.streaming.settle(self.model.get_submodule(name))
-
-
-def is_compressed(source: str) -> bool:
-    """Whether a local directory holds a checkpoint with low-rank layers that rankwise wrote."""
-    config = Path(source) / "config.json"
-    return config.is_file() and isinstance(read_json(config).get(CHECKPOINT_KEY), dict)
-
-
-def require_known_format(source: str) -> None:
-    """Raise when a compressed checkpoint is in a form that this version does not know, or needs more than there is.
-
-    Raises:
-        ModelError: naming the format, or what is missing.
-    """
-    config = Path(source) / "config.json"
-    if problem := unmet(read_json(config)[CHECKPOINT_KEY]):
-        raise ModelError(
-            problem,
-            where=str(config),
-            remedy="use the version of rankwise that wrote it, or a newer one, and the transformers it needs",
-        )
 
 
 def read_config(source: str, trust_remote_code: bool) -> Any:
@@ -238,6 +214,7 @@ def load_model(
         NotFiniteError: naming a parameter that holds NaN or an infinity.
     """
     device = device or torch.device("cpu")
+    named, source = source, fetched(source)
     folder = Path(source)
     if folder.is_dir():
         require_model(folder)
@@ -299,6 +276,24 @@ def load_model(
         model = merge_adapter(model, folder)
         notes.append(f"the adapter that lies beside the weights ({ADAPTER_CONFIG}) was merged into them")
     model = (model if files else model.to(device)).eval()
+    _check_values(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    known = model.config if is_compressed(source) else None
+    tokenizer = load_tokenizer(source, trust_remote_code, known)
+    streaming = Streaming(model, files, device, None) if files else None
+    loaded = LoadedModel(model, tokenizer, named, precision, {}, notes, streaming)
+    loaded.to_compute_dtypes()
+    return loaded
+
+
+def _check_values(model: nn.Module) -> None:
+    """Raise where what was loaded can be of no sound checkpoint.
+
+    Raises:
+        NotFiniteError: naming a parameter or the scales of codes.
+        ModelError: naming a layer whose outputs have no place of their own each.
+    """
     for name, parameter in model.named_parameters():
         if not all_finite(parameter):
             raise NotFiniteError(
@@ -306,7 +301,6 @@ def load_model(
                 where=name,
                 remedy="the checkpoint is damaged or was trained to divergence; fetch or train it again",
             )
-        parameter.requires_grad_(False)
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point() and name.endswith(".scale") and not torch.isfinite(buffer).all():
             raise NotFiniteError(
@@ -314,12 +308,14 @@ def load_model(
                 where=name,
                 remedy="the checkpoint is damaged; fetch or make it again",
             )
-    known = model.config if is_compressed(source) else None
-    tokenizer = load_tokenizer(source, trust_remote_code, known)
-    streaming = Streaming(model, files, device, None) if files else None
-    loaded = LoadedModel(model, tokenizer, source, precision, {}, notes, streaming)
-    loaded.to_compute_dtypes()
-    return loaded
+        if name.endswith(".place"):
+            there = buffer.long().sort().values
+            if not torch.equal(there, torch.arange(len(buffer), device=there.device)):
+                raise ModelError(
+                    "Outputs of a layer are sent where there is no place, or two to one.",
+                    where=name,
+                    remedy="the checkpoint is damaged; fetch or make it again",
+                )
 
 
 def fingerprint(model: nn.Module, stored_dtypes: dict[str, torch.dtype]) -> str:

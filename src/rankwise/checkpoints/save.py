@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from rankwise.checkpoints.auto import auto_class
 from rankwise.checkpoints.companions import write_companions
-from rankwise.checkpoints.load import CACHE_KEY, CHECKPOINT_KEY, LoadedModel
+from rankwise.checkpoints.compressed import CHECKPOINT_KEY
+from rankwise.checkpoints.load import CACHE_KEY, LoadedModel
 from rankwise.checkpoints.modeling_file import MODULE_NAME, auto_map, base_classes, model_type_for, modeling_source
 from rankwise.errors import ModelError, NotFiniteError
 from rankwise.layers import decode_vocabulary, dense_layer, kind_of, stream_of, vocabulary_entry

@@ -172,6 +172,14 @@ def _nearest_bounded(x: Tensor, tables: Tables) -> Tensor:
     return torch.where(far_up <= far_down, up, down | (1 << 15))
 
 
+def nearest_by_kinds(x: Tensor, tables: Tables) -> Tensor:
+    """The number of the nearest codeword to vectors of shape `[count, 8]`: few are looked at more closely."""
+    number, longer = _nearest_unbounded(x, tables)
+    if len(longer):
+        number[longer] = _nearest_bounded(x[longer], tables)
+    return number
+
+
 def nearest_of_all(x: Tensor, tables: Tables) -> Tensor:
     """The number of the nearest codeword to vectors of shape `[count, 8]`: every pattern is tried, nothing is asked."""
     y = x + tables.shifts
@@ -198,16 +206,9 @@ def nearest_e8p(x: Tensor) -> Tensor:
     Returns:
         Shape `[count]`, int64; see `codes.e8p_values`.
     """
-    found = []
+    nearest, most = (nearest_of_all, _CHUNK_OF_ALL) if x.is_cuda else (nearest_by_kinds, _CHUNK)
     tables = known_tables(x.device)
-    if x.is_cuda:
-        return torch.cat([nearest_of_all(part, tables) for part in x.float().split(_CHUNK_OF_ALL)])
-    for part in x.float().split(_CHUNK) if len(x) else ():
-        number, longer = _nearest_unbounded(part, tables)
-        if len(longer):
-            number[longer] = _nearest_bounded(part[longer], tables)
-        found.append(number)
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+    return torch.cat([nearest(part, tables) for part in x.float().split(most)])
 
 
 def nearest_short(x: Tensor) -> Tensor:
