@@ -460,9 +460,23 @@ MUTANTS = (
     Mutant(
         "a long vector is rounded as if it were short",
         "quantizers/lattice.py",
-        "    if len(longer):\n            number[longer]",
-        "    if len(longer) < 0:\n            number[longer]",
+        "    if len(longer):\n        number[longer]",
+        "    if len(longer) < 0:\n        number[longer]",
         ("quantizers/test_quantizers.py::test_the_nearest_codeword_is_the_nearest_of_all",),
+    ),
+    Mutant(
+        "where all patterns are tried a wrong parity costs nothing",
+        "quantizers/lattice.py",
+        "torch.where(wrong, 2 * least, 0.0)).max(-1)",
+        "0.0).max(-1)",
+        ("quantizers/test_quantizers.py::test_the_nearest_codeword_is_the_nearest_of_all",),
+    ),
+    Mutant(
+        "two outputs may be sent to one place",
+        "checkpoints/load.py",
+        "if not torch.equal(there, torch.arange(len(buffer), device=there.device)):",
+        "if there[-1] >= len(buffer):",
+        ("checkpoints/test_verify.py",),
     ),
     Mutant(
         "weights that are rounded together take the codes of one another",
