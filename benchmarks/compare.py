@@ -58,7 +58,9 @@ METHODS = {
 CONTROL = "dense+lora"
 
 
-def protocol(shared: Path, folder: Path, part: str, sizes: str, methods: str, tasks: bool) -> Comparison:
+def protocol(
+    shared: Path, folder: Path, part: str, sizes: str, methods: str, tasks: bool, learned: int = LEARNED
+) -> Comparison:
     """The comparison of one part: texts and tasks are the same for all, and a repair learns from more."""
     spelling = "bits" if part == "bits" else "keep"
     return comparison_from(
@@ -86,7 +88,7 @@ def protocol(shared: Path, folder: Path, part: str, sizes: str, methods: str, ta
             "settings": {
                 "calibration": {
                     "source": f"text:{shared}/data/mix.calibration.txt",
-                    "sequences": LEARNED if part == "repaired" else CALIBRATION,
+                    "sequences": learned if part == "repaired" else CALIBRATION,
                     "length": LENGTH,
                     "batch_size": 8,
                     "bos": "never",
@@ -144,25 +146,25 @@ def run_peers(shared: Path, folder: Path, names: list[str], tasks: bool) -> None
     stages.write_comparison(scored_by, found, output)
 
 
-def run_control(shared: Path, folder: Path, tasks: bool) -> None:
-    """Train the original itself, by the adapters of `llm_pruner+lora` on the same sequences, and score it."""
-    asked = protocol(shared, folder, "repaired", "0.8", "llm_pruner+lora", tasks)
+def run_control(shared: Path, folder: Path, learned: int, tasks: bool) -> None:
+    """Train the original itself, by the adapters of `llm_pruner+lora` on so many of the same sequences, and score it."""
+    asked = protocol(shared, folder, "repaired", "0.8", "llm_pruner+lora", tasks, learned)
     reporter = Reporter(lines=True)
     output = folder / "control"
     output.mkdir(parents=True, exist_ok=True)
     rows = stages.Rows(output / "rows.jsonl", reporter)
     recipe = stages.cells_of(asked)[0].recipe
     scored_by, dense = stages.measure_dense(asked, recipe, rows, reporter)
-    key = stage_key({**scored_by.key, "trained": CONTROL})
+    key = stage_key({**scored_by.key, "trained": CONTROL, "sequences": learned})
     row = rows.taken(key)
     if row is None:
         started = time.monotonic()
         loaded = load_model(str(MODEL), precision="float32", device=named_device(recipe.device))
         sites, settings = find_sites(loaded.model), Lora()
         ids = list(stages.read_sequences(recipe.calibration, loaded, recipe.seed, skip=0).ids)
-        learned = Examples(ids, ids, recipe.calibration.source)
+        examples = Examples(ids, ids, recipe.calibration.source)
         adapters = settings.attach(loaded.model, sites, recipe.seed)
-        train(loaded.model, adapters, learned, settings, teacher=None, folder=output / "trainer", seed=recipe.seed)
+        train(loaded.model, adapters, examples, settings, teacher=None, folder=output / "trainer", seed=recipe.seed)
         settings.fold_in(loaded.model, sites, {})
         row = dense.model_copy(
             update={
@@ -204,6 +206,7 @@ def main() -> None:
     parser.add_argument("--stages", type=Path, help="where finished stages are kept; in --run-dir by default")
     parser.add_argument("--sizes")
     parser.add_argument("--methods", help="for peers, their names joined by semicolons")
+    parser.add_argument("--learned", type=int, default=LEARNED, help="sequences that the control learns from")
     parser.add_argument("--no-tasks", dest="tasks", action="store_false", help="perplexity alone")
     arguments = parser.parse_args()
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
@@ -212,7 +215,7 @@ def main() -> None:
         run_peers(shared_directory(), arguments.run_dir, names, arguments.tasks)
         return
     if arguments.what == "control":
-        run_control(shared_directory(), arguments.run_dir, arguments.tasks)
+        run_control(shared_directory(), arguments.run_dir, arguments.learned, arguments.tasks)
         return
     asked = protocol(
         shared_directory(),

@@ -262,9 +262,11 @@ def write(folder: Path) -> None:
     body = NOTES.format(
         many=counts([row for row in ranked if "+" not in row["way"]]),
         learned=counts([row for row in ranked if "+" in row["way"]]),
-        control=f"`{CONTROL}` is the original trained as `llm_pruner+lora` is. "
-        if any(row["way"] == CONTROL for row in figures)
-        else "",
+        control="".join(
+            f"`{CONTROL}` is the original trained as `llm_pruner+lora` is, on {row['calibration']} sequences.\n"
+            for row in figures
+            if row["way"] == CONTROL
+        ),
     )
     kinds = [("ranks" if row not in coded else f"codes of {row['calibration']} sequences", row) for row in figures[1:]]
     devices = {kind: sorted({row["device"] for each, row in kinds if each == kind}) for kind, _ in kinds}
