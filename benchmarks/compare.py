@@ -147,7 +147,7 @@ def run_peers(shared: Path, folder: Path, names: list[str], tasks: bool) -> None
 
 
 def run_control(shared: Path, folder: Path, learned: int, tasks: bool) -> None:
-    """Train the original itself by the adapters of `llm_pruner+lora`, on so many of the same sequences, and score it."""
+    """Train the original itself by the adapters of `llm_pruner+lora`, on so many of the same sequences; score it."""
     asked = protocol(shared, folder, "repaired", "0.8", "llm_pruner+lora", tasks, learned)
     reporter = Reporter(lines=True)
     output = folder / "control"

@@ -60,6 +60,21 @@ def test_nothing_is_reused_that_a_setting_would_change(
     assert not same(after, before)
 
 
+def test_nothing_is_reused_that_sites_which_are_left_out_would_change(settings: Settings, tmp_path: Path) -> None:
+    """What fits the memory for curvature decides how much of it is kept at every site."""
+    pattern = "*.q_proj"
+
+    def with_sites(memory: float, **changes: Any) -> dict[str, Any]:
+        method, budget = {"name": "two_sided", "curvature_gb": memory}, {"keep": 0.95, "rank_multiple": 1}
+        return settings(method=method, budget=budget, allocation="uniform", **changes)
+
+    shapes = compress(recipe_from(with_sites(8.0)), run_directory=tmp_path / "whole").plan.shapes
+    memory = 1.01e-9 * 12 * sum(shape[0] ** 2 for name, shape in shapes.items() if name.endswith("q_proj"))
+    weights(with_sites(memory), tmp_path / "used")
+    after = weights(with_sites(memory, include=(pattern,)), tmp_path / "used")
+    assert same(after, weights(with_sites(memory, include=(pattern,)), tmp_path / "fresh"))
+
+
 def test_a_fit_is_reused_for_its_own_cut_alone(settings: Settings, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     first = compress(recipe_from(settings(method=MIXED, budget={"bits": 12})), run_directory=tmp_path / "run")

@@ -24,7 +24,7 @@ from rankwise.stages.at_once import most_together, together_bytes
 from rankwise.stages.crews import at_work
 from rankwise.stages.fitted import load_factors
 from rankwise.stages.jobs import Hand, fit_site
-from rankwise.stages.keys import calibration_key
+from rankwise.stages.measuring import measured_key
 from rankwise.stages.outlooks import Outlooks
 from rankwise.stages.work import Work
 
@@ -72,7 +72,7 @@ class _Fits:
         self._hand = Hand(work)
         method = work.recipe.method
         # A site's codes depend on its own cut alone, so that another plan reuses what it shares.
-        key = {**calibration_key(work), "method": method.model_dump(exclude={"q_bits", "rank"})}
+        key = {**measured_key(work), "method": method.model_dump(exclude={"q_bits", "rank"})}
         self._stage = work.stage(f"fits-{method.label}", key)
 
     @cached_property

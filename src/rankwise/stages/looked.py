@@ -13,14 +13,15 @@ from rankwise.methods import Outlook
 from rankwise.models import Site
 from rankwise.quantizers import Packed, Rotation, stored_codebook
 from rankwise.runs import Stage
-from rankwise.stages.keys import calibration_key, model_key
+from rankwise.stages.keys import model_key
+from rankwise.stages.measuring import measured_key
 from rankwise.stages.work import Work
 
 
 def outlook_stage(work: Work) -> Stage:
     """The stage that grows a file for every outlook."""
     method = work.recipe.method
-    key = calibration_key(work) if method.requests() else model_key(work)
+    key = measured_key(work) if method.requests() else model_key(work)
     return work.stage(f"outlooks-{method.label}", {**key, "method": method.model_dump()})
 
 

@@ -29,6 +29,14 @@ def requests_of(work: Work) -> tuple[Statistic, ...]:
     return method.requests() + (method.plan_requests() if work.looks >= Looks.LOSSES else ())
 
 
+def measured_key(work: Work) -> dict[str, Any]:
+    """What depends on the statistics of a site depends on this: the calibration, and how sites had to share memory."""
+    sites, _ = _watched(work)
+    shared = {statistic.name: statistic.shared(statistic.streams(sites)) for statistic in requests_of(work)}
+    found = {name: facts for name, facts in shared.items() if facts}
+    return {**calibration_key(work), **({"shared": found} if found else {})}
+
+
 def collect_statistics(work: Work) -> Store:
     """Collect what the method asks for and no finished stage holds: one pass for all of it.
 

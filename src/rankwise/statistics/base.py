@@ -188,6 +188,14 @@ class Statistic(ABC, Generic[T, V]):
             reporter: told what the user should know.
         """
 
+    def shared(self, streams: Sequence[Stream]) -> dict[str, Any]:
+        """What the totals of one stream depend on because others are watched, too; nothing by default.
+
+        Args:
+            streams: all that it watches.
+        """
+        return {}
+
     def totals_of(self, taken: Any) -> T:
         """Its totals, from what its sums gave at the end of a group. Other statistics may be handed the same object."""
         totals: T = taken

@@ -136,19 +136,27 @@ class Curvature(Statistic[CurvatureTotals, Tensor]):
         return gradient_streams(sites)
 
     def sums(self, streams: Sequence[Stream], sequences: int, reporter: Reporter) -> StartSums:
-        largest = max(stream.d for stream in streams)
-        block = largest
-        while block > 1:
-            entries = sum(stream.d * block_size(stream.d, block) for stream in streams)
-            if entries * _BYTES_PER_ENTRY <= self.memory_gb * 1e9:
-                break
-            block //= 2
+        largest, block = max(stream.d for stream in streams), self._largest_block(streams)
         if block < largest:
             reporter.note(
                 f"the full curvature does not fit {self.memory_gb:g} GB: diagonal blocks of at most {block} outputs "
                 "are kept (curvature_gb raises the limit where a method has it)"
             )
         return _StartInBlocks(block)
+
+    def _largest_block(self, streams: Sequence[Stream]) -> int:
+        """Outputs of the largest blocks that fit; those of the widest site where all of its curvature does."""
+        block = max(stream.d for stream in streams)
+        while block > 1:
+            entries = sum(stream.d * block_size(stream.d, block) for stream in streams)
+            if entries * _BYTES_PER_ENTRY <= self.memory_gb * 1e9:
+                break
+            block //= 2
+        return block
+
+    def shared(self, streams: Sequence[Stream]) -> dict[str, Any]:
+        block = self._largest_block(streams)
+        return {"block": block} if block < max(stream.d for stream in streams) else {}
 
     def seen(self, totals: CurvatureTotals, place: Place) -> Tensor:
         return totals.value()
