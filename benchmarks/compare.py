@@ -150,7 +150,7 @@ def run_control(shared: Path, folder: Path, learned: int, tasks: bool) -> None:
     """Train the original itself by the adapters of `llm_pruner+lora`, on so many of the same sequences; score it."""
     asked = protocol(shared, folder, "repaired", "0.8", "llm_pruner+lora", tasks, learned)
     reporter = Reporter(lines=True)
-    output = folder / "control"
+    output = folder / f"control-{learned}"
     output.mkdir(parents=True, exist_ok=True)
     rows = stages.Rows(output / "rows.jsonl", reporter)
     recipe = stages.cells_of(asked)[0].recipe

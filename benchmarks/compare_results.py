@@ -169,10 +169,11 @@ of each text scored; one seed. Embeddings stay at 16 bits in every row. Ranks, h
 sequences, {{learned}} where a repair learns from them too; no search and no repair but where a row says so; low rank
 is stored as `auto`, so that the papers' methods take pivot rows where those are smaller. `manual` are LoRD's
 proportions for 20%, scaled to the size. {{control}}Codes: as many sequences as a row says; LDLQ is with
-`output_feedback=false`, errors fed back along inputs alone, as in `caldera`. Peers are the weights that their own
-code makes, and what pads a row there is not counted; GPTQ's scales are of the extremes of each group and its Hessians
-of the original model. The weights were rounded to 4 bits once before (Q4_1), which favours formats of 4 bits in small
-groups. What has no line or cell, or `-`, was not measured. What was made on a GPU was made many rows at once.
+`output_feedback=false`, errors fed back along inputs alone, as in `caldera`; that and `mixed` with it take 5 turns.
+Peers are the weights that their own code makes, and what pads a row there is not counted; GPTQ's scales are of the
+extremes of each group and its Hessians of the original model. The weights were rounded to 4 bits once before (Q4_1),
+which favours formats of 4 bits in small groups. What has no line or cell, or `-`, was not measured. What was made on a
+GPU was made many rows at once.
 
 """
 

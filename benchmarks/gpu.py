@@ -6,7 +6,7 @@ Needs torch, transformers and BoTorch, the package on the path (PYTHONPATH=src w
 models or data. Writes results/speed-gpu.md (storage, the whole of Llama-2-7B's shape) and results/trials-gpu.md (a
 search's trial against a bare forward pass, 8 of its layers), results/ldlq-gpu.md (one pass of rounding at 4096 x 4096)
 and results/runs-gpu.md (whole runs of `compress` on two blocks of Llama-3.2-1B's shape). Names of parts run those
-alone: on an H100 `trials` took 32 seconds, `ldlq` 28, `speed` 63.
+alone: on an H100 `trials` took 32 seconds, `speed` 63.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def ldlq() -> None:
         "way that is\nquicker on a CPU. Codes of `uniform` are the same in both columns.\n\n"
     )
     body += markdown_table([*header, "with kinds of pattern compared, as on a CPU"], rows)
-    figures = {"now": timed, "as on a CPU": slower}
+    figures = {"all patterns": timed, "as on a CPU": slower}
     write_result("ldlq-gpu", "One pass of rounding on a GPU", "python benchmarks/gpu.py ldlq", body, figures)
 
 

@@ -154,7 +154,7 @@ def write(folder: Path) -> None:
             f"## {model}\n\nCalibration {settings['calibration']} x {LENGTH} tokens of mix.calibration, "
             f"{settings['scored']} x {LENGTH} tokens of each text scored, rank multiple {settings['multiple']}; "
             "codes are the lattice's, L R beside them has 4 bits, low rank alone is stored as `auto`; with LDLQ, "
-            "and in Q + L R, errors are fed back along inputs alone. "
+            "and in Q + L R, errors are fed back along inputs alone, in 5 turns over Q and L R where there are both. "
             + ("The weights were rounded to 4 bits once before. " if model.startswith("smollm2") else "")
             + "Dense perplexity "
             + " and ".join(f"{dense['perplexity'][text]:.2f} on {text}" for text in TEXTS)

@@ -74,11 +74,21 @@ def write(figures: list[dict[str, Any]]) -> None:
             ]
             for turns in TURNS
         ]
+        for row, turns in zip(rows, TURNS, strict=True):
+            row += [
+                f"{f['seconds']:.0f}"
+                for bits in BITS[1:]
+                for f in figures
+                if (f["method"], f["outer"], f["bits"]) == (method, turns, bits)
+            ]
         header = [f"{method}, outer", *(f"{text}, {bits:g} bits" for text in TEXTS for bits in BITS)]
+        header += [f"s, {bits:g} bits" for bits in BITS[1:]]
         parts.append(markdown_table(header, rows))
     body = (
         "Perplexity (KL to the original in nats a token), stored as codes; calibration 256 x 256 tokens, 100 x 256 "
-        "tokens of each text scored, one seed. Of all turns the best is kept.\n\n" + "\n\n".join(parts)
+        "tokens of each text scored, rank multiple 8, one seed. Of all turns the best is kept. Seconds are of "
+        "whole runs that take over what runs of the first number of bits have seen in the weights.\n\n"
+        + "\n\n".join(parts)
     )
     write_result("turns", "Turns over Q and L R", "python benchmarks/turns.py", body, figures)
 

@@ -62,7 +62,7 @@ class Served:
     hub: Hub
     home: Path
 
-    def python(self, program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    def python(self, program: str, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
         """Run a program that downloads from here."""
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
@@ -70,14 +70,15 @@ class Served:
             "HF_HOME": str(self.home),
             "TERM": "dumb",
             "COLUMNS": "200",
+            **settings,
         }
         return subprocess.run(
             [sys.executable, "-c", program, *words], env=environment, capture_output=True, text=True, cwd=self.home
         )
 
-    def commands(self, *commands: str) -> tuple[list[int], str, str]:
+    def commands(self, *commands: str, **settings: str) -> tuple[list[int], str, str]:
         """Run command lines of rankwise: their statuses, and all output."""
-        done = self.python(COMMANDS, json.dumps([command.split() for command in commands]))
+        done = self.python(COMMANDS, json.dumps([command.split() for command in commands]), **settings)
         lines = done.stdout.splitlines()
         return [int(line.split()[1]) for line in lines if line.startswith("status ")], done.stdout, done.stderr
 
@@ -184,6 +185,21 @@ def test_a_compressed_model_is_used_by_its_name(served: Served) -> None:
     assert plain.returncode == 0, plain.stderr
     assert "Return the" in plain.stdout
     assert list((served.home / "modules").rglob("modeling_rankwise.py"))
+
+
+def test_what_was_not_downloaded_whole_is_said_and_mended(served: Served) -> None:
+    folder = served.hub.root / "models" / "someone" / "later"
+    shutil.copytree(served.hub.root / "models" / "someone" / "small", folder)
+    # Of a cost the config is enough; then the network is gone.
+    statuses, _, said = served.commands("cost someone/later")
+    assert statuses == [0], said
+    score = "evaluate someone/later --perplexity bundled:heldout"
+    statuses, _, said = served.commands(score, HF_HUB_OFFLINE="1")
+    assert statuses == [2]
+    assert "downloaded of the checkpoint is not whole" in said
+    assert "someone/later" in said
+    assert served.commands(score)[0] == [0]
+    assert served.commands(score, HF_HUB_OFFLINE="1")[0] == [0]
 
 
 def test_what_is_not_there_is_said(served: Served) -> None:

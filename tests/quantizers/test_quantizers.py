@@ -166,7 +166,7 @@ def test_patterns_are_256_of_which_227_are_short() -> None:
 
 def by_trying(x: torch.Tensor) -> torch.Tensor:
     """As on a GPU."""
-    return nearest_of_all(x, known_tables(x.device))
+    return torch.cat([nearest_of_all(part, known_tables(x.device)) for part in x.split(4096)])
 
 
 EITHER = pytest.mark.parametrize("nearest", [nearest_e8p, by_trying])
@@ -204,8 +204,7 @@ def test_between_codewords_one_of_the_nearest_is_found(nearest: Nearest) -> None
 
 @EITHER
 def test_every_codeword_is_nearest_to_itself(nearest: Nearest) -> None:
-    words = lattice()[::7]
-    assert torch.equal(lattice()[nearest(words)], words)
+    assert torch.equal(lattice()[nearest(lattice())], lattice())
 
 
 def test_rounding_no_vectors_gives_no_codes() -> None:

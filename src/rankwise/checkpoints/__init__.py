@@ -1,6 +1,7 @@
 """Reading and writing Hugging Face checkpoints."""
 
 from rankwise.checkpoints.companions import missing_processor
+from rankwise.checkpoints.compressed import fetched
 from rankwise.checkpoints.empty import empty_model
 from rankwise.checkpoints.load import LoadedModel, fingerprint, load_model, load_tokenizer, read_config
 from rankwise.checkpoints.origin import front_matter
@@ -26,6 +27,7 @@ __all__ = [
     "check_reload",
     "empty_model",
     "expect_reload",
+    "fetched",
     "fingerprint",
     "front_matter",
     "is_plain",

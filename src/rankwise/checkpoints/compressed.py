@@ -6,6 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from rankwise.checkpoints.gguf import is_gguf
 from rankwise.checkpoints.verify import read_json
@@ -40,6 +46,15 @@ def require_known_format(source: str) -> None:
         )
 
 
+def unread(source: str, problem: Exception) -> ModelError:
+    """What to say of a model on the hub that cannot be read."""
+    return ModelError(
+        f"The model cannot be read from the hub ({one_line(problem)[:200]}).",
+        where=source,
+        remedy="check the name; without a network give a local directory",
+    )
+
+
 def fetched(source: str, *, weights: bool = True) -> str:
     """The directory of a compressed checkpoint that is named by its place on the hub; any other source as it is.
 
@@ -48,15 +63,20 @@ def fetched(source: str, *, weights: bool = True) -> str:
         weights: whether all of it is needed; else its config alone.
 
     Raises:
-        ModelError: when it is one of ours and cannot be downloaded.
+        ModelError: when the hub does not answer, or it is one of ours and cannot be downloaded.
     """
     if Path(source).exists() or is_gguf(source) or source.count("/") > 1 or source.startswith((".", "/", "~")):
         return source
     try:
         config = Path(hf_hub_download(source, CONFIG))
-    # What is wrong is said where the model is loaded.
-    except Exception:
+    except LocalEntryNotFoundError as problem:
+        raise unread(source, problem) from None
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        # What is wrong is said where the model is loaded.
         return source
+    # A hub that does not answer has been waited for, and is not asked again.
+    except Exception as problem:
+        raise unread(source, problem) from None
     if not is_compressed(str(config.parent)):
         return source
     if not weights:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.utils import logging as transformers_logging
 
 from rankwise.checkpoints.auto import auto_class, require_causal, require_language_model
-from rankwise.checkpoints.compressed import fetched, is_compressed, require_known_format
+from rankwise.checkpoints.compressed import fetched, is_compressed, require_known_format, unread
 from rankwise.checkpoints.gguf import gguf_config, gguf_tokenizer, is_gguf, read_gguf
 from rankwise.checkpoints.modeling_file import compressed_class
 from rankwise.checkpoints.sources import (
@@ -142,11 +142,7 @@ def read_config(source: str, trust_remote_code: bool) -> Any:
                 where=str(folder / "config.json"),
                 remedy="a newer transformers may know it; if the model ships code, add --trust-remote-code",
             ) from None
-        raise ModelError(
-            f"The model cannot be read from the hub ({first[:200]}).",
-            where=source,
-            remedy="check the name; without a network give a local directory",
-        ) from None
+        raise unread(source, problem) from None
     return config
 
 
@@ -217,8 +213,17 @@ def load_model(
     named, source = source, fetched(source)
     folder = Path(source)
     if folder.is_dir():
-        require_model(folder)
-        verify_checkpoint(folder)
+        try:
+            require_model(folder)
+            verify_checkpoint(folder)
+        except ModelError as problem:
+            if source == named:
+                raise
+            raise ModelError(
+                f"What was downloaded of the checkpoint is not whole. {problem.problem}",
+                where=f"{named}: {problem.where}",
+                remedy="the same command with a network fetches what is missing, if the hub has it",
+            ) from None
     elif "/" in source and not is_gguf(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ModelError("There is no such model directory.", where=source, remedy="check the path")
     transformers_logging.disable_progress_bar()

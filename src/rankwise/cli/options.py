@@ -262,11 +262,11 @@ def scored_as(model: str, text: str | None, given: Mapping[str, Any]) -> tuple[d
         RecipeError: when no text is given and no report names one.
         ModelError: when there is a report that cannot be read.
     """
-    from rankwise.checkpoints import REPORT_FILE
+    from rankwise.checkpoints import REPORT_FILE, fetched
     from rankwise.reports import Report
 
     asked = {key: value for key, value in given.items() if value is not None}
-    file = Path(model) / REPORT_FILE
+    file = Path(fetched(model)) / REPORT_FILE
     before: Any = None
     if not asked and file_exists(file):
         before = getattr(Report.load(file).recipe, "evaluation", None)

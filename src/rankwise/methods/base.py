@@ -71,6 +71,7 @@ class Method(BaseModel, ABC):
         rounds: whether weights become codes, by many short steps; then `fit` may be called in several threads at once.
         prunes: whether it makes the model smaller before its weights are looked at: units go, or directions.
         by_site: whether it can leave out a site and still do its work at the others.
+        unseen: settings that change no outlook.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,6 +82,7 @@ class Method(BaseModel, ABC):
     prunes: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
     by_site: ClassVar[bool] = True
+    unseen: ClassVar[frozenset[str]] = frozenset()
 
     name: str
 

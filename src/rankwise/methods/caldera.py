@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -48,6 +48,8 @@ class Caldera(QuantizingMethod):
         downdate: whether Q is rounded along H less the directions that R spans, which L can still make up for.
     """
 
+    unseen: ClassVar[frozenset[str]] = frozenset({"outer"})
+
     name: Literal["caldera"] = "caldera"
     rank: Annotated[int, Field(ge=0)] | None = None
     lr_bits: Annotated[int, Field(ge=2, le=16)] = 4
@@ -72,6 +74,10 @@ class Caldera(QuantizingMethod):
     @property
     def _factor_codebook(self) -> str:
         return Form(lr_codebook=self.lr_codebook).factor_codebook(self.lr_bits)
+
+    @property
+    def _turns(self) -> int:
+        return self.outer
 
     @property
     def given_rank(self) -> int | None:
@@ -117,7 +123,7 @@ class Caldera(QuantizingMethod):
         best: tuple[Packed | None, LowRank | None] = None, None
         # Without a part there is nothing to take turns with.
         seen = looking(cut.q_bits) if cut.q_bits else None
-        for turn in range(self.outer if cut.rank and cut.q_bits else 1):
+        for turn in range(self._turns if cut.rank and cut.q_bits else 1):
             if turn == 0 and seen is not None and seen.q is not None:
                 # The first turn rounds W itself, which an outlook has done already.
                 q: Packed | None = on(seen.q, weight)

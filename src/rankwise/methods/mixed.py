@@ -37,8 +37,8 @@ class Mixed(Caldera):
         alone_bits: bits of the entries of L R without Q; numbers of the checkpoint's own type are a choice besides.
         curvature_damping: of the output metric, see `two_sided`.
         output_feedback: as in `quantize`: Q is rounded for what L and R are fitted to.
-        outer: as in `caldera`. On two sides the first turn is nearly always the best: 15 left at most 1% less
-            divergence, in up to 6 times the time (benchmarks/results/turns.md).
+        outer: as in `caldera`. None takes 1 where Q is rounded on two sides, where more bring at most 1% less
+            divergence (benchmarks/results/turns.md), and 15 where it is not.
     """
 
     keeps_factors: ClassVar[bool] = False
@@ -48,7 +48,11 @@ class Mixed(Caldera):
     alone_bits: tuple[Annotated[int, Field(ge=2, le=8)], ...] = (4, 8)
     curvature_damping: Annotated[float, Field(ge=0)] = 1.0
     output_feedback: bool = True
-    outer: Annotated[int, Field(ge=1)] = 1
+    outer: Annotated[int, Field(ge=1)] | None = None  # type: ignore[assignment]
+
+    @property
+    def _turns(self) -> int:
+        return self.outer or (1 if self.feeds_outputs else Caldera().outer)
 
     @property
     def _factorisation(self) -> TwoSided:

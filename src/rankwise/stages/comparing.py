@@ -42,7 +42,7 @@ from rankwise.runs import Lines, stage_key
 from rankwise.stages.finish import machine_of
 from rankwise.stages.work import read_sequences
 
-_ROW_FORMAT = 1
+_ROW_FORMAT = 2
 """Raised when what a row holds, or how it is scored, changes."""
 
 

@@ -10,7 +10,7 @@ import transformers
 from rankwise.device import computed_type
 from rankwise.stages.work import Work
 
-_STAGE_FORMAT = 12
+_STAGE_FORMAT = 13
 """Raised when the contents or the arithmetic of a stage change, so that old stages are not taken for new ones."""
 
 

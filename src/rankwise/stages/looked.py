@@ -22,7 +22,7 @@ def outlook_stage(work: Work) -> Stage:
     """The stage that grows a file for every outlook."""
     method = work.recipe.method
     key = measured_key(work) if method.requests() else model_key(work)
-    return work.stage(f"outlooks-{method.label}", {**key, "method": method.model_dump()})
+    return work.stage(f"outlooks-{method.label}", {**key, "method": method.model_dump(exclude=set(method.unseen))})
 
 
 def outlook_file(site: Site, q_bits: int) -> str:
