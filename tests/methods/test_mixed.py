@@ -149,3 +149,20 @@ def test_noise_is_part_of_a_loss() -> None:
     assert by_cut[Cut(8, 2, 4)] == 56
     assert by_cut[DENSE] == 0
     assert Counter(cut.dense for cut in table.cuts)[True] == 1
+
+
+@pytest.mark.parametrize(("two_sided", "turns"), [(True, 1), (False, 15)])
+def test_turns_follow_from_how_q_is_rounded(two_sided: bool, turns: int, settings: Settings, tmp_path: Path) -> None:
+    """What was seen in the weights serves any number of them."""
+    method = {"name": "mixed", "inner": 1, "output_feedback": two_sided}
+
+    def report(**changes: Any) -> Report:
+        values = settings(method={**method, **changes}, budget={"bits": 4.5, "rank_multiple": 1})
+        return compress(recipe_from(values), run_directory=tmp_path / "run").report
+
+    found = report()
+    both = [site for site in found.sites.values() if site.q_bits and site.rank]
+    assert both
+    assert {len(site.errors or ()) for site in both} == {turns}
+    assert {len(site.errors or ()) for site in report(outer=2).sites.values() if site.q_bits and site.rank} == {2}
+    assert len(list((tmp_path / "run").glob("outlooks-*"))) == 1
