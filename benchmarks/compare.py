@@ -113,12 +113,13 @@ def run_peers(shared: Path, folder: Path, names: list[str], tasks: bool) -> None
     loaded = load_model(str(MODEL), precision="float32", device=named_device(recipe.device))
     sites = find_sites(loaded.model)
     original = {site.name: site.weight(loaded.model).clone() for site in sites}
-    moments = second_moments(loaded, sites, recipe)
+    known = peers()
+    keys = {name: stage_key({**scored_by.key, "peer": name}) for name in names or known}
+    missing = any(rows.taken(key) is None for key in keys.values())
+    moments = second_moments(loaded, sites, recipe) if missing else {}
     weights = sum(site.parameters for site in sites)
     found = [dense]
-    known = peers()
-    for name in names or list(known):
-        key = stage_key({**scored_by.key, "peer": name})
+    for name, key in keys.items():
         row = rows.taken(key)
         if row is None:
             started, bits = time.monotonic(), 0.0
@@ -143,7 +144,8 @@ def run_peers(shared: Path, folder: Path, names: list[str], tasks: bool) -> None
             rows.add(row)
         print(row.way, f"{row.bits:.3f}", row.perplexity, flush=True)
         found.append(row)
-    stages.write_comparison(scored_by, found, output)
+        # As far as it is: a stop leaves what is done to be read.
+        stages.write_comparison(scored_by, found, output)
 
 
 def run_control(shared: Path, folder: Path, learned: int, tasks: bool) -> None:
