@@ -110,6 +110,7 @@ TABLES = {
             "HQQ, 3 bits": {"way": "HQQ 3 bits, groups of 64"},
             "ours, codes alone, 2.5 bits": {"way": "quantize", "asked": 2.5},
             "llama.cpp Q2_K": {"way": "llama.cpp Q2_K"},
+            "ours, codes and low rank (`mixed`), 4 bits": {"way": "mixed", "asked": 4.0},
             "ours, codes alone, 4 bits": {"way": "quantize", "asked": 4.0},
             "llama.cpp Q4_K": {"way": "llama.cpp Q4_K"},
         },
@@ -137,7 +138,7 @@ TABLES = {
         "wiki-llama-8m",
     ),
     ("docs/quantisation.md", "mixed"): Shown(
-        named("row", "Q alone, LDLQ", "Q alone", "Q + L R", "mixed, LDLQ"),
+        named("row", "Q alone, LDLQ", "Q alone", "Q + L R", "mixed, LDLQ", "mixed"),
         {f"{t} {bits}": ({"asked": bits}, [f"perplexity/{t}"]) for t in TEXTS for bits in (2.1, 2.5, 3.0, 4.0)},
         "smollm2-135m",
     ),
