@@ -705,8 +705,15 @@ MUTANTS = (
     Mutant(
         "an outlook is taken for that of other settings",
         "stages/looked.py",
-        '{**key, "method": method.model_dump()}',
+        '{**key, "method": method.model_dump(exclude=set(method.unseen))}',
         '{**key, "method": method.name}',
+        ("stages/test_keys.py",),
+    ),
+    Mutant(
+        "looks and fits do not know how much of the curvature was kept",
+        "stages/measuring.py",
+        '    return {**calibration_key(work), **({"shared": found} if found else {})}',
+        "    return calibration_key(work)",
         ("stages/test_keys.py",),
     ),
     Mutant(

@@ -3,6 +3,7 @@ of theirs."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -65,7 +66,8 @@ def fetched(source: str, *, weights: bool = True) -> str:
     Raises:
         ModelError: when the hub does not answer, or it is one of ours and cannot be downloaded.
     """
-    if Path(source).exists() or is_gguf(source) or source.count("/") > 1 or source.startswith((".", "/", "~")):
+    # A name that no file can have is no error here.
+    if os.path.exists(source) or is_gguf(source) or source.count("/") > 1 or source.startswith((".", "/", "~")):
         return source
     try:
         config = Path(hf_hub_download(source, CONFIG))
