@@ -189,7 +189,7 @@ def ranks_tables(figures: list[Figure], texts: list[str]) -> str:
     shown["mean accuracy"] = _accuracy
     tables = []
     for title, of in shown.items():
-        lines = [[row["way"], *[of(row)] * len(keeps)] for row in whole]
+        lines = [[row["way"], *[of(row)] * len(keeps)] for row in whole if of(row) != "-"]
         lines += [[way, *(of(cells[way, keep]) if (way, keep) in cells else "-" for keep in keeps)] for way in ways]
         tables.append(markdown_table([title, *map(str, keeps)], lines))
     return "\n\n".join(tables)
@@ -262,7 +262,7 @@ def write(folder: Path) -> None:
     coded = [row for row in figures[1:] if has_codes(row)]
     body = NOTES.format(
         many=counts([row for row in ranked if "+" not in row["way"]]),
-        learned=counts([row for row in ranked if "+" in row["way"]]),
+        learned=counts([row for row in ranked if "+" in row["way"] and row["way"] != CONTROL]),
         control="".join(
             f"`{CONTROL}` is the original trained as `llm_pruner+lora` is, on {row['calibration']} sequences.\n"
             for row in figures

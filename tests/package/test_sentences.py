@@ -71,6 +71,14 @@ def of_rounding_on_a_gpu() -> Iterator[tuple[str, str]]:
     yield page, f"it takes {min(ratios):.1f} to {max(ratios):.1f}"
 
 
+def of_the_original_trained() -> Iterator[tuple[str, str]]:
+    trained, dense = (
+        [one("compare", figure, way=way) for figure in (WIKITEXT, MIX)] for way in ("dense+lora", "dense")
+    )
+    yield README, "(LoRA, on 256 of those sequences) the original itself has {:.1f} and {:.1f}".format(*trained)
+    yield "docs/choosing.md", f"the original itself is at {trained[0] / dense[0]:.2f})"
+
+
 def of_turns() -> Iterator[tuple[str, str]]:
     def cells(method: str) -> tuple[list[float], float]:
         """What 15 turns take off the divergence of one, and how many times as long they take."""
@@ -344,6 +352,7 @@ def of_cost() -> Iterator[tuple[str, str]]:
         of_mixed,
         of_two_sides,
         of_rounding_on_a_gpu,
+        of_the_original_trained,
         of_turns,
         of_a_head_of_two_factors,
         of_storage_and_repair,
