@@ -76,7 +76,7 @@ bench: real-model peers
 		"allocation stories260k" "allocation wiki-llama-8m" ablations search "repair stories260k" "repair wiki-llama-8m" \
 		speed codebooks "caldera steps" "caldera tuned" \
 		"caldera study" "caldera write" text "mixed wiki-llama-8m" "mixed smollm2-135m" "mixed write" "pruning stories260k" "pruning wiki-llama-8m" "pruning write" search_memory real_model defaults_codes turns \
-		"compare low-rank" "compare repaired" "compare peers" compare_results results_page; do \
+		"compare low-rank" "compare repaired" "compare peers" "compare control --learned 256" compare_results results_page; do \
 		set -- $$each; name=$$1; shift; ../$(BIN)/python $$name.py "$$@" || exit 1; done
 	cd benchmarks && for each in methods allocation repair; do ../$(BIN)/python plot_$$each.py wiki-llama-8m || exit 1; done
 	cd benchmarks && ../$(BIN)/python plot_caldera.py

@@ -79,6 +79,17 @@ def compare(dense: Any, small: Any, ids: torch.Tensor) -> tuple[float, float]:
     return float(torch.tensor(nll / tokens).exp()), kl / tokens
 
 
+def scored(dense: Any, result: Any, texts: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+    """Perplexity and KL to the original by text, of what `compress` returned."""
+    cache_dense(result.model, True)
+    small = result.model.float()
+    scores = {name: compare(dense, small, ids) for name, ids in texts.items()}
+    return {
+        "perplexity": {name: score[0] for name, score in scores.items()},
+        "kl": {name: score[1] for name, score in scores.items()},
+    }
+
+
 def form_of(cut: Cut) -> str:
     """The kind of a cut, for counting."""
     if cut.dense:
@@ -114,14 +125,9 @@ def measure(model: str, shared: Path, folder: Path, row: str, bits: float, texts
     started = time.monotonic()
     result = compress(recipe_from(values), run_directory=folder / f"run-{model}", reporter=Reporter(show=False))
     seconds = time.monotonic() - started
-    dense = load_model(source).model
-    cache_dense(result.model, True)
-    small = result.model.float()
-    scores = {name: compare(dense, small, ids) for name, ids in texts.items()}
     return {
         "bits": result.plan.bits_a_weight,
-        "perplexity": {name: score[0] for name, score in scores.items()},
-        "kl": {name: score[1] for name, score in scores.items()},
+        **scored(load_model(source).model, result, texts),
         "chosen": chosen(result.plan),
         "seconds": seconds,
     }

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from common import markdown_table, shared_directory, write_result
-from mixed import LENGTH, TEXTS, compare, path_of, texts_of
+from mixed import LENGTH, TEXTS, path_of, scored, texts_of
 from rankwise import compress
 from rankwise.checkpoints import load_model
-from rankwise.layers import cache_dense
 from rankwise.progress import Reporter
 from rankwise.recipes import recipe_from
 
@@ -43,16 +42,13 @@ def measure() -> list[dict[str, Any]]:
             started = time.monotonic()
             result = compress(recipe_from(values), run_directory=Path(folder), reporter=Reporter(show=False))
             seconds = time.monotonic() - started
-            cache_dense(result.model, True)
-            scores = {name: compare(dense, result.model.float(), ids) for name, ids in texts.items()}
             figures.append(
                 {
                     "method": method,
                     "bits": bits,
                     "outer": turns,
                     "seconds": round(seconds, 1),
-                    "perplexity": {name: score[0] for name, score in scores.items()},
-                    "kl": {name: score[1] for name, score in scores.items()},
+                    **scored(dense, result, texts),
                 }
             )
             print(figures[-1], flush=True)

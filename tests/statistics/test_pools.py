@@ -195,6 +195,8 @@ def test_how_much_of_the_text_comes_to_an_expert(tmp_path: Path) -> None:
             site = expert(number, role)
             assert store.reach(site) == Reach(len(seen.get(site.name, ())), enough, 99 / 5)
     assert store.reach(next(site for site in sites if site.role == "q")) is None
+    assert [Reach(count, 16, 99 / 5).counted for count in (0, 3, 16, 40)] == [16, 16, 16, 40]
+    assert Reach(3, 24, 99 / 5).counted == 99 / 5
 
 
 @pytest.mark.parametrize("asked", [[InputMoments(), Curvature()], [Curvature(), InputMoments()]], ids=["last", "first"])
@@ -208,8 +210,6 @@ def test_what_comes_to_an_expert_is_told_by_all_tokens_where_gradients_are_of_so
     for number in range(5):
         site = expert(number)
         assert store.reach(site) == Reach(len(seen.get(site.name, ())), 16, 99 / 5)
-    assert [Reach(count, 16, 99 / 5).counted for count in (0, 3, 16, 40)] == [16, 16, 16, 40]
-    assert Reach(3, 24, 99 / 5).counted == 99 / 5
 
 
 def test_a_run_says_which_experts_saw_little_and_spends_less_on_them(tmp_path: Path) -> None:

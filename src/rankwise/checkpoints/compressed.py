@@ -47,7 +47,7 @@ def require_known_format(source: str) -> None:
         )
 
 
-def unread(source: str, problem: Exception) -> ModelError:
+def unreadable(source: str, problem: Exception) -> ModelError:
     """What to say of a model on the hub that cannot be read."""
     return ModelError(
         f"The model cannot be read from the hub ({one_line(problem)[:200]}).",
@@ -72,13 +72,13 @@ def fetched(source: str, *, weights: bool = True) -> str:
     try:
         config = Path(hf_hub_download(source, CONFIG))
     except LocalEntryNotFoundError as problem:
-        raise unread(source, problem) from None
+        raise unreadable(source, problem) from None
     except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
         # What is wrong is said where the model is loaded.
         return source
     # A hub that does not answer has been waited for, and is not asked again.
     except Exception as problem:
-        raise unread(source, problem) from None
+        raise unreadable(source, problem) from None
     if not is_compressed(str(config.parent)):
         return source
     if not weights:

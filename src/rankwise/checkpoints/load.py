@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.utils import logging as transformers_logging
 
 from rankwise.checkpoints.auto import auto_class, require_causal, require_language_model
-from rankwise.checkpoints.compressed import fetched, is_compressed, require_known_format, unread
+from rankwise.checkpoints.compressed import fetched, is_compressed, require_known_format, unreadable
 from rankwise.checkpoints.gguf import gguf_config, gguf_tokenizer, is_gguf, read_gguf
 from rankwise.checkpoints.modeling_file import compressed_class
 from rankwise.checkpoints.sources import (
@@ -142,7 +142,7 @@ def read_config(source: str, trust_remote_code: bool) -> Any:
                 where=str(folder / "config.json"),
                 remedy="a newer transformers may know it; if the model ships code, add --trust-remote-code",
             ) from None
-        raise unread(source, problem) from None
+        raise unreadable(source, problem) from None
     return config
 
 

@@ -23,6 +23,7 @@ from rankwise.quantizers.codes import LATTICE, SECOND_SCALE, e8_short_values, e8
 
 _CHUNK = 1 << 16
 _CHUNK_OF_ALL = 1 << 13
+"""Vectors at a time where all patterns are tried, which takes about 30 KB for each."""
 _SHORT = 227
 
 
